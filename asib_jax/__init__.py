@@ -1,0 +1,1 @@
+"""ASIB: multi-teacher knowledge distillation through an adaptive synergy information bottleneck, in JAX."""

@@ -1,0 +1,145 @@
+"""The A-Step: fit the fusion network while teachers and student stand still (SPEC 4)."""
+import functools
+import logging
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from asib_jax import freezing, parallel, schedules, state, steps, streams
+from asib_jax.models.ensemble import Mode, Variables
+from asib_jax.models.kd_model import stage_names
+from asib_jax.recipe import Recipe
+from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.steps import ATerms, BTerms
+
+logger = logging.getLogger("asib_jax")
+
+
+def calibrate(run: Run, variables: Variables) -> Variables:
+    """One training-mode pass of the new student that sets its BatchNorm statistics and changes no parameter."""
+    axis = parallel.axis_name(run.devices)
+    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
+    loss = functools.partial(steps.b_loss, nets=run.nets, terms=BTerms(run.recipe.dataset.data_aug), axis_name=axis)
+    step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis))
+    current, frozen = state.begin(variables, {name: False for name in variables.params}, ("student",), tx)
+    key = streams.key(run.recipe.seed, "calibrate")
+    controls = {"augment_key": key, "mix_key": key}
+    batches = run.batches("calibrate", 0, 0, 0)
+    current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, batches=batches, controls=controls,
+                              learning_rate=lambda step: 0.0, first_step=0)
+    return state.join(current, frozen)
+
+
+def trainable(run: Run, params: dict, stage: int) -> tuple[dict[str, Any], tuple[Mode, ...]]:
+    """What the A-Step trains, as a mask over the parameters, and how each teacher runs."""
+    recipe = run.recipe
+    mask: dict[str, Any] = {name: name in ("ib_mbm", "synergy_head") for name in params}
+    if recipe.student_feature == "distill_feat" and recipe.feat_kd_alpha == 0:
+        mask["student"] = {child: child == "distill_adapter" for child in params["student"]}
+    modes = []
+    for k, (name, model) in enumerate(zip(run.nets.teacher_names, run.nets.teachers)):
+        options = recipe.teachers[k]
+        mode = Mode()
+        if recipe.train_distill_adapter_only:
+            mask[name] = {child: child == "distill_adapter" for child in params[name]}
+        elif recipe.use_teacher_finetuning:
+            names = stage_names(model)
+            level = freezing.level_for_stage(options.freeze_level, stage) if recipe.use_partial_freeze else -1
+            frozen = freezing.frozen_stages(level, len(names), f"{name}.freeze_level")
+            mode = Mode(train=True, frozen_stages=frozen, freeze_bn=options.freeze_bn)
+            # No A-Step loss reaches a teacher's classifier: its logits only ever serve as a target.
+            mask[name] = {**freezing.trainable(params[name], names, level, options.freeze_bn),
+                          "classifier": jax.tree.map(lambda leaf: False, params[name]["classifier"])}
+        modes.append(mode)
+    return mask, tuple(modes)
+
+
+def terms_of(recipe: Recipe) -> ATerms:
+    """The static weights of the loss."""
+    trains_teachers = recipe.use_teacher_finetuning or recipe.train_distill_adapter_only
+    towards_student = recipe.teacher_adapt_alpha_kd
+    return ATerms(
+        synergy_ce_alpha=recipe.synergy_ce_alpha, synergy_kd_alpha=recipe.synergy_kd_alpha,
+        kd_alpha=recipe.kd_alpha if towards_student is None else towards_student,
+        cccp_alpha=recipe.cccp_alpha if recipe.use_cccp else 0.0, cccp_tau=recipe.tau,
+        feat_kd_alpha=recipe.feat_kd_alpha, reg_lambda=recipe.reg_lambda if trains_teachers else 0.0,
+        ib_mbm_reg_lambda=recipe.ib_mbm_reg_lambda, label_smoothing=recipe.label_smoothing, min_cw=recipe.min_cw,
+        data_aug=recipe.dataset.data_aug)
+
+
+def make_optimizer(recipe: Recipe):
+    """AdamW whose rate, `a_step_lr`, is scaled for each network (SPEC 4)."""
+    teacher_lr = recipe.a_step_lr if recipe.teacher_lr is None else recipe.teacher_lr
+    factors = {"ib_mbm": recipe.ib_mbm_lr_factor, "synergy_head": recipe.ib_mbm_lr_factor}
+    factors |= {f"teacher{k}": teacher_lr / recipe.a_step_lr for k in range(1, len(recipe.teachers) + 1)}
+    return state.make_optimizer("adamw", weight_decay=recipe.a_step_weight_decay, grad_clip_norm=recipe.grad_clip_norm,
+                                factors=factors)
+
+
+def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
+    """Every epoch-dependent scalar of the step, and its random streams."""
+    recipe = run.recipe
+    warm = stage == 0 and epoch < recipe.synergy_only_epochs
+    gate = (progress.synergy_acc or 0.0) >= recipe.enable_kd_after_syn_acc and progress.b_epochs > 0
+    beta = schedules.ib_beta(progress.ib_epochs, beta=recipe.ib_beta, warmup_epochs=recipe.ib_beta_warmup_epochs,
+                             schedule=recipe.beta_schedule)
+    tau = schedules.temperature(epoch, recipe.a_epochs, tau=recipe.tau, schedule=recipe.tau_schedule,
+                                power=recipe.tau_decay_power)
+    return {"tau": np.float32(tau), "beta": np.float32(0.0 if warm else beta), "certain": np.float32(not warm),
+            "open": np.float32(gate and not warm),
+            "augment_key": run.augment_key(stage, epoch, stage * recipe.a_epochs + epoch),
+            "noise_key": streams.key(recipe.seed, "noise", stage, epoch)}
+
+
+def ema(old: float | None, new: float, alpha: float) -> float:
+    """`last_synergy_acc` after a measurement: alpha*new + (1-alpha)*old, the first taken whole (SPEC 4)."""
+    return new if old is None else alpha * new + (1 - alpha) * old
+
+
+def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
+    """Fit the fusion network for the A-epochs of one stage and return the best state on validation, perhaps the incoming
+    one; `progress.synergy_acc` becomes its accuracy."""
+    recipe, axis = run.recipe, parallel.axis_name(run.devices)
+    mask, modes = trainable(run, variables.params, stage)
+    trained_teachers = run.nets.teacher_names if recipe.use_teacher_finetuning else ()
+    tx = make_optimizer(recipe)
+    current, frozen = state.begin(variables, mask, trained_teachers, tx, progress.a_opt_state)
+    run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
+
+    def trained(params):
+        return [freezing.split(params[name], mask[name])[0] for name in run.nets.teacher_names]
+
+    loss = functools.partial(steps.a_loss, nets=run.nets, terms=terms_of(recipe), trained=trained, teacher_modes=modes,
+                             axis_name=axis)
+    step = run.compiled(("a", str(mask), modes), lambda: steps.make_train_step(loss, tx, axis_name=axis))
+    best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
+    best = jax.device_get(current)
+    rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
+                         epochs=recipe.a_epochs * len(recipe.b_epochs))
+    for epoch in range(recipe.a_epochs):
+        start = time.perf_counter()
+        controls = controls_of(run, progress, stage, epoch)
+        batches = run.batches("a", stage, epoch, stage * recipe.a_epochs + epoch)
+        current, metrics, done = run.epoch(f"stage {stage + 1} A {epoch + 1}/{recipe.a_epochs}", step, current, frozen,
+                                           batches=batches, controls=controls, learning_rate=rate,
+                                           first_step=progress.a_steps)
+        progress.a_steps, progress.epochs = progress.a_steps + done, progress.epochs + 1
+        progress.ib_epochs += int(recipe.use_ib and controls["certain"])
+        whole = state.join(current, frozen)
+        if trained_teachers:
+            run.validation.read_teachers(whole)
+        accuracy = run.validation.accuracies(whole)["synergy"]
+        progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
+        scalars = {name: float(controls[name]) for name in ("tau", "beta", "open")}
+        run.log_epoch("a", stage, epoch, {**metrics, **scalars, "lr": rate(progress.a_steps - 1), "val_synergy_acc": accuracy},
+                      seconds=time.perf_counter() - start, total=progress.epochs)
+        if accuracy > best_acc:
+            best_acc, best = accuracy, jax.device_get(current)
+    progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state
+    variables = state.join(best, frozen)
+    if trained_teachers:
+        run.validation.read_teachers(variables)
+    logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
+    return parallel.replicate(variables, run.devices)

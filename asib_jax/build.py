@@ -1,0 +1,98 @@
+"""A recipe's data and networks, as they are before anything is trained."""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from asib_jax import models, parallel, pretrained, streams
+from asib_jax.data import sources, splits
+from asib_jax.data.sources import Split
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.kd_model import KDModel
+from asib_jax.recipe import Recipe
+
+
+class Data(NamedTuple):
+    """teacher_train: the training split without validation; train: what the student sees of it (`train_subset`)."""
+
+    train: Split
+    teacher_train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    origin: str
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.test.image.shape[1:]
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The splits of SPEC 7, fixed by the seed. Errors: those of `sources.load` and `splits`."""
+    options = recipe.dataset
+    dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
+    train_rows, validation_rows = splits.train_validation(dataset.train.label, options.val_fraction, recipe.seed)
+    teacher_train, train = dataset.train.take(train_rows), dataset.train.take(train_rows)
+    if options.train_subset:
+        train = teacher_train.take(splits.stratified_subset(teacher_train.label, options.train_subset, recipe.seed))
+    if len(train.label) < options.batch_size:
+        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train.label)} training images")
+    return Data(train, teacher_train, dataset.train.take(validation_rows), dataset.test, dataset.num_classes,
+                dataset.origin)
+
+
+def build_networks(recipe: Recipe, num_classes: int, devices: list[jax.Device]) -> Networks:
+    """Every network the recipe uses, without variables. ValueError for an unknown name, or widths that cannot meet."""
+    shared = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
+              "axis_name": parallel.axis_name(devices)}
+    if recipe.uses_adapters:
+        shared |= {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
+    student = recipe.model.student
+    model = models.create_student_by_name(student.name, num_classes, mean=student.mean, std=student.std,
+                                          residual_adapter=student.use_adapter, **shared)
+    if not recipe.uses_teachers:
+        return Networks(model)
+    teachers = tuple(
+        models.create_teacher_by_name(teacher.name, num_classes, mean=teacher.mean, std=teacher.std, **shared)
+        for teacher in recipe.teachers)
+    if not recipe.uses_fusion:
+        return Networks(model, teachers)
+    ib_mbm, head = models.build_ib_mbm_from_teachers(
+        teachers, dim=recipe.ib_mbm_out_dim, num_heads=recipe.ib_mbm_n_head, use_ib=recipe.use_ib,
+        feature_norm=recipe.ib_mbm_feature_norm, residual=recipe.ib_mbm_residual,
+        logvar_clip=recipe.ib_mbm_logvar_clip, min_std=recipe.ib_mbm_min_std, dropout=recipe.synergy_head_dropout,
+        learnable_temperature=recipe.synergy_temp_learnable)
+    networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
+    if recipe.feat_kd_alpha and _query_dim(networks) != recipe.ib_mbm_out_dim:
+        raise ValueError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with ib_mbm_out_dim="
+                         f"{recipe.ib_mbm_out_dim}; make them equal (distill_out_dim, ib_mbm_out_dim) or set feat_kd_alpha=0")
+    return networks
+
+
+def _query_dim(nets: Networks) -> int:
+    student = nets.student
+    return student.adapter_dim if nets.student_feature == "distill_feat" else student.architecture.feat_dim
+
+
+def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict:
+    """Random variables of one network, the same for a (seed, name) in every configuration."""
+    image = jnp.zeros((1, *image_shape))
+    return jax.jit(functools.partial(model.init, train=False))(streams.key(seed, f"init/{name}"), image)
+
+
+def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
+    """Initial variables of the student (imported where `model.student.weights` says so), IB_MBM and head."""
+    student = init_network(nets.student, recipe.seed, "student", image_shape)
+    if recipe.model.student.weights:
+        student = pretrained.import_weights(pretrained.load_weights(recipe.model.student.weights), student)
+    params = {"student": student["params"]}
+    if nets.ib_mbm is not None:
+        q = jnp.zeros((1, _query_dim(nets)))
+        kv = jnp.zeros((1, len(nets.teachers), models.feature_dim(nets.teachers[0])))
+        key = streams.key(recipe.seed, "init/ib_mbm")
+        params["ib_mbm"] = jax.jit(nets.ib_mbm.init)(key, q, kv)["params"]
+        code = jnp.zeros((1, recipe.ib_mbm_out_dim))
+        key = streams.key(recipe.seed, "init/synergy_head")
+        params["synergy_head"] = jax.jit(nets.synergy_head.init)(key, code)["params"]
+    return Variables(params, {"student": student["batch_stats"]})

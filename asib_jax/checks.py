@@ -1,0 +1,175 @@
+"""What a recipe must satisfy, checked before any work, and which of its keys have no effect."""
+import math
+
+from asib_jax import losses, models, parallel, schedules
+from asib_jax.data.augment import POLICIES
+from asib_jax.recipe import Recipe
+
+_AT_LEAST = {  # key: smallest value
+    "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "teacher_views": 0, "kd_teacher_index": 0,
+    "ce_alpha": 0, "kd_alpha": 0, "kd_max_ratio": 0, "kd_warmup_epochs": 0, "teacher_adapt_kd_warmup": 0,
+    "feat_kd_alpha": 0, "mixup_alpha": 0, "cutmix_alpha_distill": 0, "disagree_lambda_high": 0,
+    "disagree_lambda_low": 0, "distill_out_dim": 1, "distill_hidden_dim": 0, "ib_beta": 0,
+    "ib_beta_warmup_epochs": 0, "ib_mbm_out_dim": 1, "ib_mbm_n_head": 1, "ib_mbm_reg_lambda": 0,
+    "synergy_only_epochs": 0, "synergy_ce_alpha": 0, "synergy_kd_alpha": 0, "cccp_alpha": 0, "cccp_nt": 1,
+    "cccp_ns": 1, "reg_lambda": 0, "momentum": 0, "student_weight_decay": 0, "grad_clip_norm": 0,
+    "a_step_weight_decay": 0, "tau_decay_power": 0,
+}
+_POSITIVE = ("tau", "loss_clamp_max", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw", "student_lr", "a_step_lr",
+             "ib_mbm_lr_factor")
+_SHARES = ("kd_ens_alpha", "ce_label_smoothing", "label_smoothing", "synergy_head_dropout", "synergy_ema_alpha",
+           "enable_kd_after_syn_acc")
+_CHOICES = {
+    "kd_target": ("synergy", *losses.KD_TARGETS), "disagree_mode": tuple(losses.DISAGREE_MODES),
+    "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"), "amp_dtype": ("bfloat16", "float32"),
+    "feat_kd_key": ("", "distill_feat", "feat_2d"),
+}
+# Keys that act only where a condition on the recipe holds.
+_ACTIVE = (
+    (lambda r: r.use_ib, ("ib_beta", "ib_beta_warmup_epochs", "beta_schedule", "ib_mbm_logvar_clip",
+                          "ib_mbm_min_std", "min_cw")),
+    (lambda r: r.use_cccp, ("cccp_alpha", "cccp_nt", "cccp_ns")),
+    (lambda r: r.use_disagree_weight, ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low")),
+    (lambda r: r.use_loss_clamp, ("loss_clamp_max",)),
+    (lambda r: r.use_partial_freeze, ("student_freeze_level",)),
+    (lambda r: r.kd_target == "teacher", ("kd_teacher_index",)),
+    (lambda r: r.kd_target == "synergy", ("kd_ens_alpha", "teacher_adapt_kd_warmup")),
+    (lambda r: r.optimizer == "sgd", ("momentum",)),
+    (lambda r: r.use_amp, ("amp_dtype",)),
+    (lambda r: r.use_teacher_finetuning or r.train_distill_adapter_only, ("teacher_lr", "reg_lambda")),
+    (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs")),
+    (lambda r: r.use_distillation_adapter, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
+    (lambda r: r.uses_fusion, (
+        "use_ib", "use_cccp", "synergy_only_epochs", "enable_kd_after_syn_acc", "synergy_ce_alpha", "synergy_kd_alpha",
+        "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
+        "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
+        "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
+    (lambda r: r.uses_teachers, ("teacher_views", "teacher_cache")),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ValueError, naming the value, the choices and the key, for a recipe that cannot be run as it says."""
+    for key, least in _AT_LEAST.items():
+        _require(getattr(recipe, key) >= least, f"{key}={getattr(recipe, key)} must be at least {least}")
+    for key in _POSITIVE:
+        _require(getattr(recipe, key) > 0, f"{key}={getattr(recipe, key)} must be positive")
+    for key in _SHARES:
+        _require(0 <= getattr(recipe, key) <= 1, f"{key}={getattr(recipe, key)} must lie in [0, 1]")
+    for key, choices in _CHOICES.items():
+        _require(getattr(recipe, key) in choices, f"{key}={getattr(recipe, key)!r}; valid: {', '.join(map(repr, choices))}")
+    student = recipe.model.student
+    models.architecture(student.name, recipe.dataset.small_input, "model.student.name")
+    _require(not student.name.endswith("_pretrain") or bool(student.weights),
+             f"model.student.name={student.name!r} needs model.student.weights, or use the name with _scratch")
+    _require(not student.name.endswith("_scratch") or not student.weights,
+             f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
+             f"use the name with _pretrain")
+    parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
+    _check_lengths(recipe)
+    _check_training(recipe)
+    _check_teachers(recipe)
+    if recipe.uses_fusion:
+        _check_fusion(recipe)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    stages = len(recipe.student_epochs_per_stage)
+    _require(stages > 0, "student_epochs_per_stage is empty; give the B-epochs of each stage, e.g. (20, 20)")
+    _require(min(recipe.student_epochs_per_stage) > 0,
+             f"student_epochs_per_stage={recipe.student_epochs_per_stage}: every stage needs at least one epoch")
+    _require(recipe.num_stages in (0, stages),
+             f"num_stages={recipe.num_stages}, but student_epochs_per_stage has {stages} entries; 0 takes its length")
+    levels = {"student_freeze_level": recipe.student_freeze_level}
+    levels |= {f"teacher{k}.freeze_level": t.freeze_level for k, t in enumerate(recipe.teachers, 1)}
+    for key, value in levels.items():
+        _require(len(value) in (1, stages), f"{key}={value} has {len(value)} entries; give one, or one per stage ({stages})")
+    for key, lengths in {"tau_schedule": (0, 2), "beta_schedule": (0, 3), "profile_steps": (0, 2)}.items():
+        value = getattr(recipe, key)
+        _require(len(value) in lengths, f"{key}={value} needs {lengths[1]} entries, or none")
+    _require(all(tau > 0 for tau in recipe.tau_schedule), f"tau_schedule={recipe.tau_schedule} must be positive")
+    _require(all(value >= 0 for value in recipe.beta_schedule), f"beta_schedule={recipe.beta_schedule} must not be negative")
+
+
+def _check_training(recipe: Recipe) -> None:
+    losses.renormalise_alphas(recipe.ce_alpha, recipe.kd_alpha)
+    schedule, data = recipe.schedule, recipe.dataset
+    _require(schedule.type in schedules.SCHEDULES, f"schedule.type={schedule.type!r}; valid: {schedules.SCHEDULES}")
+    _require(schedule.lr_warmup_epochs >= 0, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} must be at least 0")
+    rates = {"student_lr": recipe.student_lr} | ({"a_step_lr": recipe.a_step_lr} if recipe.uses_fusion else {})
+    for key, rate in rates.items():
+        _require(0 <= schedule.min_lr <= rate, f"schedule.min_lr={schedule.min_lr} must lie between 0 and {key}={rate}")
+    _require(schedule.step_size >= 1, f"schedule.step_size={schedule.step_size} must be at least 1")
+    totals = {"B": sum(recipe.b_epochs)}
+    if recipe.uses_fusion:
+        totals["A"] = recipe.a_epochs * len(recipe.b_epochs)
+    for step, total in totals.items():
+        _require(schedule.lr_warmup_epochs <= total, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} is longer than "
+                 f"the {total} {step}-epochs of the run; set --config.schedule.lr_warmup_epochs={total} or fewer")
+    _require(data.batch_size > 0, f"dataset.batch_size={data.batch_size} must be positive")
+    _require(data.data_aug in POLICIES, f"dataset.data_aug={data.data_aug}; valid: {sorted(POLICIES)}")
+    _require(0 < data.val_fraction < 1, f"dataset.val_fraction={data.val_fraction} must lie between 0 and 1")
+    _require(data.train_subset >= 0, f"dataset.train_subset={data.train_subset} must be at least 0 (0: all images)")
+    _require(not (recipe.mixup_alpha and recipe.cutmix_alpha_distill),
+             "mixup_alpha and cutmix_alpha_distill are both set; set one of them to 0")
+    if recipe.teacher_views:
+        _require(not (recipe.mixup_alpha or recipe.cutmix_alpha_distill),
+                 "teacher_views stores what teachers say of unmixed images; set it to 0 for mixup or cutmix")
+        _require(not recipe.use_teacher_finetuning,
+                 "teacher_views stores what frozen teachers say; set it to 0 with use_teacher_finetuning")
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    if not recipe.uses_teachers:
+        return
+    count = len(recipe.teachers)
+    _require(count >= (2 if recipe.uses_fusion else 1), f"{count} teachers configured; synergy (teacher_adapt_epochs > 0) "
+             f"needs two, any other kd_target one: add teacher{count + 1}")
+    if recipe.kd_target == "teacher":
+        _require(recipe.kd_teacher_index < count, f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}")
+    if recipe.kd_target == "synergy" and recipe.kd_alpha > 0:
+        _require(recipe.uses_fusion, "kd_target='synergy' needs an A-Step; set teacher_adapt_epochs, or kd_target='avg'")
+    if recipe.feat_kd_alpha > 0:
+        _require(recipe.uses_fusion, "feat_kd_alpha > 0 matches the fusion network; set teacher_adapt_epochs")
+    for k, teacher in enumerate(recipe.teachers, 1):
+        models.architecture(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
+        _require(bool(teacher.weights) or teacher.train_epochs > 0,
+                 f"teacher{k} ({teacher.name}) has no weights: set teacher{k}.weights to a .safetensors or .npz file, "
+                 f"or teacher{k}.train_epochs to train it here")
+        _require(not (teacher.weights and teacher.train_epochs),
+                 f"teacher{k}.weights and teacher{k}.train_epochs are both set; keep one")
+
+
+def _check_fusion(recipe: Recipe) -> None:
+    _require(recipe.ib_mbm_out_dim % recipe.ib_mbm_n_head == 0, f"ib_mbm_out_dim={recipe.ib_mbm_out_dim} does not divide "
+             f"by ib_mbm_n_head={recipe.ib_mbm_n_head}")
+    _require(recipe.min_cw <= 1, f"min_cw={recipe.min_cw} must be at most 1")
+    if recipe.feat_kd_key == "distill_feat":
+        _require(recipe.use_distillation_adapter, "feat_kd_key='distill_feat' needs use_distillation_adapter")
+    if recipe.feat_kd_alpha > 0 and recipe.student_feature == "distill_feat":
+        _require(recipe.distill_out_dim == recipe.ib_mbm_out_dim, f"feature KD compares the student's distill_out_dim="
+                 f"{recipe.distill_out_dim} with ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
+    _require(not (recipe.use_teacher_finetuning and recipe.train_distill_adapter_only),
+             "use_teacher_finetuning and train_distill_adapter_only exclude each other; keep one")
+
+
+def check_gate(threshold: float, num_classes: int) -> str | None:
+    """ValueError for a gate below chance (SPEC 4); a warning text for one below 1.5 times chance."""
+    key = f"enable_kd_after_syn_acc={threshold:g}"
+    _require(threshold >= 1 / num_classes, f"{key} is below chance for {num_classes} classes (1/{num_classes})")
+    if threshold < 1.5 / num_classes:
+        return f"{key} is less than 1.5 times chance ({1 / num_classes:g}): the gate will open almost at once"
+    return None
+
+
+def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
+    """Keys set away from `defaults` that no code will act on in this run, sorted."""
+    def same(a, b):
+        return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
+    inactive = {key for active, keys in _ACTIVE if not active(recipe) for key in keys}
+    return sorted(key for key in inactive if not same(getattr(recipe, key), getattr(defaults, key)))

@@ -1,0 +1,185 @@
+"""Where images come from: every source is uint8 NHWC arrays and integer labels, in memory and checked."""
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from asib_jax import streams
+from asib_jax.data import archives, cifar100
+from asib_jax.data.archives import Arrays, Found
+from asib_jax.data.splits import stratified_rows
+
+_PICTURES = (".png", ".jpg", ".jpeg")
+
+
+class Split(NamedTuple):
+    """Images with their labels. `index` is the position in the source's own order: it names an example for good."""
+
+    image: np.ndarray  # uint8 [N,H,W,ch]
+    label: np.ndarray  # int32 [N], 0..C-1
+    index: np.ndarray  # int32 [N]
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """The split of `rows` ([M] integers); its examples keep their `index`."""
+        return Split(*(array[rows] for array in self))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split, the names of their classes, and in words what was read."""
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    origin: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
+    """The data set `name`, one of `SOURCES`.
+
+    `path` is a file or folder of one's own; `data_dir` ("": $TFDS_DATA_DIR, else ~/tensorflow_datasets) is where
+    prepared and downloaded data live. Raises ValueError for an unknown name (`dataset.name`), a missing path
+    (`dataset.path`) or malformed data, naming the array, and FileNotFoundError where nothing is found.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
+    given = Path(path).expanduser() if path else None
+    if given and not given.exists():
+        raise FileNotFoundError(f"dataset.path = {path!r} does not exist")
+    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    arrays, origin = SOURCES[name](given, folder)
+    return _checked(name, arrays, origin)
+
+
+def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
+    """A Dataset of well-formed arrays. Without class names, the classes are 0..the largest training label."""
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
+            raise ValueError(f"{origin}: x_{split} must be uint8 [N,H,W,channels], not empty; found {_kind(x)}")
+        if x.shape[1:] != arrays["x_train"].shape[1:]:
+            raise ValueError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
+        if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
+            raise ValueError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
+    names = arrays.get("class_names", np.arange(arrays["y_train"].max() + 1).astype(str))
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise ValueError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
+    for split in ("train", "test"):
+        y = arrays[f"y_{split}"]
+        if y.min() < 0 or y.max() >= len(names):
+            raise ValueError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
+    train, test = (
+        Split(x, y.astype(np.int32), np.arange(len(y), dtype=np.int32))
+        for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
+    )
+    return Dataset(name, train, test, tuple(names.tolist()), origin)
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _digits(path: Path | None, folder: Path) -> Found:
+    """scikit-learn's 1797 handwritten digits: 8x8, one channel, 0..16 scaled to 0..255.
+
+    They come without a test split: 30 % are set aside for it, stratified and the same for every seed.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    image, label = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
+    test = stratified_rows(label, round(0.3 * len(label)), streams.rng(0, "digits_test"), leave=1)
+    train = np.setdiff1d(np.arange(len(label)), test)
+    arrays = {"x_train": image[train], "y_train": label[train], "x_test": image[test], "y_test": label[test]}
+    return arrays, "digits of scikit-learn"
+
+
+def _cifar100(path: Path | None, folder: Path) -> Found:
+    return cifar100.read(path) if path else cifar100.find(folder)
+
+
+def _npz(path: Path | None, folder: Path) -> Found:
+    """An .npz of x_train, x_test (uint8 NHWC), y_train, y_test (integers) and, optionally, class_names."""
+    file = _required(path, "an .npz of x_train, y_train, x_test, y_test")
+    return archives.read_npz(file, archives.NAMES, ("class_names",)), str(file)
+
+
+def _imagenet32(path: Path | None, folder: Path) -> Found:
+    """Downsampled ImageNet (Chrabaszcz et al. 2017), 32x32, as published in .npz files; its validation set is our test
+    split, and its labels 1..1000 become 0..999."""
+    source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
+    batches = sorted(source.glob("train_data_batch_*.npz"), key=lambda file: int(file.stem.rpartition("_")[2]))
+    if not batches or not (source / "val_data.npz").is_file():
+        raise ValueError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
+    arrays = {"class_names": np.arange(1000).astype(str)}
+    for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
+        parts = [archives.read_npz(file, ("data", "labels")) for file in files]
+        arrays[f"x_{split}"] = np.concatenate([archives.channels_last(part["data"]) for part in parts])
+        arrays[f"y_{split}"] = np.concatenate([part["labels"] for part in parts]) - 1
+    return arrays, str(source)
+
+
+def _folder(path: Path | None, folder: Path) -> Found:
+    """Pictures in train/<class>/ and test/<class>/, of one size, read as RGB."""
+    source = _required(path, "a folder of train/<class>/*.png and test/<class>/*.png (or jpg)")
+    names = _subfolders(source / "train")
+    unknown = sorted(set(_subfolders(source / "test")) - set(names))
+    if unknown:
+        raise ValueError(f"{source / 'test'} has classes that train has not: {', '.join(unknown)}")
+    arrays = {"class_names": np.asarray(names)}
+    for split in ("train", "test"):
+        files = [
+            (file, label)
+            for label, name in enumerate(names)
+            for file in sorted((source / split / name).glob("*"))
+            if file.suffix.lower() in _PICTURES
+        ]
+        if not files:
+            raise ValueError(f"{source / split}/<class> holds no picture ({', '.join(_PICTURES)})")
+        arrays[f"x_{split}"] = _read_pictures([file for file, _ in files])
+        arrays[f"y_{split}"] = np.asarray([label for _, label in files])
+    return arrays, str(source)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ValueError(f"dataset.path must hold train/<class> and test/<class>; there is no folder {folder}")
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _read_pictures(files: list[Path]) -> np.ndarray:
+    from PIL import Image
+
+    images = []
+    for file in files:
+        with Image.open(file) as picture:
+            images.append(np.asarray(picture.convert("RGB")))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"all pictures must have one size: {files[0]} is {images[0].shape[1]}x{images[0].shape[0]} "
+                f"but {file} is {images[-1].shape[1]}x{images[-1].shape[0]}"
+            )
+    return np.stack(images)
+
+
+def _required(path: Path | None, what: str) -> Path:
+    if path is None:
+        raise ValueError(f"this dataset.name needs dataset.path: {what}")
+    return path
+
+
+SOURCES: dict[str, Callable[[Path | None, Path], Found]] = {
+    "cifar100": _cifar100,
+    "digits": _digits,
+    "imagenet32": _imagenet32,
+    "npz": _npz,
+    "folder": _folder,
+}

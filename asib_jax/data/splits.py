@@ -1,0 +1,61 @@
+"""Stratified choices of rows, fixed by a seed."""
+import numpy as np
+
+from asib_jax import streams
+
+
+def train_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides the rows of `labels` ([N] integers) into (train_rows, val_rows), both sorted, disjoint and complete.
+
+    The validation set has round(fraction * N) rows, spread over the classes in proportion, with at least one image of
+    every class on each side (SPEC 7). Raises ValueError naming `dataset.val_fraction` where that is impossible.
+    """
+    count = round(fraction * len(labels))
+    sizes = np.unique(labels, return_counts=True)[1]
+    classes, smallest = len(sizes), sizes.min()
+    if smallest < 2 or not classes <= count <= len(labels) - classes:
+        raise ValueError(
+            f"dataset.val_fraction = {fraction} asks for {count} of {len(labels)} images, which cannot leave an image "
+            f"of each of {classes} classes (the smallest has {smallest}) on both sides; with at least 2 images a class "
+            f"it must lie between {classes / len(labels):.3g} and {1 - classes / len(labels):.3g}"
+        )
+    val_rows = stratified_rows(labels, count, streams.rng(seed, "validation"), leave=1)
+    return np.setdiff1d(np.arange(len(labels)), val_rows), val_rows
+
+
+def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Exactly `count` sorted rows of `labels` ([N] integers), spread over the classes in proportion.
+
+    Raises ValueError naming `dataset.train_subset` if `count` exceeds N or is less than one image a class.
+    """
+    classes = len(np.unique(labels))
+    if not classes <= count <= len(labels):
+        raise ValueError(f"dataset.train_subset = {count} must lie in {classes} (one image a class)..{len(labels)}")
+    return stratified_rows(labels, count, streams.rng(seed, "train_subset"))
+
+
+def stratified_rows(labels: np.ndarray, count: int, generator: np.random.Generator, leave: int = 0) -> np.ndarray:
+    """`count` sorted rows with at least one of every class, leaving at least `leave` of every class unchosen.
+
+    Classes share `count` in proportion to their size by largest remainder; ties are broken by chance. The caller has
+    made sure that such a choice exists.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    order = generator.permutation(len(classes))
+    shares = _apportion(sizes[order], count, leave)
+    rows = [
+        generator.permutation(np.flatnonzero(labels == value))[:share]
+        for value, share in zip(classes[order], shares, strict=True)
+    ]
+    return np.sort(np.concatenate(rows))
+
+
+def _apportion(sizes: np.ndarray, count: int, leave: int) -> np.ndarray:
+    """Integers that sum to `count`, each in 1..size-leave and as near to its proportional quota as that allows."""
+    quotas = count * sizes / sizes.sum()
+    shares = np.clip(np.floor(quotas).astype(int), 1, sizes - leave)
+    while shares.sum() < count:
+        shares[np.argmax(np.where(shares < sizes - leave, quotas - shares, -np.inf))] += 1
+    while shares.sum() > count:
+        shares[np.argmin(np.where(shares > 1, quotas - shares, np.inf))] -= 1
+    return shares

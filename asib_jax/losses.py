@@ -1,0 +1,129 @@
+"""Per-sample loss terms and the weights on them (SPEC 2 and 5).
+
+Every loss maps a batch to [B] float32 whatever the compute dtype; callers weight the samples and take the mean last.
+Functions that need a statistic of the batch take `mean`, a callable from [B] to the mean over the *global* batch:
+`jnp.mean` on one device, followed by `jax.lax.pmean` under pmap.
+"""
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Mean = Callable[[jax.Array], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Cross entropy of integer labels [B] under logits [B, C], in nats: [B].
+
+    `smoothing` (a Python float) is spread evenly over all C classes, the true one included (Szegedy et al., 2016).
+    """
+    logits = logits.astype(jnp.float32)
+    if smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.losses.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def kd(logits: jax.Array, target_logits: jax.Array, tau: jax.Array | float) -> jax.Array:
+    """Distillation loss tau^2 KL(p || q), p = softmax(target/tau), q = softmax(logits/tau) (Hinton et al., 2015).
+
+    Logits [B, C] -> [B]. No gradient reaches the target. Classes to which the target gives no mass contribute zero,
+    also where a log-probability is -inf.
+    """
+    target = jax.lax.stop_gradient(target_logits).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(target / tau)
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / tau)
+    p = jnp.exp(log_p)
+    return tau**2 * jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+
+
+def gaussian_kl(mu: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) summed over features (Kingma and Welling, 2014): [B, d], [B, d] -> [B]."""
+    mu, logvar = mu.astype(jnp.float32), logvar.astype(jnp.float32)
+    return -0.5 * jnp.sum(1 + logvar - mu**2 - jnp.exp(logvar), axis=-1)
+
+
+def feature_kd(feature: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared distance to the target, which gets no gradient: [B, D], [B, D] -> [B]. Unequal shapes are an error."""
+    target = jax.lax.stop_gradient(target).astype(jnp.float32)
+    return jnp.sum(optax.squared_error(feature.astype(jnp.float32), target), axis=-1)
+
+
+def certainty_weight(logvar: jax.Array, min_cw: float, mean: Mean) -> jax.Array:
+    """Weight of each sample by the precision of its code: logvar [B, d] -> [B] in [min_cw, 1/min_cw].
+
+    Relative to the batch and without gradient, so that neither a common scale nor inflating the variance pays (SPEC 2).
+    """
+    precision = jnp.exp(-jnp.mean(logvar.astype(jnp.float32), axis=-1))
+    return jax.lax.stop_gradient(jnp.clip(precision / mean(precision), min_cw, 1 / min_cw))
+
+
+# Predictions [T, B] and labels [B] -> [B], true where the teachers count as disagreeing.
+DISAGREE_MODES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "pred": lambda predictions, labels: jnp.any(predictions != predictions[0], axis=0),
+    "both_wrong": lambda predictions, labels: jnp.all(predictions != labels, axis=0),
+    "any_wrong": lambda predictions, labels: jnp.any(predictions != labels, axis=0),
+}
+
+
+def disagreement_weight(teacher_logits: jax.Array, labels: jax.Array, mode: str, high: float, low: float) -> jax.Array:
+    """`high` where the teachers disagree in the sense of `mode` (a name in DISAGREE_MODES), else `low`.
+
+    Teacher logits [T, B, C], labels [B] -> [B]. On mixed images the labels are those of the first image.
+    """
+    disagree = DISAGREE_MODES[mode](jnp.argmax(teacher_logits, axis=-1), labels)
+    return jnp.where(disagree, jnp.float32(high), jnp.float32(low))
+
+
+def normalise_weights(weights: jax.Array, mean: Mean) -> jax.Array:
+    """Weights [B] scaled to global batch mean 1; a batch of zeros (`disagree_lambda_low` 0) stays zero."""
+    return weights / jnp.maximum(mean(weights), 1e-12)
+
+
+def _average(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
+    return jnp.mean(teacher_logits, axis=0)
+
+
+def _weighted_by_confidence(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
+    confidence = jnp.max(jax.nn.softmax(teacher_logits / tau), axis=-1, keepdims=True)
+    return jnp.sum(teacher_logits * confidence / jnp.sum(confidence, axis=0), axis=0)
+
+
+def _one_teacher(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
+    return teacher_logits[index]
+
+
+# Target logits [B, C] from float32 teacher logits [T, B, C], tau and `kd_teacher_index`: the `kd_target`s that need no
+# fusion network.
+KD_TARGETS: dict[str, Callable[[jax.Array, jax.Array | float, int], jax.Array]] = {
+    "avg": _average,
+    "weighted_conf": _weighted_by_confidence,
+    "teacher": _one_teacher,
+}
+
+
+def kd_ratio(ce: jax.Array, kd: jax.Array, max_ratio: float) -> jax.Array:
+    """Factor in [0, 1] that holds the scalar KD mean below `max_ratio` times the scalar CE mean, without gradient."""
+    ceiling = max_ratio * ce
+    return jax.lax.stop_gradient(ceiling / jnp.maximum(jnp.maximum(kd, ceiling), 1e-12))
+
+
+def clamp_factor(loss: jax.Array, maximum: float) -> jax.Array:
+    """min(1, maximum/loss) without gradient: multiplying by it bounds the loss but keeps its gradient's direction."""
+    return jax.lax.stop_gradient(maximum / jnp.maximum(loss, maximum))
+
+
+def renormalise_alphas(ce_alpha: float, kd_alpha: float) -> tuple[float, float]:
+    """The two loss weights, scaled to sum 1 only where both are positive and do not (SPEC 2).
+
+    Raises:
+        ValueError: one is negative, or both are zero, which would leave nothing to learn from.
+    """
+    if not (ce_alpha >= 0 and kd_alpha >= 0 and ce_alpha + kd_alpha > 0):
+        raise ValueError(f"ce_alpha={ce_alpha}, kd_alpha={kd_alpha}: both must be at least 0 and one of them positive")
+    total = ce_alpha + kd_alpha
+    if ce_alpha == 0 or kd_alpha == 0 or math.isclose(total, 1.0):
+        return ce_alpha, kd_alpha
+    return ce_alpha / total, kd_alpha / total

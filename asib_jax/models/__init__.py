@@ -1,0 +1,64 @@
+"""Every network by name."""
+from collections.abc import Callable, Sequence
+
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.ib_mbm import IB_MBM, SynergyHead
+from asib_jax.models.kd_model import KDModel, feature_dim
+from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+
+# Name -> function of `small_input`. The CIFAR networks have one stem only and read images of any size with it.
+MODELS: dict[str, Callable[[bool], Architecture]] = {
+    "resnet8": lambda small_input: cifar_resnet(8),
+    "resnet14": lambda small_input: cifar_resnet(14),
+    "resnet20": lambda small_input: cifar_resnet(20),
+    "resnet32": lambda small_input: cifar_resnet(32),
+    "resnet44": lambda small_input: cifar_resnet(44),
+    "resnet56": lambda small_input: cifar_resnet(56),
+    "resnet110": lambda small_input: cifar_resnet(110),
+    "resnet8x4": lambda small_input: cifar_resnet(8, widths=(64, 128, 256), stem=32),
+    "resnet32x4": lambda small_input: cifar_resnet(32, widths=(64, 128, 256), stem=32),
+    "resnet50": lambda small_input: imagenet_resnet((3, 4, 6, 3), small_input),
+    "resnet101": lambda small_input: imagenet_resnet((3, 4, 23, 3), small_input),
+    "resnet152": lambda small_input: imagenet_resnet((3, 8, 36, 3), small_input),
+}
+
+
+def architecture(name: str, small_input: bool, key: str) -> Architecture:
+    """The backbone called `name`, a key of MODELS, alone or with the original's suffix `_scratch` or `_pretrain`.
+
+    The suffix builds the same network: whether weights are imported into it is not decided here.
+
+    Raises ValueError for an unknown name, which the configuration `key` holds.
+    """
+    plain = name.removesuffix("_scratch").removesuffix("_pretrain")
+    if plain not in MODELS:
+        raise ValueError(f"unknown model {name!r}; {key} must be one of {', '.join(MODELS)}")
+    return MODELS[plain](small_input)
+
+
+def create_student_by_name(name: str, num_classes: int, *, small_input: bool, **fields) -> KDModel:
+    """A student. Names and errors: `architecture`; fields: the other fields of `KDModel`, mean and std are required."""
+    return KDModel(architecture(name, small_input, "model.student.name"), num_classes, **fields)
+
+
+def create_teacher_by_name(name: str, num_classes: int, *, small_input: bool, **fields) -> KDModel:
+    """A teacher. Names, errors and fields: as of `create_student_by_name`."""
+    return KDModel(architecture(name, small_input, "teacherK.name"), num_classes, **fields)
+
+
+def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, num_heads: int, use_ib: bool,
+                               feature_norm: str, logvar_clip: float, min_std: float, residual: bool, dropout: float,
+                               learnable_temperature: bool) -> tuple[IB_MBM, SynergyHead]:
+    """The fusion network and head for these teachers; arguments are the fields of IB_MBM and SynergyHead.
+
+    Widths of query and teachers are inferred at initialisation; classes are the teachers'.
+
+    Raises ValueError if the teachers are read at different widths.
+    """
+    widths = [feature_dim(teacher) for teacher in teachers]
+    if len(set(widths)) > 1:
+        raise ValueError(f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
+                         "which gives all of them distill_out_dim")
+    ib_mbm = IB_MBM(dim=dim, num_heads=num_heads, use_ib=use_ib, feature_norm=feature_norm, logvar_clip=logvar_clip,
+                    min_std=min_std, residual=residual)
+    return ib_mbm, SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature)

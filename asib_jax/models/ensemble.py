@@ -1,0 +1,101 @@
+"""The synergy ensemble: teachers, the student's query, IB_MBM and head, each network run once per batch (SPEC 1).
+
+Variables of all networks live in two dicts, parameters and batch statistics, under the names "student", "teacher1",
+"teacher2", ..., "ib_mbm" and "synergy_head".
+"""
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
+from asib_jax.models.kd_model import KDModel, Outputs
+
+
+class Variables(NamedTuple):
+    """Parameters and batch statistics of all networks, by name."""
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+
+    def of(self, name: str) -> dict[str, Any]:
+        """What `apply` of the network called `name` takes."""
+        return {"params": self.params[name], "batch_stats": self.batch_stats.get(name, {})}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a network runs: `train`, and the partial freezing of SPEC 6. The default is evaluation."""
+
+    train: bool = False
+    frozen_stages: int = 0
+    freeze_bn: bool = False
+
+
+EVALUATION = Mode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks of a run. Without a fusion network `ib_mbm` and `synergy_head` are None.
+
+    student_feature: "distill_feat" or "feat_2d", the query and what feature KD matches.
+    """
+
+    student: KDModel
+    teachers: tuple[KDModel, ...] = ()
+    ib_mbm: IB_MBM | None = None
+    synergy_head: SynergyHead | None = None
+    student_feature: str = "feat_2d"
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return tuple(f"teacher{k}" for k in range(1, len(self.teachers) + 1))
+
+
+class TeacherOutputs(NamedTuple):
+    """What the teachers say of a batch, before any adapter: feats, one [B, F_k] per teacher; logits [B, T, C]."""
+
+    feats: tuple[jax.Array, ...]
+    logits: jax.Array
+
+
+def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode) -> tuple[Outputs, Any]:
+    """One forward pass: outputs, and batch statistics (the same ones in evaluation)."""
+    outputs, changed = model.apply(variables, pixels, **dataclasses.asdict(mode), mutable=["batch_stats"])
+    return outputs, changed["batch_stats"]
+
+
+def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes: tuple[Mode, ...] = ()
+                 ) -> tuple[TeacherOutputs, dict[str, Any]]:
+    """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise; and its batch statistics."""
+    feats, logits, stats = [], [], {}
+    for k, (name, teacher) in enumerate(zip(nets.teacher_names, nets.teachers)):
+        outputs, stats[name] = run_network(teacher, variables.of(name), pixels, modes[k] if modes else EVALUATION)
+        feats.append(outputs.feat_2d)
+        logits.append(outputs.logit)
+    return TeacherOutputs(tuple(feats), jnp.stack(logits, axis=1)), stats
+
+
+def keys_and_values(nets: Networks, variables: Variables, feats: tuple[jax.Array, ...]) -> jax.Array:
+    """What IB_MBM reads [B, T, Dk]: the teachers' features, through their distillation adapters where they have one."""
+    read = [feat if not teacher.adapter_dim else teacher.apply(variables.of(name), feat, method="distill")
+            for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)]
+    return jnp.stack(read, axis=1)
+
+
+def query(nets: Networks, student: Outputs) -> jax.Array:
+    """The student's feature [B, Dq] that asks, and that feature KD matches."""
+    return getattr(student, nets.student_feature)
+
+
+def fuse(nets: Networks, variables: Variables, q: jax.Array, kv: jax.Array) -> Latent:
+    """IB_MBM on a query [B, Dq] and the teachers' features [B, T, Dk]."""
+    return nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, q, kv)
+
+
+def classify(nets: Networks, variables: Variables, z: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """Synergy logits [B, C] of a code z [B, d]; with dropout only where keys are given."""
+    return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, z, dropout_keys=dropout_keys)

@@ -1,0 +1,136 @@
+"""The fusion network (SPEC 1): IB_MBM reads the teachers' features for the student, SynergyHead classifies the code."""
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.architecture import linear, symmetric_uniform
+
+FEATURE_NORMS = ("none", "l2")
+
+
+class Latent(NamedTuple):
+    """What IB_MBM makes of a batch: a diagonal normal per example, or a point without the bottleneck.
+
+    mu: [B, d]. Without `use_ib` the other two are None:
+    logvar: [B, d], the clipped log-variance; clipped: [B], the share of its entries that the clip moved.
+    """
+
+    mu: jax.Array
+    logvar: jax.Array | None
+    clipped: jax.Array | None
+
+
+def sample(latent: Latent, noise: jax.Array) -> jax.Array:
+    """z = mu + exp(logvar / 2) * noise, [B, d]; `noise` is standard normal, keyed per example by the caller."""
+    return latent.mu + jnp.exp(latent.logvar / 2) * noise
+
+
+def _normalise(x: jax.Array, kind: str) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if kind == "none":
+        return x
+    # The bound keeps value and gradient finite where a feature is zero.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+
+
+def _layer_norm(x: jax.Array, name: str) -> jax.Array:
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
+
+
+class TeacherAttention(nn.Module):
+    """Multi-head scaled dot-product attention of one query per example over T teachers.
+
+    query [B, d], teachers [B, T, d] -> [B, d]. As PyTorch's `nn.MultiheadAttention`, but without a key bias: it adds
+    the same to every score of a query, so that its gradient is exactly zero.
+
+    Initialisers: query, key and value kernels U(-b, b) with b = sqrt(6 / (d + 3d)) (PyTorch's Xavier bound of its one
+    joint d -> 3d kernel); output kernel U(-1/sqrt(d), 1/sqrt(d)); biases zero.
+    """
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, query: jax.Array, teachers: jax.Array) -> jax.Array:
+        dim = query.shape[-1]
+
+        def project(x: jax.Array, name: str, use_bias: bool) -> jax.Array:
+            x = nn.Dense(dim, use_bias=use_bias, kernel_init=symmetric_uniform((6 / (4 * dim)) ** 0.5), name=name)(x)
+            return x.reshape(*x.shape[:-1], self.num_heads, dim // self.num_heads)
+
+        q, k, v = project(query, "query", True), project(teachers, "key", False), project(teachers, "value", True)
+        scores = jnp.einsum("bhe,bthe->bht", q, k) * (dim // self.num_heads) ** -0.5
+        read = jnp.einsum("bht,bthe->bhe", jax.nn.softmax(scores), v)
+        return nn.Dense(dim, kernel_init=symmetric_uniform(dim ** -0.5), name="out")(read.reshape(query.shape))
+
+
+class IB_MBM(nn.Module):
+    """Information-bottleneck multi-teacher fusion: q [B, Dq], kv [B, T, Dk] -> Latent, all float32.
+
+    dim: d; num_heads must divide it. feature_norm: one of FEATURE_NORMS, applied to q and kv over features.
+    use_ib: without it there is no log-variance layer.
+    residual: LayerNorm(attention + q') in place of the attention alone.
+    logvar_clip, min_std: logvar is clipped to [max(-logvar_clip, 2 ln min_std), logvar_clip].
+
+    Dense layers start as PyTorch's `nn.Linear` (see `linear`), LayerNorms from scale 1, bias 0, the attention as its
+    own docstring says.
+
+    Raises ValueError if num_heads does not divide dim or feature_norm is unknown.
+    """
+
+    dim: int
+    num_heads: int
+    use_ib: bool
+    feature_norm: str
+    logvar_clip: float
+    min_std: float
+    residual: bool = True
+
+    def __post_init__(self):
+        if self.dim % self.num_heads:
+            raise ValueError(f"ib_mbm_n_head = {self.num_heads} does not divide ib_mbm_out_dim = {self.dim}")
+        if self.feature_norm not in FEATURE_NORMS:
+            raise ValueError(f"ib_mbm_feature_norm = {self.feature_norm!r} must be one of {', '.join(FEATURE_NORMS)}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, q: jax.Array, kv: jax.Array) -> Latent:
+        query = linear(_normalise(q, self.feature_norm), self.dim, name="query")
+        teachers = linear(_normalise(kv, self.feature_norm), self.dim, name="teachers")
+        s = TeacherAttention(self.num_heads, name="attention")(
+            _layer_norm(query, "query_norm"), _layer_norm(teachers, "teachers_norm"))
+        if self.residual:
+            s = _layer_norm(s + query, "norm")
+        mu = linear(s, self.dim, name="mu")
+        if not self.use_ib:
+            return Latent(mu, None, None)
+        raw = linear(s, self.dim, name="logvar")
+        logvar = jnp.clip(raw, max(-self.logvar_clip, 2 * math.log(self.min_std)), self.logvar_clip)
+        return Latent(mu, logvar, jnp.mean(logvar != raw, axis=-1, dtype=jnp.float32))
+
+
+class SynergyHead(nn.Module):
+    """Dense(d)-relu-dropout-Dense(C): z [B, d] -> synergy logits [B, C], float32.
+
+    Dense layers start as PyTorch's `nn.Linear` (see `linear`).
+    learnable_temperature: the logits are divided by exp(t), t a scalar parameter that starts at 0.
+    """
+
+    num_classes: int
+    dim: int
+    dropout: float
+    learnable_temperature: bool
+
+    @nn.compact
+    def __call__(self, z: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """dropout_keys: [B] typed keys, one per example, so that a mask depends on no device; None: no dropout."""
+        hidden = nn.relu(linear(z, self.dim, name="fc1"))
+        if self.dropout > 0 and dropout_keys is not None:
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, (self.dim,)))(dropout_keys)
+            hidden = jnp.where(keep, hidden / (1 - self.dropout), 0)
+        logits = linear(hidden, self.num_classes, name="fc2")
+        if self.learnable_temperature:
+            logits /= jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
+        return logits

@@ -1,0 +1,108 @@
+"""A backbone with its classifier and adapters: the form teachers and students share (SPEC 1)."""
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.architecture import Architecture, linear
+
+
+class Outputs(NamedTuple):
+    """All that one forward pass gives.
+
+    feat_4d: [B, h, w, F] in the compute dtype; feat_2d: [B, F]; distill_feat: [B, D], or None without a distillation
+    adapter; logit: [B, C]. The last three are float32.
+    """
+
+    feat_4d: jax.Array
+    feat_2d: jax.Array
+    distill_feat: jax.Array | None
+    logit: jax.Array
+
+
+class DistillationAdapter(nn.Module):
+    """Dense(D)(relu(Dense(H)(x))) in float32, initialised as PyTorch's `nn.Linear` (see `linear`)."""
+
+    hidden: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(nn.relu(linear(x, self.hidden, name="fc1")), self.features, name="fc2")
+
+
+class KDModel(nn.Module):
+    """Pixels to `Outputs`. Normalisation is inside because it belongs to the weights.
+
+    architecture: the backbone. num_classes: C.
+    mean, std: per channel of pixels scaled to 0..1; one value serves all channels.
+    adapter_dim: D, the width of `distill_feat`; 0 builds no distillation adapter.
+    adapter_hidden: H, the adapter's hidden width; 0 is max(F // 2, D).
+    residual_adapter: x + conv1x1(x) after the last-but-one stage, in the manner of Rebuffi et al. (2017). Its kernel
+        starts at zero, so that the network starts as the one without it.
+    dtype: compute type of the stages. Parameters, BatchNorm statistics, the classifier and the distillation adapter
+        are float32; the classifier starts as PyTorch's `nn.Linear` (see `linear`).
+    axis_name: mapped axis over which training-mode BatchNorm takes its statistics; None: this device's batch.
+
+    Parameters are grouped as one entry per stage, "classifier", "distill_adapter" and "residual_adapter". The
+    initial value of each depends on its name and the key only: adapters do not change the backbone's.
+    """
+
+    architecture: Architecture
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    adapter_dim: int = 0
+    adapter_hidden: int = 0
+    residual_adapter: bool = False
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    def setup(self):
+        if self.adapter_dim:
+            hidden = self.adapter_hidden or max(self.architecture.feat_dim // 2, self.adapter_dim)
+            self.distill_adapter = DistillationAdapter(hidden, self.adapter_dim)
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array, *, train: bool, frozen_stages: int = 0, freeze_bn: bool = False) -> Outputs:
+        """pixels: [B, H, W, channels], uint8 or float32 in 0..255.
+
+        train: BatchNorm uses and updates batch statistics, except in the first `frozen_stages` stages and, with
+            `freeze_bn`, anywhere: there it uses its running statistics, which stand still.
+
+        Raises ValueError if mean or std have neither one value nor one per channel.
+        """
+        x = self._normalise(pixels)
+        stages = self.architecture.stages
+        for i, (name, factory) in enumerate(stages):
+            stage = factory(name=name, dtype=self.dtype, axis_name=self.axis_name)
+            x = stage(x, train=train and not freeze_bn and i >= frozen_stages)
+            if self.residual_adapter and i == len(stages) - 2:
+                x += nn.Conv(x.shape[-1], (1, 1), use_bias=False, dtype=self.dtype, name="residual_adapter",
+                             kernel_init=nn.initializers.zeros)(x)
+        feat_2d = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        logit = linear(feat_2d, self.num_classes, name="classifier")
+        return Outputs(x, feat_2d, self.distill(feat_2d), logit)
+
+    def distill(self, feat_2d: jax.Array) -> jax.Array | None:
+        """The distillation adapter alone: feat_2d [B, F] -> distill_feat [B, D]; None if the model has none."""
+        return self.distill_adapter(feat_2d) if self.adapter_dim else None
+
+    def _normalise(self, pixels: jax.Array) -> jax.Array:
+        channels = pixels.shape[-1]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
+                                 f"set {name} to one value or {channels}")
+        return (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
+
+def stage_names(model: KDModel) -> tuple[str, ...]:
+    """The model's stages from input to output, as partial freezing counts them."""
+    return tuple(name for name, _ in model.architecture.stages)
+
+
+def feature_dim(model: KDModel) -> int:
+    """Width at which a teacher is read: `distill_feat` if it has a distillation adapter, else `feat_2d` (SPEC 1)."""
+    return model.adapter_dim or model.architecture.feat_dim

@@ -1,0 +1,123 @@
+"""ResNets: He et al. (2016) for small images, with Tian et al.'s (2020) wider variants, and the ImageNet bottlenecks.
+
+Convolutions have no bias, pad both sides by kernel // 2 (XLA's "SAME" pads only the far side at stride 2, PyTorch and
+its weights do not) and start from He normal over fan-out; BatchNorm starts from scale 1, bias 0. Where a block
+changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B).
+"""
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.architecture import Architecture
+
+Convolutions = tuple[tuple[int, int, int], ...]  # (kernel, width, stride) of a block's convolutions in order
+
+
+def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
+    """A square convolution without bias; see the module's docstring."""
+    return nn.Conv(width, (kernel, kernel), stride, padding=kernel // 2, use_bias=False, dtype=dtype, name=name,
+                   kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+
+
+def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
+    """BatchNorm with float32 statistics. In training they are of the global batch if `axis_name` is given."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name,
+                        name=name)
+
+
+class Stem(nn.Module):
+    """The first convolution, BatchNorm, relu and, if `pool`, a 3x3 max-pool of stride 2."""
+
+    kernel: int
+    width: int
+    stride: int
+    pool: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = conv(self.kernel, self.width, self.stride, dtype=self.dtype, name="conv")(x)
+        x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
+
+
+class Block(nn.Module):
+    """relu(shortcut(x) + conv-bn[-relu-conv-bn ...](x)): the basic block and the bottleneck alike."""
+
+    convolutions: Convolutions
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
+        y, total_stride = x, 1
+        for i, (kernel, width, stride) in enumerate(self.convolutions, start=1):
+            y = nn.relu(y) if i > 1 else y
+            y = norm(name=f"bn{i}")(conv(kernel, width, stride, dtype=self.dtype, name=f"conv{i}")(y))
+            total_stride *= stride
+        if total_stride > 1 or x.shape[-1] != y.shape[-1]:
+            x = conv(1, y.shape[-1], total_stride, dtype=self.dtype, name="downsample_conv")(x)
+            x = norm(name="downsample_bn")(x)
+        return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+    """A chain of blocks named block0, block1, ..."""
+
+    blocks: tuple[Convolutions, ...]
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for i, convolutions in enumerate(self.blocks):
+            x = Block(convolutions, self.dtype, self.axis_name, name=f"block{i}")(x, train=train)
+        return x
+
+
+def _basic(width: int, stride: int) -> Convolutions:
+    return (3, width, stride), (3, width, 1)
+
+
+def _bottleneck(width: int, stride: int) -> Convolutions:
+    """The stride is on the 3x3 convolution, as in torchvision ("ResNet V1.5")."""
+    return (1, width, 1), (3, width, stride), (1, 4 * width, 1)
+
+
+def _layers(block: Callable[[int, int], Convolutions], widths: tuple[int, ...], counts: tuple[int, ...]):
+    """Stages "layer1", "layer2", ... of `counts` blocks; every one but the first halves the resolution."""
+    return tuple(
+        (f"layer{i + 1}", partial(Stage, blocks=(block(width, min(i + 1, 2)), *[block(width, 1)] * (count - 1))))
+        for i, (width, count) in enumerate(zip(widths, counts, strict=True))
+    )
+
+
+def cifar_resnet(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int = 16) -> Architecture:
+    """He et al.'s CIFAR ResNet of 6n + 2 layers: a 3x3 stem and three stages of n basic blocks.
+
+    widths (64, 128, 256) with stem 32 are the "x4" networks of Tian et al. (2020).
+    """
+    return Architecture(
+        stages=(("stem", partial(Stem, kernel=3, width=stem, stride=1, pool=False)),
+                *_layers(_basic, widths, (depth // 6,) * 3)),
+        feat_dim=widths[-1],
+    )
+
+
+def imagenet_resnet(counts: tuple[int, ...], small_input: bool) -> Architecture:
+    """torchvision's bottleneck ResNet with `counts` blocks in its four stages.
+
+    small_input: a 3x3 stem of stride 1 without max-pool, for images of about 32 pixels, in place of the 7x7 stem of
+        stride 2 with max-pool. Only the stem's kernel differs in shape.
+    """
+    stem = dict(kernel=3, stride=1, pool=False) if small_input else dict(kernel=7, stride=2, pool=True)
+    return Architecture(
+        stages=(("stem", partial(Stem, width=64, **stem)), *_layers(_bottleneck, (64, 128, 256, 512), counts)),
+        feat_dim=4 * 512,
+    )

@@ -1,0 +1,70 @@
+"""The only file that knows about devices: choose them, replicate, shard a batch, compile a step.
+
+pmap is the engine for several devices. The state has no device axis: arguments enter replicated (`in_axes=None`), only
+the batch is split over its leading axis, and every output is the same on all devices (`out_axes=None`), which a step
+guarantees by reducing over the axis before anything nonlinear.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "devices"
+
+
+def local_devices(count: int) -> list[jax.Device]:
+    """The first `count` local devices, or all of them for 0. ValueError when fewer exist."""
+    available = jax.local_devices()
+    if not 0 <= count <= len(available):
+        raise ValueError(f"num_devices={count}, but {len(available)} are here: {available}; 0 takes all")
+    return available[: count or len(available)]
+
+
+def check_batch(batch_size: int, devices: list[jax.Device]) -> None:
+    """ValueError when the batch does not divide by the number of devices."""
+    if batch_size % len(devices):
+        raise ValueError(f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; "
+                         f"change it or set num_devices")
+
+
+def axis_name(devices: list[jax.Device]) -> str | None:
+    """The name networks and steps reduce over, or None on one device."""
+    return AXIS if len(devices) > 1 else None
+
+
+def compile_step(step: Callable, devices: list[jax.Device], *, arguments: int, donate_first: bool = False) -> Callable:
+    """Compile `step(*replicated, batch)`, whose last of `arguments` arguments is the batch.
+
+    On several devices `step` must have been made with `axis_name(devices)`, and its outputs be equal on all.
+    """
+    donate = (0,) if donate_first else ()
+    if len(devices) == 1:
+        return jax.jit(step, donate_argnums=donate)
+    return jax.pmap(step, AXIS, in_axes=(None,) * (arguments - 1) + (0,), out_axes=None, donate_argnums=donate,
+                    devices=devices)
+
+
+def replicate(tree: Any, devices: list[jax.Device]) -> Any:
+    """A copy of every leaf on every device, placed once. Copied, so that a donated result never deletes its source."""
+    mesh = Mesh(np.array(devices), (AXIS,))
+    return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, PartitionSpec()))
+
+
+def shard(batch: Any, devices: list[jax.Device]) -> Any:
+    """Split every [B, ...] leaf into [devices, B / devices, ...]; unchanged on one device."""
+    if len(devices) == 1:
+        return batch
+    return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+
+
+def batch_mean(axis: str | None) -> Callable[[jax.Array], jax.Array]:
+    """The mean over the global batch of a [B / devices] array, inside a step that reduces over `axis`.
+
+    For values without gradient only: a loss is averaged locally and its gradients are reduced afterwards.
+    """
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.mean(x) if axis is None else jax.lax.pmean(jnp.mean(x), axis)
+    return mean

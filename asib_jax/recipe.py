@@ -1,0 +1,237 @@
+"""A configuration as frozen dataclasses of plain values: the only file that reads configuration keys.
+
+Each field stands for the key of the same name in `configs/base.py`, where it is described; the two always match, since
+a key without a field and a field without a key are both errors. What the values must satisfy is in `checks.py`.
+"""
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetRecipe:
+    name: str
+    path: str
+    data_dir: str
+    batch_size: int
+    data_aug: int
+    small_input: bool
+    val_fraction: float
+    train_subset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentRecipe:
+    name: str
+    weights: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    use_adapter: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecipe:
+    student: StudentRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRecipe:
+    name: str
+    weights: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    saw_val: bool
+    train_epochs: int
+    train_lr: float
+    train_weight_decay: float
+    freeze_level: tuple[int, ...]
+    freeze_bn: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleRecipe:
+    type: str
+    lr_warmup_epochs: int
+    min_lr: float
+    step_size: int
+    gamma: float
+    milestones: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs to know. `teachers` gathers the groups teacher1, teacher2, ... in order."""
+    # run
+    seed: int
+    results_dir: str
+    exp_id: str
+    num_stages: int
+    student_epochs_per_stage: tuple[int, ...]
+    teacher_adapt_epochs: int
+    restore_best: bool
+    train_control: bool
+    num_devices: int
+    use_amp: bool
+    amp_dtype: str
+    tensorboard: bool
+    wandb: str
+    profile_steps: tuple[int, ...]
+    # data and networks
+    dataset: DatasetRecipe
+    model: ModelRecipe
+    teachers: tuple[TeacherRecipe, ...]
+    teacher_views: int
+    teacher_cache: str
+    # distillation
+    kd_target: str
+    kd_teacher_index: int
+    ce_alpha: float
+    kd_alpha: float
+    kd_max_ratio: float
+    kd_warmup_epochs: int
+    kd_ens_alpha: float
+    teacher_adapt_kd_warmup: int
+    tau: float
+    tau_schedule: tuple[float, ...]
+    tau_decay_power: float
+    feat_kd_alpha: float
+    feat_kd_key: str
+    use_loss_clamp: bool
+    loss_clamp_max: float
+    ce_label_smoothing: float
+    mixup_alpha: float
+    cutmix_alpha_distill: float
+    use_disagree_weight: bool
+    disagree_mode: str
+    disagree_lambda_high: float
+    disagree_lambda_low: float
+    use_partial_freeze: bool
+    student_freeze_level: tuple[int, ...]
+    student_freeze_bn: bool
+    # fusion
+    use_distillation_adapter: bool
+    distill_out_dim: int
+    distill_hidden_dim: int
+    use_ib: bool
+    ib_beta: float
+    ib_beta_warmup_epochs: int
+    beta_schedule: tuple[float, ...]
+    ib_mbm_out_dim: int
+    ib_mbm_n_head: int
+    ib_mbm_feature_norm: str
+    ib_mbm_residual: bool
+    ib_mbm_logvar_clip: float
+    ib_mbm_min_std: float
+    ib_mbm_reg_lambda: float
+    synergy_head_dropout: float
+    synergy_temp_learnable: bool
+    min_cw: float
+    synergy_only_epochs: int
+    enable_kd_after_syn_acc: float
+    synergy_ce_alpha: float
+    synergy_kd_alpha: float
+    synergy_ema_alpha: float
+    label_smoothing: float
+    teacher_adapt_alpha_kd: float | None
+    use_cccp: bool
+    cccp_alpha: float
+    cccp_nt: int
+    cccp_ns: int
+    train_distill_adapter_only: bool
+    use_teacher_finetuning: bool
+    reg_lambda: float
+    # optimisation
+    optimizer: str
+    momentum: float
+    student_lr: float
+    student_weight_decay: float
+    grad_clip_norm: float
+    a_step_lr: float
+    ib_mbm_lr_factor: float
+    teacher_lr: float | None
+    a_step_weight_decay: float
+    schedule: ScheduleRecipe
+
+    @property
+    def uses_fusion(self) -> bool:
+        """Whether a fusion network is trained; adapters are built only then."""
+        return self.teacher_adapt_epochs > 0
+
+    @property
+    def uses_teachers(self) -> bool:
+        """Whether anything the student learns from needs a teacher."""
+        return self.uses_fusion or self.kd_alpha > 0 or self.feat_kd_alpha > 0
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether networks carry a distillation adapter."""
+        return self.uses_fusion and self.use_distillation_adapter
+
+    @property
+    def student_feature(self) -> str:
+        """Which student feature is the query and the one feature KD matches."""
+        return self.feat_kd_key or ("distill_feat" if self.uses_adapters else "feat_2d")
+
+    @property
+    def a_epochs(self) -> int:
+        """A-epochs of one stage (SPEC 4: cccp_nt times as many under use_cccp)."""
+        return self.teacher_adapt_epochs * (self.cccp_nt if self.use_cccp else 1)
+
+    @property
+    def b_epochs(self) -> tuple[int, ...]:
+        """B-epochs of each stage."""
+        factor = self.cccp_ns if self.use_cccp else 1
+        return tuple(epochs * factor for epochs in self.student_epochs_per_stage)
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.amp_dtype if self.use_amp else "float32"
+
+
+def read(config: Mapping[str, Any]) -> Recipe:
+    """The recipe `config` (a ConfigDict or a nested dict) describes.
+
+    Raises:
+      ValueError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
+    """
+    config = dict(config.items())
+    names = sorted((key for key in config if re.fullmatch(r"teacher\d+", key)), key=lambda key: int(key[7:]))
+    if names != [f"teacher{k + 1}" for k in range(len(names))]:
+        raise ValueError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
+    groups = tuple(_read_group(TeacherRecipe, config.pop(name), f"{name}.") for name in names)
+    return _read_group(Recipe, {**config, "teachers": groups}, "")
+
+
+def _read_group(cls: type, group: Mapping[str, Any], prefix: str):
+    hints = typing.get_type_hints(cls)
+    for key in group:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            raise ValueError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
+    missing = [prefix + key for key in hints if key not in group]
+    if missing:
+        raise ValueError(f"missing keys: {', '.join(missing)}")
+    return cls(**{key: _coerce(group[key], hint, prefix + key) for key, hint in hints.items()})
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the field's type; an int serves as a float, one number as a tuple of one."""
+    if dataclasses.is_dataclass(hint):
+        return _read_group(hint, value, f"{key}.")
+    if typing.get_origin(hint) is types.UnionType:  # float | None
+        return None if value is None else _coerce(value, typing.get_args(hint)[0], key)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(item):
+            return value  # the teachers, read already
+        values = value if isinstance(value, tuple | list) else (value,)
+        return tuple(_coerce(v, item, key) for v in values)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; a {hint.__name__} is needed")
+    return value

@@ -1,0 +1,144 @@
+"""What a person sees of a run: log lines, a progress bar, curves and the table at the end."""
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import absl.logging
+import jax
+from tqdm import tqdm
+
+
+class _Console(logging.Handler):
+    """Messages alone, on stderr, above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(folder: str | os.PathLike) -> logging.Logger:
+    """The logger `asib_jax`, writing to the console and, with time and level, to `folder/log.txt`.
+
+    A second call moves it to another folder.
+    """
+    logger = logging.getLogger("asib_jax")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
+    for handler in (file, _Console()):
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells of every step of every save
+    logger.propagate = False  # absl installs a root handler that would print everything twice
+    return logger
+
+
+class Reporter:
+    """Progress bars and curves of one run; a context manager.
+
+    `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
+    in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
+    profiler trace of those B-steps to `folder/profile`.
+
+    Raises:
+        ModuleNotFoundError: `wandb` is asked for but not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
+                 profile_steps: tuple[int, ...] = ()):
+        folder = Path(folder)
+        self._profile_folder, self._profile_steps, self._profiling = folder / "profile", profile_steps, False
+        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
+        self._tensorboard = _start_tensorboard(folder) if tensorboard else None
+
+    @staticmethod
+    def epoch_bar(images: int, description: str) -> tqdm:
+        """A bar over an epoch's images, with images/s and the time left: `with ... as bar: bar.update(batch_size)`.
+
+        It shows on a terminal only and vanishes when done: the epoch's log line stays.
+        """
+        return tqdm(total=images, desc=description, unit=" images", leave=False, disable=None, dynamic_ncols=True)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each named curve; `step` counts over the whole run and never decreases."""
+        values = {name: float(value) for name, value in values.items()}
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def on_step(self, step: int) -> None:
+        """Told each B-step before it runs: starts and ends the profiler's trace."""
+        if self._profile_steps and step == self._profile_steps[0]:
+            jax.profiler.start_trace(str(self._profile_folder))
+            self._profiling = True
+        elif self._profiling and step > self._profile_steps[1]:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        jax.profiler.stop_trace()
+        self._profiling = False
+
+    def close(self) -> None:
+        if self._profiling:
+            self._stop_profile()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _start_tensorboard(folder: Path) -> Any:
+    import tensorboardX  # imports PyTorch where that is installed, which takes a second
+    return tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+
+def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to \"\"") from None
+    return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
+
+
+class Result(NamedTuple):
+    """One line of the final table: `correct` of `count` examples of a split."""
+    name: str
+    split: str
+    correct: int
+    count: int
+    note: str = ""
+
+
+def binomial_interval(correct: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, by inverting the score test (Wilson, 1927): it stays within [0, 1]."""
+    z2 = 1.959963984540054**2
+    centre = (correct + z2 / 2) / (count + z2)
+    half = math.sqrt(z2 * (correct * (count - correct) / count + z2 / 4)) / (count + z2)
+    return centre - half, centre + half
+
+
+def results_table(rows: Iterable[Result]) -> str:
+    """The results as aligned plain text, accuracies and their 95 % intervals in per cent."""
+    lines = [("name", "split", "correct/count", "accuracy %", "95 % interval", "note")]
+    for name, split, correct, count, note in rows:
+        low, high = binomial_interval(correct, count)
+        lines.append((name, split, f"{correct}/{count}", f"{100 * correct / count:.2f}",
+                      f"{100 * low:.2f} to {100 * high:.2f}", note))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip()
+                     for line in lines)

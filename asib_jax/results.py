@@ -1,0 +1,99 @@
+"""The final table of a run: every accuracy on test, measured once, and what the student was distilled from (SPEC 7)."""
+import collections
+import dataclasses
+
+from asib_jax.evaluate import Evaluator
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.recipe import Recipe
+from asib_jax.reporting import Result, results_table
+
+_TITLES = {"average": "teachers' average", "synergy": "synergy ensemble", "without_teachers": "synergy, teachers zeroed",
+           "control_last": "student without teachers, last", "control_best": "student without teachers, best on validation",
+           "student_last": "student, last", "student_best": "student, best on validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a finished run leaves: all variables, the students' ({"params", "batch_stats"}), and steps by target."""
+
+    variables: Variables
+    student_last: dict
+    student_best: dict
+    distilled_steps: collections.Counter
+    control: tuple[dict, dict] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used."""
+
+    counts: dict[str, dict[str, int]]
+    sizes: dict[str, int]
+    shares: dict[str, float]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The scalars of the run's row in `summary.csv`."""
+        row = {f"{split}_{name}": count / self.sizes[split] for split, counts in self.counts.items()
+               for name, count in counts.items()}
+        return row | {f"{split}_count": size for split, size in self.sizes.items()} | {
+            "synergy_steps_share": self.shares.get("synergy", 0.0)}
+
+
+def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
+    """Evaluate everything on each split. The synergy ensemble asks with the student that training ended with."""
+    students = {"student_last": finished.student_last, "student_best": finished.student_best}
+    if finished.control:
+        students |= {"control_last": finished.control[0], "control_best": finished.control[1]}
+    counts = {}
+    for evaluator in evaluators:
+        row = evaluator.teacher_counts()
+        if nets.ib_mbm is not None:
+            ensemble = evaluator(finished.variables)
+            row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
+        alone = evaluator.student_only()
+        for name, student in students.items():
+            row[name] = alone(Variables({"student": student["params"]}, {"student": student["batch_stats"]}))["student"]
+        counts[evaluator.name] = row
+    total = sum(finished.distilled_steps.values())
+    shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
+    return Results(counts, {evaluator.name: evaluator.count for evaluator in evaluators}, shares)
+
+
+def render(recipe: Recipe, results: Results) -> str:
+    """The table and what belongs below it, as plain text."""
+    test, validation = results.counts["test"], results.counts["validation"]
+    inflated = any(teacher.weights and teacher.saw_val for teacher in recipe.teachers)
+    rows = []
+    for name in sorted((name for name in test if name != "disagreement"), key=_position):
+        share = validation[name] / results.sizes["validation"]
+        marked = inflated and _reads_given_weights(recipe, name)
+        rows.append(Result(_title(recipe, name), "test", test[name], results.sizes["test"],
+                           f"validation {100 * share:.2f} %{'*' if marked else ''}"))
+    lines = [results_table(rows), ""]
+    if inflated and recipe.uses_teachers:
+        lines.append("* inflated: the teachers' weights were fitted on these images too")
+    lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
+                                                for name, share in results.shares.items()))
+    if "disagreement" in test:
+        lines.append(f"teachers disagree on {100 * test['disagreement'] / results.sizes['test']:.2f} % of test images")
+    return "\n".join(lines)
+
+
+def _position(name: str) -> tuple[int, str]:
+    order = list(_TITLES)
+    return (order.index(name) + 1 if name in order else 0, name)
+
+
+def _title(recipe: Recipe, name: str) -> str:
+    if name in _TITLES:
+        return _TITLES[name]
+    return f"{name} ({recipe.teachers[int(name.removeprefix('teacher')) - 1].name})"
+
+
+def _reads_given_weights(recipe: Recipe, name: str) -> bool:
+    """Whether validation flatters this row: an imported teacher saw the images, alone or within an ensemble."""
+    if name.startswith("teacher"):
+        teacher = recipe.teachers[int(name.removeprefix("teacher")) - 1]
+        return bool(teacher.weights) and teacher.saw_val
+    return name in ("average", "synergy")

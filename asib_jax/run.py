@@ -1,0 +1,114 @@
+"""What every part of a run shares, and how far it has come."""
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+from asib_jax import freezing, loop, parallel, schedules, streams
+from asib_jax.build import Data
+from asib_jax.data.batches import training_batches
+from asib_jax.evaluate import Evaluator
+from asib_jax.experiment import Record
+from asib_jax.feature_bank import Bank
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.recipe import Recipe
+from asib_jax.reporting import Reporter
+
+logger = logging.getLogger("asib_jax")
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; all that its schedules and choices depend on."""
+
+    a_steps: int = 0  # optimizer steps so far
+    b_steps: int = 0
+    ib_epochs: int = 0  # A-epochs with the bottleneck active: the n of SPEC 3's beta
+    epochs: int = 0  # A- and B-epochs together
+    b_epochs: int = 0
+    synergy_acc: float | None = None  # `last_synergy_acc`, an exponential average; None before any measurement
+    a_opt_state: Any = None
+    b_opt_state: Any = None
+    best_acc: float = -1.0  # of the student on validation, over the run
+    best_epoch: str = ""
+    best_student: dict | None = None  # its variables on the host
+    last_student: dict | None = None  # at the end of the stage before
+    distilled_steps: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by target used
+
+
+@dataclasses.dataclass
+class Run:
+    """One run's recipe, networks, data, devices and record. `prefix` sets the control's metric keys apart."""
+
+    recipe: Recipe
+    nets: Networks
+    data: Data
+    devices: list[jax.Device]
+    record: Record
+    reporter: Reporter
+    validation: Evaluator
+    bank: Bank | None = None  # the teachers' outputs on `teacher_views` views of the training images
+    prefix: str = ""
+    _compiled: dict = dataclasses.field(default_factory=dict)
+
+    def compiled(self, key: Hashable, make_step: Callable[[], Callable]) -> Callable:
+        """The compiled training step under `key`, made and compiled once in a run."""
+        if key not in self._compiled:
+            self._compiled[key] = parallel.compile_step(make_step(), self.devices, arguments=4, donate_first=True)
+        return self._compiled[key]
+
+    def log_parameters(self, title: str, params: dict, trained: dict) -> None:
+        """One line: trainable / total parameters of every network in a step."""
+        counts = [f"{name} {freezing.count(trained.get(name, {})):,}/{freezing.count(branch):,}"
+                  for name, branch in params.items()]
+        logger.info("%s%s: trainable/total parameters: %s", self.prefix, title, ", ".join(counts))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.train.label) // self.recipe.dataset.batch_size
+
+    def log_epoch(self, step: str, stage: int, epoch: int, values: dict[str, float], *, seconds: float, total: int) -> None:
+        """Record an epoch's scalars under `stage1/a/epoch01/name`, its duration under `time/`; draw them at `total`."""
+        key = f"stage{stage + 1}/{step}/epoch{epoch + 1:02d}"
+        self.log_scalars(key, values)
+        self.record.log(f"time/{self.prefix}{key}/seconds", seconds)
+        self.record.save()
+        self.reporter.scalars({f"{self.prefix}{step}/{name}": value for name, value in values.items()}, total)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("%s%s  %s  %.1f s", self.prefix, key, shown, seconds)
+
+    def log_scalars(self, key: str, values: dict[str, float]) -> None:
+        """Record scalars under `key`/name."""
+        for name, value in values.items():
+            self.record.log(f"{self.prefix}{key}/{name}", value)
+
+    def augment_key(self, stage: int, epoch: int, run_epoch: int) -> jax.Array:
+        """The augmentation stream of an epoch; with `teacher_views` that of its view (stage 0's first epochs)."""
+        views = self.recipe.teacher_views
+        position = (0, run_epoch % views) if views else (stage, epoch)
+        return streams.key(self.recipe.seed, "augment", *position)
+
+    def batches(self, step: str, stage: int, epoch: int, run_epoch: int):
+        """One epoch of the student's training images in an order of its own, with stored teacher outputs if any."""
+        order = streams.rng(self.recipe.seed, f"order/{step}", stage, epoch)
+        for batch in training_batches(self.data.train, self.recipe.dataset.batch_size, order):
+            if self.bank is not None:
+                batch["teachers"] = self.bank.outputs(run_epoch % self.recipe.teacher_views, batch["row"])
+            yield batch
+
+    def epoch(self, title: str, step: Callable, state, frozen: Variables, **options):
+        """`loop.run_epoch` under a progress bar."""
+        with self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title) as bar:
+            return loop.run_epoch(step, state, frozen, devices=self.devices, on_images=bar.update, **options)
+
+
+def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
+    """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs over the run."""
+    schedule = recipe.schedule
+    return lambda step: schedules.learning_rate(
+        step, base=base, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=schedule.lr_warmup_epochs,
+        kind=schedule.type, min_lr=schedule.min_lr, step_size=schedule.step_size, gamma=schedule.gamma,
+        milestones=schedule.milestones)

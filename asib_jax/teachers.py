@@ -1,0 +1,64 @@
+"""Ready teachers: imported from a file, or trained here on the training split without validation."""
+import functools
+import logging
+import time
+
+import jax
+
+from asib_jax import build, parallel, pretrained, state, steps, streams
+from asib_jax.data.batches import training_batches
+from asib_jax.loop import run_epoch
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.kd_model import KDModel
+from asib_jax.recipe import Recipe, TeacherRecipe
+from asib_jax.reporting import Reporter
+from asib_jax.run import learning_rate
+from asib_jax.steps import BTerms
+
+logger = logging.getLogger("asib_jax")
+
+
+def ready(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], reporter: Reporter) -> Variables:
+    """Variables of every teacher, by name. Adapters start at random, keyed by the run's seed.
+
+    Where a teacher comes from: `weights`, a file, or `train_epochs` of supervised training here.
+    """
+    params, stats = {}, {}
+    for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
+        variables = build.init_network(model, recipe.seed, name, data.image_shape)
+        if options.weights:
+            variables = pretrained.import_weights(pretrained.load_weights(options.weights), variables)
+            logger.info("%s: %s from %s", name, options.name, options.weights)
+        else:
+            variables = train(recipe, options, model, name, variables, data, devices, reporter)
+        params[name], stats[name] = variables["params"], variables["batch_stats"]
+    return Variables(params, stats)
+
+
+def train(recipe: Recipe, options: TeacherRecipe, model: KDModel, name: str, variables: dict, data: build.Data,
+          devices: list[jax.Device], reporter: Reporter) -> dict:
+    """Supervised training of one network with AdamW under the run's schedule; the last epoch counts."""
+    axis = parallel.axis_name(devices)
+    split, batch_size = data.teacher_train, recipe.dataset.batch_size
+    tx = state.make_optimizer("adamw", weight_decay=options.train_weight_decay, grad_clip_norm=recipe.grad_clip_norm)
+    loss = functools.partial(steps.b_loss, nets=Networks(model), terms=BTerms(recipe.dataset.data_aug), axis_name=axis)
+    step = parallel.compile_step(steps.make_train_step(loss, tx, axis_name=axis), devices, arguments=4, donate_first=True)
+    whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
+    adapters = {child: child != "distill_adapter" for child in variables["params"]}  # no label reaches the adapter
+    current, frozen = state.begin(whole, {"student": adapters}, ("student",), tx)
+    current = parallel.replicate(current, devices)
+    rate = learning_rate(recipe, base=options.train_lr, steps_per_epoch=len(split.label) // batch_size,
+                         epochs=options.train_epochs)
+    start, done = time.perf_counter(), 0
+    for epoch in range(options.train_epochs):
+        key = streams.key(recipe.seed, f"augment/{name}", epoch)
+        order = streams.rng(recipe.seed, f"order/{name}", epoch)
+        with reporter.epoch_bar(len(split.label) // batch_size * batch_size, f"{name} {epoch + 1}/{options.train_epochs}") as bar:
+            current, metrics, count = run_epoch(
+                step, current, frozen, training_batches(split, batch_size, order), devices=devices,
+                controls={"augment_key": key, "mix_key": key}, learning_rate=rate, first_step=done, on_images=bar.update)
+        done += count
+        logger.info("%s epoch %d/%d: loss %.4f, training accuracy %.2f %%", name, epoch + 1, options.train_epochs,
+                    metrics["loss"], 100 * metrics["acc"])
+    logger.info("%s: %s trained on %d images in %.0f s", name, options.name, len(split.label), time.perf_counter() - start)
+    return state.join(current, frozen).of("student")

@@ -1,0 +1,146 @@
+"""A whole run: teachers ready, stages of A-Step and B-Step, the final table (SPEC 7)."""
+import dataclasses
+import logging
+import time
+
+import jax
+
+from asib_jax import a_step, b_step, build, checkpoint, checks, feature_bank, parallel, pretrained, streams, teachers
+from asib_jax.evaluate import Evaluator
+from asib_jax.experiment import Record
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.recipe import Recipe
+from asib_jax.reporting import Reporter
+from asib_jax.results import Finished, final_results, render
+from asib_jax.run import Progress, Run
+
+logger = logging.getLogger("asib_jax")
+
+
+def recorded(recipe: Recipe, record: Record) -> None:
+    """`train`, its outcome written down whatever it is: a failed or interrupted run is never a finished one."""
+    try:
+        with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
+                      profile_steps=recipe.profile_steps, config=record.config) as reporter:
+            summary = train(recipe, record, reporter)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        record.finish(status, {}, f"{type(error).__name__}: {error}")
+        logger.error("%s: %s", status, error)
+        raise
+    record.finish("finished", summary)
+
+
+def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, object]:
+    """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
+    record's folder."""
+    start = time.perf_counter()
+    devices = parallel.local_devices(recipe.num_devices)
+    data = build.load_data(recipe)
+    nets = build.build_networks(recipe, data.num_classes, devices)
+    describe(recipe, data, devices)
+    variables = teachers.ready(recipe, nets, data, devices, reporter) if nets.teachers else Variables({}, {})
+    run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
+    variables, progress = run_stages(run, variables)
+    finished = Finished(variables, progress.last_student, progress.best_student, progress.distilled_steps)
+    if recipe.train_control:
+        finished = dataclasses.replace(finished, control=train_control(run, progress.epochs))
+    save(run, finished)
+    results = final_results(run.nets, finished, run.validation, test_evaluator(run, variables))
+    minutes = (time.perf_counter() - start) / 60
+    for key, value in results.summary.items():
+        record.log(f"final/{key}", value)
+    record.log("time/total_minutes", minutes)
+    logger.info("\n%s\n\nrecord: %s (%.1f minutes)", render(recipe, results), record.folder, minutes)
+    return {**results.summary, "minutes": minutes}
+
+
+def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> None:
+    """Log lines by which a reader verifies an ablation: data, and the active KD, IB/CCCP and freezing settings."""
+    logger.info("data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
+                data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
+                len(data.test.label), data.num_classes)
+    logger.info("devices: %d x %s, %s", len(devices), devices[0].device_kind, recipe.compute_dtype)
+    logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
+                recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
+                recipe.feat_kd_alpha)
+    logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' adapters "
+                "%s, teachers %s", recipe.a_epochs, f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
+                f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
+                recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
+                "trained" if recipe.use_teacher_finetuning else "frozen")
+    levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
+    logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
+    if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
+        logger.warning(warning)
+
+
+def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
+            reporter: Reporter, teacher_variables: Variables) -> tuple[Run, Variables]:
+    """The run's shared parts, and all variables on its devices before the first stage."""
+    student = build.init_student_and_fusion(recipe, nets, data.image_shape)
+    variables = Variables({**student.params, **teacher_variables.params},
+                          {**student.batch_stats, **teacher_variables.batch_stats})
+    variables = parallel.replicate(variables, devices)
+    options = {"batch_size": recipe.dataset.batch_size, "devices": devices, "cache": recipe.teacher_cache}
+    validation = Evaluator(nets, variables, data.validation, name="validation", **options)
+    bank = None
+    if recipe.teacher_views and nets.teachers:
+        keys = [streams.key(recipe.seed, "augment", 0, view) for view in range(recipe.teacher_views)]
+        bank = feature_bank.build(nets, variables, data.train, keys=keys, data_aug=recipe.dataset.data_aug,
+                                  title="the training images", **options)
+    return Run(recipe, nets, data, devices, record, reporter, validation, bank), variables
+
+
+def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[Variables, Progress]:
+    """Every stage's A-Step and B-Step. Each stage's last student is saved before the best one continues."""
+    progress = Progress(epochs=epochs_before)
+    if run.recipe.uses_fusion:
+        variables = a_step.calibrate(run, variables)
+    for stage in range(len(run.recipe.b_epochs)):
+        if run.recipe.uses_fusion:
+            variables = a_step.run_a_step(run, variables, progress, stage)
+        variables = b_step.run_b_step(run, variables, progress, stage)
+        folder = run.record.folder / "checkpoints" / f"{run.prefix.replace('/', '_')}stage{stage + 1}_last"
+        checkpoint.save(folder, progress.last_student)
+    return variables, progress
+
+
+def without_teachers(recipe: Recipe) -> Recipe:
+    """The same student, data and epochs, learning from labels alone."""
+    return dataclasses.replace(recipe, ce_alpha=1.0, kd_alpha=0.0, feat_kd_alpha=0.0, kd_target="avg",
+                               teacher_adapt_epochs=0, teacher_views=0, train_control=False)
+
+
+def train_control(run: Run, epochs_before: int) -> tuple[dict, dict]:
+    """The last and best student of the same run without teachers."""
+    logger.info("control: the same student without teachers")
+    recipe = without_teachers(run.recipe)
+    nets = build.build_networks(recipe, run.data.num_classes, run.devices)
+    control, variables = prepare(recipe, nets, run.data, run.devices, run.record, run.reporter, Variables({}, {}))
+    control.prefix = "control/"
+    _, progress = run_stages(control, variables, epochs_before)
+    return progress.last_student, progress.best_student
+
+
+def test_evaluator(run: Run, variables: Variables) -> Evaluator:
+    """The test split with the teachers as they are now."""
+    return Evaluator(run.nets, variables, run.data.test, name="test", batch_size=run.recipe.dataset.batch_size,
+                     devices=run.devices, cache=run.recipe.teacher_cache)
+
+
+def save(run: Run, finished: Finished) -> None:
+    """Everything trained or drawn at random here, in one checkpoint; imported backbones by path and digest."""
+    tree = {"student_last": finished.student_last, "student_best": finished.student_best}
+    if finished.control:
+        tree |= {"control_last": finished.control[0], "control_best": finished.control[1]}
+    final = jax.device_get(finished.variables)
+    trained = {name: final.of(name) for name in final.params if name in ("ib_mbm", "synergy_head", "student")}
+    for name, options in zip(run.nets.teacher_names, run.recipe.teachers):
+        trained[name] = final.of(name)
+        if options.weights:
+            run.record.log(f"weights/{name}", pretrained.digest(options.weights))
+            if not run.recipe.use_teacher_finetuning:
+                trained[name] = {"params": {child: leaves for child, leaves in final.params[name].items()
+                                            if child == "distill_adapter"}}
+    checkpoint.save(run.record.folder / "checkpoints" / "final", {**tree, "variables": trained})

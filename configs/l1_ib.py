@@ -1,0 +1,15 @@
+"""L1: the fusion network with the variational information bottleneck.
+
+    python launch/main.py --config=configs/l1_ib.py          # CIFAR-100 at full scale
+    python launch/main.py --config=configs/l1_ib.py:digits   # on a laptop
+
+Differs from `side_fusion` in use_ib.
+"""
+from configs import side_fusion
+
+
+def get_config(profile: str = ""):
+    """`configs/side_fusion.py` with the changes below."""
+    config = side_fusion.get_config(profile)
+    config.use_ib = True
+    return config

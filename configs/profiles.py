@@ -1,0 +1,61 @@
+"""What a profile changes: the same experiment on other data, smaller networks and fewer epochs."""
+from ml_collections import ConfigDict
+
+
+def _full(config: ConfigDict) -> None:
+    """CIFAR-100 at full scale: the defaults of `configs/base.py`."""
+
+
+def _small(config: ConfigDict) -> None:
+    """Real CIFAR-100 on a CPU: ResNet-56 and ResNet-44 teachers from files, a ResNet-8 student, few images."""
+    config.dataset.batch_size = 128
+    config.dataset.train_subset = 5000
+    config.model.student.name = "resnet8_scratch"
+    config.teacher1.name = "resnet56"
+    config.teacher2.name = "resnet44"
+    for network in (config.model.student, config.teacher1, config.teacher2):
+        network.mean, network.std = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
+    config.teacher_views = 8
+    config.use_amp = False
+    config.student_epochs_per_stage = (8, 8)
+    config.teacher_adapt_epochs = 4
+    config.synergy_only_epochs = 2
+    config.ib_beta_warmup_epochs = 2
+    config.distill_out_dim = 128
+    config.ib_mbm_out_dim = 128
+    config.schedule.lr_warmup_epochs = 1
+
+
+def _digits(config: ConfigDict) -> None:
+    """Handwritten digits (8x8, bundled with scikit-learn): teachers trained here, few labels for the student."""
+    config.dataset.name = "digits"
+    config.dataset.batch_size = 32
+    config.dataset.train_subset = 100
+    config.dataset.data_aug = 3
+    config.model.student.name = "resnet8_scratch"
+    config.teacher1.name = "resnet14"
+    config.teacher2.name = "resnet8"
+    for network in (config.model.student, config.teacher1, config.teacher2):
+        network.mean, network.std = (0.305,), (0.376,)
+    for teacher in (config.teacher1, config.teacher2):
+        teacher.train_epochs = 10
+    config.use_amp = False
+    config.train_control = True
+    config.student_epochs_per_stage = (10, 10)
+    config.teacher_adapt_epochs = 8
+    config.synergy_only_epochs = 4
+    config.ib_beta_warmup_epochs = 4
+    config.enable_kd_after_syn_acc = 0.3
+    config.distill_out_dim = 64
+    config.ib_mbm_out_dim = 64
+    config.schedule.lr_warmup_epochs = 2
+
+
+_PROFILES = {"": _full, "small": _small, "digits": _digits}
+
+
+def apply(config: ConfigDict, profile: str) -> None:
+    """Apply `profile` in place; ValueError names an unknown one."""
+    if profile not in _PROFILES:
+        raise ValueError(f"unknown profile {profile!r} after the colon of --config; known: {sorted(_PROFILES)}")
+    _PROFILES[profile](config)

@@ -1,0 +1,15 @@
+"""The fusion network without a bottleneck: L0 plus the A-Step and the synergy target.
+
+    python launch/main.py --config=configs/side_fusion.py          # CIFAR-100 at full scale
+    python launch/main.py --config=configs/side_fusion.py:digits   # on a laptop
+
+Differs from `l0_baseline` in kd_target and teacher_adapt_epochs.
+"""
+from configs import base
+
+
+def get_config(profile: str = ""):
+    """`configs/base.py` with the changes below."""
+    config = base.get_config(profile)
+    config.use_ib = False
+    return config

@@ -1,0 +1,37 @@
+"""Train: python launch/main.py --config=configs/l2_cccp.py:digits [--config.KEY=VALUE ...]"""
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from asib_jax import checks, recipe as recipes, reporting, train
+from asib_jax.experiment import Record
+from configs import base
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE")
+    path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    try:
+        recipe = recipes.read(CONFIG.value)
+        checks.check(recipe)
+        name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
+        record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    logger = reporting.setup_logging(record.folder)
+    idle = checks.without_effect(recipe, recipes.read(base.get_config(profile)))
+    if idle:
+        logger.warning("without effect in this run: %s", ", ".join(idle))
+    train.recorded(recipe, record)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

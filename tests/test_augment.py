@@ -1,0 +1,169 @@
+"""Augmentation against numpy on single images, and mixing on one device against two."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax import streams
+from asib_jax.data import augment as module
+from asib_jax.data.augment import augment, mix
+
+KEY = streams.key(0, "augment", 0, 0)
+
+
+def pictures(n, height=8, width=8, channels=3):
+    return np.random.default_rng(1).integers(1, 256, (n, height, width, channels), dtype=np.uint8)
+
+
+def run(images, policy, index=None):
+    index = np.arange(len(images)) if index is None else index
+    return np.asarray(jax.jit(augment, static_argnums=3)(KEY, index, images, policy))
+
+
+def windows(image, pad):
+    """Every crop of `image` padded with zeros, by its offset."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    return {
+        (y, x): padded[y : y + height, x : x + width] for y in range(2 * pad + 1) for x in range(2 * pad + 1)
+    }
+
+
+def test_policy_0_only_converts():
+    images = pictures(3)
+    out = run(images, 0)
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, images)
+
+
+@pytest.mark.parametrize("policy,mirrored", [(1, {False, True}), (3, {False})])
+def test_crop_and_flip_give_every_window_equally_often(policy, mirrored):
+    images, n = pictures(1), 900
+    found = []
+    for picture in run(np.repeat(images, n, 0), policy):
+        found += [
+            (offset, flip)
+            for offset, window in windows(images[0], 1).items()
+            for flip in (False, True)
+            if np.array_equal(picture, window[:, ::-1] if flip else window)
+        ]
+    assert len(found) == n  # each is one window, once
+    assert {flip for _, flip in found} == mirrored
+    offsets = np.unique([offset for offset, _ in found], axis=0, return_counts=True)[1]
+    np.testing.assert_allclose(offsets, np.full(9, 100), atol=4 * 9.5)  # 4 standard deviations
+    if True in mirrored:
+        assert abs(sum(flip for _, flip in found) - 450) < 4 * 15
+
+
+def test_padding_is_an_eighth_of_the_height():
+    image = np.full((1, 32, 32, 1), 7, np.uint8)
+    out = run(np.repeat(image, 200, 0), 3)[..., 0]
+    zeros = (out == 0).all(2).sum(1)  # black rows: 0..4 of them
+    assert set(zeros) == {0, 1, 2, 3, 4} and out.max() == 7
+
+
+def test_what_an_image_becomes_depends_on_its_index_alone():
+    images, order = pictures(6), np.array([4, 1, 0, 5, 2, 3])
+    whole = run(images, 2)
+    np.testing.assert_array_equal(run(images[order], 2, order), whole[order])
+    assert not np.array_equal(run(images, 2, np.arange(6) + 6), whole)
+    halves = jax.pmap(lambda i, x: augment(KEY, i, x, 2), devices=jax.devices()[:2])(
+        np.arange(6).reshape(2, 3), images.reshape(2, 3, 8, 8, 3)
+    )
+    np.testing.assert_allclose(np.reshape(halves, whole.shape), whole, rtol=0, atol=1e-4)  # of 255
+
+
+def test_jitter_matches_numpy():
+    def grey(x):
+        return (x * [0.299, 0.587, 0.114]).sum(-1, keepdims=True)
+
+    image, factors = pictures(1)[0].astype(np.float64), np.array([1.3, 0.7, 1.35])
+    expected = np.clip(image * factors[0], 0, 255)
+    expected = np.clip(factors[1] * expected + (1 - factors[1]) * grey(expected).mean(), 0, 255)
+    expected = np.clip(factors[2] * expected + (1 - factors[2]) * grey(expected), 0, 255)
+    out = module._jitter(jnp.asarray(factors, jnp.float32), jnp.asarray(image, jnp.float32))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-3)
+
+
+def test_erasing_fills_a_rectangle_with_the_mean_colour():
+    image, n = pictures(1, 16, 12)[0].astype(np.float32), 400
+    out = np.asarray(jax.jit(jax.vmap(module._erase, (0, None)))(jax.random.split(KEY, n), image))
+    changed = (out != image).any(-1)
+    erased = changed.any((1, 2))
+    assert abs(erased.sum() - n / 2) < 4 * np.sqrt(n / 4)
+    shares = []
+    for picture, mask in zip(out[erased], changed[erased], strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert mask.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        np.testing.assert_allclose(picture[mask], np.broadcast_to(image.mean((0, 1)), picture[mask].shape), rtol=1e-5)
+        shares.append(mask.mean())
+    # uniform in 2 %..33 %; rounding and the border move single values
+    assert min(shares) < 0.06 and 0.25 < max(shares) < 0.42 and abs(np.mean(shares) - 0.17) < 0.03
+
+
+def test_strong_jitters_colour_but_not_grey():
+    # In a uniform picture that keeps its place, erasing and contrast change nothing and brightness scales all.
+    colour = run(np.full((300, 8, 8, 3), 100, np.uint8), 2)
+    level = colour[np.ptp(colour, (1, 2, 3)) < 1e-3][:, 0, 0, 0]
+    assert len(level) > 10 and 60 <= level.min() < 80 and 120 < level.max() <= 140
+    grey = run(np.full((50, 8, 8, 1), 100, np.uint8), 2)
+    assert (grey == 100).any((1, 2, 3)).all() and grey.max() == 100
+
+
+def test_unknown_policy_names_its_key():
+    with pytest.raises(ValueError, match=r"dataset\.data_aug = 7.*0, 1, 2, 3"):
+        augment(KEY, np.arange(2), pictures(2), 7)
+
+
+def test_no_mixing_returns_its_arguments():
+    images, labels = jnp.ones((2, 4, 4, 1)), jnp.arange(2)
+    assert mix(KEY, images, labels, mixup_alpha=0.0, cutmix_alpha=0.0) == (images, labels, 1.0)
+
+
+def mixed(draws, **alphas):
+    """`draws` mixed versions of one batch whose labels are its row numbers, so that labels_b tells the partners."""
+    images = pictures(8, 8, 6).astype(np.float32)
+    one = jax.vmap(lambda key: mix(key, jnp.asarray(images), jnp.arange(8), **alphas))
+    return images, zip(*(np.asarray(x) for x in jax.jit(one)(jax.random.split(KEY, draws))), strict=True)
+
+
+def test_mixup_is_the_convex_combination_with_a_permutation_and_beta_weight():
+    images, draws = mixed(2000, mixup_alpha=0.4, cutmix_alpha=0.0)
+    draws = list(draws)
+    for out, partners, lam in draws[:4]:
+        assert sorted(partners) == list(range(8))
+        np.testing.assert_allclose(out, lam * images + (1 - lam) * images[partners], rtol=1e-5)
+    lams = np.array([lam for *_, lam in draws])
+    assert abs(lams.mean() - 0.5) < 0.03  # standard error .008
+    assert abs(lams.var() - 1 / (4 * (2 * 0.4 + 1))) < 0.01  # Beta(a, a): 1 / (4 (2a + 1)) = .139
+
+
+def test_cutmix_pastes_one_rectangle_and_counts_its_area():
+    images, draws = mixed(20, mixup_alpha=0.0, cutmix_alpha=1.0)
+    for out, partners, lam in draws:
+        pasted = (out != images).any((0, 3))
+        assert pasted.sum() == pasted.any(1).sum() * pasted.any(0).sum()
+        np.testing.assert_allclose(lam, 1 - pasted.mean(), atol=1e-6)
+        np.testing.assert_array_equal(out, np.where(pasted[..., None], images[partners], images))
+
+
+def test_cutmix_box_has_the_drawn_share():
+    boxes = jax.jit(jax.vmap(lambda key: module._cutmix_box(key, jnp.float32(0.75), 32, 32)))
+    boxes = np.asarray(boxes(jax.random.split(KEY, 500)))
+    areas = boxes.sum((1, 2))
+    assert areas.max() == 16 * 16 and areas.min() == 8 * 8  # a quarter; at a corner a quarter of that
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
+def test_two_devices_mix_as_one(alphas):
+    images, labels = jnp.asarray(pictures(8), jnp.float32), jnp.arange(8)
+    settings = dict(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+    whole, partners, lam = jax.jit(lambda key: mix(key, images, labels, **settings))(KEY)
+    shards, shard_partners, lams = jax.pmap(
+        lambda key, x, y: mix(key, x, y, **settings, axis_name="devices"),
+        axis_name="devices", in_axes=(None, 0, 0), devices=jax.devices()[:2],
+    )(KEY, images.reshape(2, 4, 8, 8, 3), labels.reshape(2, 4))
+    np.testing.assert_array_equal(np.ravel(shard_partners), partners)
+    np.testing.assert_allclose(lams, np.full(2, lam), rtol=1e-6)
+    np.testing.assert_allclose(np.reshape(shards, whole.shape), whole, rtol=1e-5)
+    assert set(np.asarray(partners[:4])) - set(range(4))  # partners do come from the other device

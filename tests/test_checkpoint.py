@@ -1,0 +1,63 @@
+"""Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+
+from asib_jax import checkpoint
+
+
+def make_state():
+    params = {"student": {"fc": {"kernel": jnp.linspace(0, 1, 6).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)}}}
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))
+    _, opt_state = tx.update(params, tx.init(params), params)
+    return {"params": params, "batch_stats": {"student": {}}, "opt_state": opt_state, "step": jnp.int32(7)}
+
+
+def test_round_trip_is_bitwise_and_fits_back_into_the_optimiser_state(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = make_state()
+    checkpoint.save("runs/last", state)  # relative, with a parent that does not exist yet
+    restored = checkpoint.restore(tmp_path / "runs" / "last")
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+    assert restored["params"]["student"]["fc"]["bias"].dtype == jnp.bfloat16
+    back = serialization.from_state_dict(state, restored)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
+
+
+def test_existing_checkpoint_is_not_overwritten(tmp_path):
+    checkpoint.save(tmp_path / "best", {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="best already exists"):
+        checkpoint.save(tmp_path / "best", {"w": jnp.zeros(3)})
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path / "best")["w"], np.ones(3))
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        checkpoint.restore(tmp_path / "nowhere")
+
+
+def test_unsaved_leaf_leaves_nothing_that_could_be_restored(tmp_path):
+    with pytest.raises(ValueError, match="zero size"):
+        checkpoint.save(tmp_path / "half", {"w": jnp.ones(3), "empty": jnp.zeros((0, 2))})
+    with pytest.raises(FileNotFoundError, match="half"):
+        checkpoint.restore(tmp_path / "half")
+    checkpoint.save(tmp_path / "half", {"w": jnp.ones(3)})
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path / "half")["w"], np.ones(3))
+
+
+def test_flipped_bit_is_noticed(tmp_path):
+    """Incompressible values, so that a bit of their stored bytes can be flipped without breaking the format."""
+    values = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
+    checkpoint.save(tmp_path / "run", {"w": values})
+    file = max((file for file in (tmp_path / "run").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[content.index(values[2000:2004].tobytes())] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="run is damaged"):
+        checkpoint.restore(tmp_path / "run")

@@ -1,0 +1,105 @@
+"""The record of a run in real files: names, metrics, the summary table and `latest`."""
+import csv
+import json
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax.experiment import Record
+
+CONFIG = {"seed": 3, "tau_schedule": (2.0, 6.0), "teacher1": {"name": "resnet8"}}
+
+
+def create(folder, exp_id=""):
+    return Record.create(folder / "results", "l1_ib_digits_3", exp_id, CONFIG)
+
+
+def summary(folder):
+    with open(folder / "results" / "summary.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert all(len(row) == len(header) for row in rows)
+    return [dict(zip(header, row)) for row in rows]
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
+    records = [create(tmp_path) for _ in range(5)]
+    assert len({record.folder for record in records}) == 5
+    assert all(record.folder.name.startswith("l1_ib_digits_3_20") for record in records)
+    assert json.loads((records[4].folder / "config.json").read_text()) == CONFIG | {"tau_schedule": [2.0, 6.0]}
+    assert {path.name for path in records[0].folder.iterdir()} == {"config.json", "metrics.json", "log.txt", "checkpoints"}
+
+
+def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
+    assert create(tmp_path, "mine").folder == tmp_path / "results" / "mine"
+    with pytest.raises(FileExistsError, match="exp_id='mine'"):
+        create(tmp_path, "mine")
+    with pytest.raises(ValueError, match="exp_id='a/b' must be a folder name"):
+        create(tmp_path, "a/b")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine"]
+
+
+def test_metrics_keep_every_key_at_full_precision(tmp_path):
+    """The same epoch of another stage is another key; writing one key twice is refused (SPEC 10.12)."""
+    record = create(tmp_path)
+    record.log("stage1/b/epoch01/val_acc", 1 / 3)
+    record.log("stage2/b/epoch01/val_acc", np.float32(0.1))
+    record.log("stage2/a/epoch01/share_clipped", jnp.float32(0.25))
+    record.log("time/stage1/b", None)
+    with pytest.raises(ValueError, match="'stage1/b/epoch01/val_acc' is already 0.333"):
+        record.log("stage1/b/epoch01/val_acc", 0.5)
+    with pytest.raises(ValueError):
+        record.log("curve", np.arange(2))
+    record.save()
+    assert json.loads((record.folder / "metrics.json").read_text()) == {
+        "stage1/b/epoch01/val_acc": 1 / 3, "stage2/b/epoch01/val_acc": float(np.float32(0.1)),
+        "stage2/a/epoch01/share_clipped": 0.25, "time/stage1/b": None}
+    assert not list(record.folder.glob("*.tmp"))
+
+
+def test_summary_stays_rectangular_as_columns_appear(tmp_path):
+    first, failed, last = create(tmp_path, "first"), create(tmp_path, "failed"), create(tmp_path, "last")
+    first.finish("finished", {"test_acc": 1 / 3})
+    failed.finish("failed", {}, error="loss is NaN,\nat \"step\" 7")
+    last.finish("interrupted", {"synergy_acc": np.float64(2 / 3), "test_acc": None})
+    common = {"name": "l1_ib_digits_3", "seed": "3"}
+    assert summary(tmp_path) == [
+        common | {"exp_id": "first", "status": "finished", "error": "", "test_acc": repr(1 / 3), "synergy_acc": ""},
+        common | {"exp_id": "failed", "status": "failed", "error": 'loss is NaN, at "step" 7', "test_acc": "",
+                  "synergy_acc": ""},
+        common | {"exp_id": "last", "status": "interrupted", "error": "", "test_acc": "", "synergy_acc": repr(2 / 3)}]
+    with pytest.raises(ValueError, match="status='done'.*finished, failed, interrupted"):
+        last.finish("done", {})
+
+
+def test_runs_that_finish_together_all_get_a_row(tmp_path):
+    records = [create(tmp_path) for _ in range(12)]
+    threads = [threading.Thread(target=record.finish, args=("finished", {f"column{i % 3}": i}))
+               for i, record in enumerate(records)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = summary(tmp_path)
+    assert {row["exp_id"] for row in rows} == {record.folder.name for record in records}
+    assert sorted(int(row[f"column{i}"]) for i in range(3) for row in rows if row[f"column{i}"]) == list(range(12))
+
+
+def test_latest_follows_the_run_that_finished_last(tmp_path):
+    first, second = create(tmp_path, "first"), create(tmp_path, "second")
+    for record in (second, first):
+        record.log("test_acc", 0.5)
+        record.finish("finished", {})
+        assert (tmp_path / "results" / "latest").resolve() == record.folder.resolve()
+    tmp_path.joinpath("results").rename(tmp_path / "moved")
+    assert json.loads((tmp_path / "moved" / "latest" / "metrics.json").read_text()) == {"test_acc": 0.5}
+
+
+def test_latest_is_a_text_file_where_a_link_is_not_possible(tmp_path):
+    record = create(tmp_path, "first")
+    (tmp_path / "results" / "latest").mkdir()
+    record.finish("finished", {})
+    assert (tmp_path / "results" / "latest.txt").read_text() == "first\n"
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "first", "latest", "latest.txt", "summary.csv", ".summary.csv.lock"}

@@ -1,0 +1,132 @@
+"""Partial freezing on a hand-made parameter tree, up to an AdamW update."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asib_jax import freezing
+
+STAGES = ("stem", "layer1", "layer2", "layer3")
+HEADS = ("classifier", "distill_adapter", "residual_adapter")
+
+
+def make_params():
+    leaf = iter(np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
+    block = lambda: {"block0": {"conv": {"kernel": next(leaf)}, "bn": {"scale": next(leaf), "bias": next(leaf)}}}
+    params = {stage: block() for stage in STAGES}
+    return params | {head: {"fc": {"kernel": next(leaf), "bias": next(leaf)}} for head in HEADS}
+
+
+def training_names(mask):
+    """Top-level names; each must be wholly trainable or wholly frozen."""
+    branches = {name: set(jax.tree.leaves(branch)) for name, branch in mask.items()}
+    assert all(len(flags) == 1 for flags in branches.values())
+    return {name for name, flags in branches.items() if flags == {True}}
+
+
+@pytest.mark.parametrize("level, stages", [
+    (-1, STAGES), (0, ()), (1, ("layer3",)), (2, ("layer2", "layer3")), (4, STAGES)])
+def test_level_names_the_stages_that_train(level, stages):
+    """Level 0 trains the heads only, where the document trained everything (SPEC 10.8)."""
+    mask = freezing.trainable(make_params(), STAGES, level)
+    assert training_names(mask) == {*stages, *HEADS}
+    assert freezing.frozen_stages(level, 4, "student_freeze_level") == 4 - len(stages)
+
+
+@pytest.mark.parametrize("level", [-2, 5])
+def test_level_out_of_range_names_the_key(level):
+    with pytest.raises(ValueError, match=f"student_freeze_level={level}: choose -1 .* 0 to 4"):
+        freezing.frozen_stages(level, 4, "student_freeze_level")
+
+
+def test_declared_stage_without_parameters_is_an_error():
+    with pytest.raises(ValueError, match="'layer4'"):
+        freezing.trainable(make_params(), (*STAGES, "layer4"), 1)
+
+
+def test_freeze_bn_extends_to_trainable_stages():
+    mask = freezing.trainable(make_params(), STAGES, 1, freeze_bn=True)
+    assert mask["layer3"]["block0"] == {"conv": {"kernel": True}, "bn": {"scale": False, "bias": False}}
+    mask = freezing.trainable(make_params(), STAGES, -1, freeze_bn=True)
+    assert mask["stem"]["block0"] == {"conv": {"kernel": True}, "bn": {"scale": False, "bias": False}}
+    assert mask["classifier"]["fc"] == {"kernel": True, "bias": True}
+
+
+def test_one_level_or_one_per_training_stage():
+    assert [freezing.level_for_stage((2,), stage) for stage in range(3)] == [2, 2, 2]
+    assert [freezing.level_for_stage((-1, 2), stage) for stage in range(2)] == [-1, 2]
+
+
+def test_split_and_merge_are_inverse():
+    params = make_params()
+    train, frozen = freezing.split(params, freezing.trainable(params, STAGES, 1, freeze_bn=True))
+    assert set(frozen) == set(STAGES) and frozen["layer3"]["block0"].keys() == {"bn"}
+    assert set(train) == {"layer3", *HEADS}
+    jax.tree.map(np.testing.assert_array_equal, freezing.merge(train, frozen), params)  # raises on another structure
+    assert freezing.count(params) == 2 * 18 == freezing.count(train) + freezing.count(frozen)
+
+
+def test_split_takes_whole_branches_and_merge_refuses_overlap():
+    tree = {"student": make_params(), "teacher1": make_params()}
+    train, frozen = freezing.split(tree, {"student": True, "teacher1": False})
+    assert (set(train), set(frozen)) == ({"student"}, {"teacher1"})
+    with pytest.raises(ValueError, match="teacher1/stem/block0/conv/kernel"):
+        freezing.merge(tree, frozen)
+
+
+@pytest.fixture(scope="module")
+def update():
+    """One jitted AdamW step on 0.5 |p|^2 summed over all parameters, differentiated for the trainable ones only."""
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, weight_decay=0.1))
+
+    def step(train, frozen, state):
+        loss = lambda train: 0.5 * optax.tree.norm(freezing.merge(train, frozen)) ** 2
+        updates, state = tx.update(jax.grad(loss)(train), state, train)
+        return optax.apply_updates(train, updates), state
+
+    return tx, jax.jit(step)
+
+
+def test_frozen_leaves_are_bitwise_unchanged_by_adamw(update):
+    """Including by weight decay, and no moments are held for them."""
+    tx, step = update
+    params = make_params()
+    train, frozen = freezing.split(params, freezing.trainable(params, STAGES, 0))
+    state = tx.init(train)
+    assert freezing.count(optax.tree.get(state, "mu")) == freezing.count(train) == 12
+    for _ in range(2):
+        train, state = step(train, frozen, state)
+    after = freezing.merge(train, frozen)
+    for name, branch in params.items():
+        for before, now in zip(jax.tree.leaves(branch), jax.tree.leaves(after[name]), strict=True):
+            assert np.array_equal(before, now) == (name in STAGES)
+
+
+def test_carry_keeps_the_moments_of_leaves_that_stay(update):
+    """Freezing layer3 and unfreezing it again: the classifier's Adam state goes on as if nothing had happened."""
+    tx, step = update
+    params = make_params()
+    train, frozen = freezing.split(params, freezing.trainable(params, STAGES, 1))
+    train, old = step(train, frozen, tx.init(train))
+    narrower = {name: train[name] for name in HEADS}
+    state = freezing.carry(old, tx.init(narrower))
+    assert optax.tree.get(state, "count") == 1
+    for moment in ("mu", "nu"):
+        kept, before = optax.tree.get(state, moment), optax.tree.get(old, moment)
+        assert set(kept) == set(HEADS)
+        jax.tree.map(np.testing.assert_array_equal, kept, {name: before[name] for name in HEADS})
+        assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(kept))
+    wider = freezing.carry(state, tx.init(train))
+    assert not np.any(optax.tree.get(wider, "mu")["layer3"]["block0"]["conv"]["kernel"])
+    np.testing.assert_array_equal(
+        optax.tree.get(wider, "nu")["classifier"]["fc"]["bias"], optax.tree.get(old, "nu")["classifier"]["fc"]["bias"])
+
+
+def test_carry_drops_leaves_whose_shape_changed():
+    tx = optax.adam(0.1)
+    old = tx.init({"fc": jnp.ones(2), "bias": jnp.ones(3)})
+    old = jax.tree.map(lambda leaf: leaf + 1, old)
+    mu = optax.tree.get(freezing.carry(old, tx.init({"fc": jnp.ones(4), "bias": jnp.ones(3)})), "mu")
+    np.testing.assert_array_equal(mu["fc"], np.zeros(4))
+    np.testing.assert_array_equal(mu["bias"], np.ones(3))

@@ -1,0 +1,216 @@
+"""Backbones and KDModel: exact sizes, what freezing and training do to statistics, and every output by another path."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax.models import MODELS, build_ib_mbm_from_teachers, create_student_by_name, create_teacher_by_name
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.kd_model import KDModel, stage_names
+from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+
+# (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's own counts;
+# the small stem has 64 * 3 * (49 - 9) fewer.
+SIZES = {
+    ("resnet8", 100, True): 83_892,
+    ("resnet14", 100, True): 181_108,
+    ("resnet20", 100, True): 278_324,
+    ("resnet32", 100, True): 472_756,
+    ("resnet44", 100, True): 667_188,
+    ("resnet56", 100, True): 861_620,
+    ("resnet110", 100, True): 1_736_564,
+    ("resnet8x4", 100, True): 1_233_540,
+    ("resnet32x4", 100, True): 7_433_860,
+    ("resnet50", 1000, False): 25_557_032,
+    ("resnet101", 1000, False): 44_549_160,
+    ("resnet152", 1000, False): 60_192_808,
+    ("resnet152", 1000, True): 60_192_808 - 7_680,
+}
+TINY = cifar_resnet(8, widths=(2, 3, 4), stem=2)
+TWO_STAGES = Architecture(TINY.stages[:2], feat_dim=2)  # where initialisers, slow to compile, are run
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+
+def random_variables(model, pixels=PIXELS, seed=0):
+    """Variables of the model's shapes with values no initialiser gives, positive so that variances are valid."""
+    generator = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: model.init(key, pixels, train=False), jax.random.key(0))
+    return jax.tree.map(lambda leaf: generator.uniform(0.1, 0.9, leaf.shape).astype(np.float32), shapes)
+
+
+def tiny(architecture=TINY, **fields):
+    return KDModel(architecture, 5, **{"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)} | fields)
+
+
+def changed_stages(before, after):
+    """Which stages have statistics that differ anywhere; asserts that a stage moves as a whole or not at all."""
+    changed = set()
+    for name in before:
+        moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]))]
+        assert all(moved) or not any(moved)
+        changed |= {name} if any(moved) else set()
+    return changed
+
+
+def test_every_model_has_its_exact_size():
+    assert {name for name, _, _ in SIZES} == set(MODELS)
+    for (name, classes, small_input), expected in SIZES.items():
+        model = create_teacher_by_name(name, classes, small_input=small_input, mean=(0.5,), std=(0.25,))
+        pixels = np.zeros((1, 32, 32, 3))
+        shapes = jax.eval_shape(lambda key: model.init(key, pixels, train=False)["params"], jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected, name
+
+
+def test_stages_are_declared_in_order():
+    assert stage_names(tiny()) == ("stem", "layer1", "layer2", "layer3")
+    assert stage_names(tiny(imagenet_resnet((1, 1, 1, 1), True))) == (
+        "stem", "layer1", "layer2", "layer3", "layer4")
+
+
+def test_names():
+    fields = {"small_input": True, "mean": (0.5,), "std": (0.25,)}
+    plain = create_student_by_name("resnet20", 10, **fields)
+    for name in ("resnet20_scratch", "resnet20_pretrain"):
+        suffixed = create_student_by_name(name, 10, **fields)
+        assert repr(suffixed) == repr(plain)
+    with pytest.raises(ValueError, match=r"'convnext_l'; teacherK.name must be one of resnet8, .*resnet152"):
+        create_teacher_by_name("convnext_l", 10, **fields)
+    with pytest.raises(ValueError, match="'resnet21_scratch'; model.student.name must be"):
+        create_student_by_name("resnet21_scratch", 10, **fields)
+
+
+def test_forward_equals_its_parts_by_hand():
+    """Normalisation, residual adapter, pooling, classifier and distillation adapter against numpy, 1e-5 relative."""
+    model = tiny(adapter_dim=6, adapter_hidden=7, residual_adapter=True)
+    variables = random_variables(model)
+    params = variables["params"]
+    outputs = jax.jit(lambda v: model.apply(v, PIXELS, train=False))(variables)
+
+    @jax.jit
+    def by_hand(x):
+        for name, factory in TINY.stages:
+            own = {"params": params[name], "batch_stats": variables["batch_stats"][name]}
+            x = factory(dtype=jnp.float32, axis_name=None).apply(own, x, train=False)
+            if name == "layer2":
+                x += jnp.einsum("bhwi,io->bhwo", x, params["residual_adapter"]["kernel"][0, 0], precision="highest")
+        return x
+
+    feat_4d = by_hand(((PIXELS / 255 - model.mean) / model.std).astype(np.float32))
+    feat_2d = np.asarray(feat_4d, np.float64).mean((1, 2))
+    fc1, fc2 = params["distill_adapter"]["fc1"], params["distill_adapter"]["fc2"]
+    distill = np.maximum(feat_2d @ fc1["kernel"] + fc1["bias"], 0) @ fc2["kernel"] + fc2["bias"]
+    logit = feat_2d @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    assert fc1["kernel"].shape == (4, 7) and fc2["kernel"].shape == (7, 6)
+    for actual, expected in zip(outputs, (feat_4d, feat_2d, distill, logit), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    np.testing.assert_array_equal(model.apply(variables, outputs.feat_2d, method="distill"), outputs.distill_feat)
+
+
+def test_adapters_leave_the_initial_network_as_it_is():
+    """Same key, bitwise the same backbone and classifier; and the residual adapter starts as the identity."""
+    def init_and_run(model):
+        variables = model.init(jax.random.key(3), PIXELS, train=False)
+        return variables, model.apply(variables, PIXELS, train=False)
+
+    plain, plain_outputs = jax.jit(init_and_run, static_argnums=0)(tiny(TWO_STAGES))
+    adapted = tiny(TWO_STAGES, adapter_dim=6, residual_adapter=True)
+    both, both_outputs = jax.jit(init_and_run, static_argnums=0)(adapted)
+    assert plain_outputs.distill_feat is None
+    assert set(both["params"]) - set(plain["params"]) == {"distill_adapter", "residual_adapter"}
+    assert both["params"]["distill_adapter"]["fc1"]["kernel"].shape == (2, 6)  # max(F // 2, D)
+    for name in plain["params"]:
+        jax.tree.map(np.testing.assert_array_equal, plain["params"][name], both["params"][name])
+    jax.tree.map(np.testing.assert_array_equal, plain["batch_stats"], both["batch_stats"])
+    np.testing.assert_array_equal(plain_outputs.logit, both_outputs.logit)
+
+
+def test_initial_values():
+    """He normal over fan-out, PyTorch's linear bound, BatchNorm (1, 0): spreads to 3 % over some 14,000 draws."""
+    stages = cifar_resnet(8, widths=(40, 1, 1), stem=3).stages[:2]
+    model = KDModel(Architecture(stages, feat_dim=40), 350, (0.5,), (0.25,))
+    params = jax.jit(lambda key: model.init(key, PIXELS, train=False))(jax.random.key(0))["params"]
+    block = params["layer1"]["block0"]
+    np.testing.assert_allclose(np.std(block["conv2"]["kernel"]), np.sqrt(2 / (9 * 40)), rtol=0.03)
+    np.testing.assert_allclose(np.std(block["conv1"]["kernel"]), np.sqrt(2 / (9 * 40)), rtol=0.1)  # fan-in is 27
+    np.testing.assert_array_equal(block["bn1"]["scale"], 1)
+    np.testing.assert_array_equal(block["bn1"]["bias"], 0)
+    for leaf in params["classifier"].values():
+        bound = 40 ** -0.5
+        assert 0.98 * bound < np.max(np.abs(leaf)) <= bound
+        np.testing.assert_allclose(np.std(leaf), bound / np.sqrt(3), rtol=0.03 if leaf.ndim == 2 else 0.1)
+
+
+@pytest.mark.parametrize(("options", "moving"), [
+    ({}, {"stem", "layer1", "layer2", "layer3"}),
+    ({"frozen_stages": 2}, {"layer2", "layer3"}),
+    ({"frozen_stages": 4}, set()),
+    ({"freeze_bn": True}, set()),
+])
+def test_frozen_stages_keep_their_statistics(options, moving):
+    model = tiny()
+    variables = random_variables(model)
+
+    @jax.jit
+    def run(variables):
+        trained = model.apply(variables, PIXELS, train=True, **options, mutable=["batch_stats"])
+        return *trained, model.apply(variables, PIXELS, train=False)
+
+    outputs, updates, evaluation = run(variables)
+    assert changed_stages(variables["batch_stats"], updates["batch_stats"]) == moving
+    # A network whose statistics all stand still computes what it computes in evaluation.
+    assert np.allclose(outputs.logit, evaluation.logit, rtol=1e-6) == (not moving)
+
+
+def test_batch_statistics_are_of_the_whole_batch_over_an_axis():
+    """Two halves over a mapped axis equal the batch in one piece: logits and new statistics to 1e-5."""
+    model = tiny()
+    variables = random_variables(model)
+
+    def step(model, pixels):
+        outputs, updates = model.apply(variables, pixels, train=True, mutable=["batch_stats"])
+        return outputs.logit, updates
+
+    logit, updates = jax.jit(lambda x: step(model, x))(PIXELS)
+    halves = PIXELS.reshape(2, 2, *PIXELS.shape[1:])
+    mapped = jax.vmap(lambda x: step(model.clone(axis_name="data"), x), axis_name="data")
+    mapped_logit, mapped_updates = jax.jit(mapped)(halves)
+    np.testing.assert_allclose(mapped_logit.reshape(logit.shape), logit, rtol=1e-5)
+    for half in range(2):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[half], b, rtol=1e-5), mapped_updates, updates)
+
+
+def test_bfloat16_keeps_float32_where_it_matters():
+    model = tiny(adapter_dim=6, residual_adapter=True, dtype=jnp.bfloat16)
+    variables = random_variables(model)
+
+    outputs, updates = jax.jit(lambda v: model.apply(v, PIXELS, train=True, mutable=["batch_stats"]))(variables)
+    fresh = jax.eval_shape(lambda key: model.init(key, PIXELS, train=False), jax.random.key(0))
+    assert outputs.feat_4d.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((updates, fresh, outputs[1:]))} == {jnp.dtype("float32")}
+    # The mean and the classifier are float32 computations on what the bfloat16 stages gave.
+    feat_2d = np.asarray(outputs.feat_4d, np.float64).mean((1, 2))
+    classifier = variables["params"]["classifier"]
+    np.testing.assert_allclose(outputs.feat_2d, feat_2d, rtol=1e-6)
+    np.testing.assert_allclose(outputs.logit, feat_2d @ classifier["kernel"] + classifier["bias"], rtol=1e-6)
+
+
+def test_normalisation_fits_the_channels():
+    """One value serves every channel; uint8 and float pixels are the same; another count is an error."""
+    one, three = tiny(mean=(0.3,), std=(0.2,)), tiny(mean=(0.3,) * 3, std=(0.2,) * 3)
+    variables = random_variables(one)
+    logits = jax.jit(lambda: (one.apply(variables, PIXELS, train=False).logit,
+                              three.apply(variables, PIXELS.astype(np.float32), train=False).logit))()
+    np.testing.assert_array_equal(*logits)
+    with pytest.raises(ValueError, match="mean = .* has 3 values, the images have 1 channels: set mean to"):
+        tiny().init(jax.random.key(0), PIXELS[..., :1], train=False)
+
+
+def test_fusion_for_teachers_of_different_widths():
+    fields = {"dim": 8, "num_heads": 2, "use_ib": True, "feature_norm": "none", "logvar_clip": 6.0, "min_std": 1e-3,
+              "residual": True, "dropout": 0.1, "learnable_temperature": True}
+    narrow, wide = tiny(), tiny(cifar_resnet(8, widths=(2, 3, 6)))
+    with pytest.raises(ValueError, match=r"different widths \[4, 6\]: set use_distillation_adapter=True"):
+        build_ib_mbm_from_teachers([narrow, wide], **fields)
+    ib_mbm, head = build_ib_mbm_from_teachers([narrow.clone(adapter_dim=3), wide.clone(adapter_dim=3)], **fields)
+    assert (ib_mbm.dim, ib_mbm.num_heads, ib_mbm.use_ib) == (8, 2, True)
+    assert (head.num_classes, head.dim, head.dropout) == (5, 8, 0.1)

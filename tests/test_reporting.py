@@ -1,0 +1,121 @@
+"""Log lines, progress bars on a real terminal, event files read back, and the table's interval."""
+import importlib.util
+import logging
+import os
+import re
+import struct
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from asib_jax.reporting import Reporter, Result, binomial_interval, results_table, setup_logging
+
+
+@pytest.fixture
+def logger_after_use():
+    logger = logging.getLogger("asib_jax")
+    yield logger
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A pseudo-terminal as stderr; the function returned reads what was written to it."""
+    master, slave = os.openpty()
+    with open(slave, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        yield lambda: os.read(master, 100_000).decode()
+    os.close(master)
+
+
+def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, logger_after_use):
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        logger = setup_logging(tmp_path / run)
+        logger.info("epoch %d: accuracy %.3f", 3, 0.5)
+        logger.warning("key tau has no effect in run %s", run)
+    assert logger is logger_after_use
+    for run in ("one", "two"):
+        lines = (tmp_path / run / "log.txt").read_text().splitlines()
+        stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
+        assert re.fullmatch(stamp + " INFO epoch 3: accuracy 0.500", lines[0])
+        assert re.fullmatch(f"{stamp} WARNING key tau has no effect in run {run}", lines[1])
+        assert len(lines) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1::2] == ["key tau has no effect in run one", "key tau has no effect in run two"]
+
+
+def test_bar_shows_rate_and_leaves_log_lines_whole(tmp_path, terminal, logger_after_use):
+    logger = setup_logging(tmp_path)
+    with Reporter.epoch_bar(200, "stage 1 B epoch 2") as bar:
+        for _ in range(2):
+            bar.update(100)
+            bar.refresh()
+        logger.info("epoch 2 done")
+    output = terminal()
+    assert "stage 1 B epoch 2: 100%" in output and "200/200" in output
+    assert re.search(r"\[\d+:\d+<\d+:\d+, +[\d.]+k? images/s\]", output)
+    assert "epoch 2 done" in re.split(r"[\r\n]+", output)
+
+
+def test_bar_is_silent_where_stderr_is_no_terminal(capsys):
+    with Reporter.epoch_bar(200, "epoch") as bar:
+        bar.update(200)
+    assert capsys.readouterr().err == ""
+
+
+def read_scalars(folder):
+    """(name, step, value) of all points in TensorBoard event files: records framed by length and checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+    points = []
+    for file in folder.iterdir():
+        content, start = file.read_bytes(), 0
+        while start < len(content):
+            length, = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12: start + 12 + length])
+            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            start += length + 16
+    return points
+
+
+def test_curves_are_written_for_tensorboard(tmp_path):
+    with Reporter(tmp_path, tensorboard=True, wandb="", config={}) as reporter:
+        reporter.scalars({"b/loss": np.float32(1.5), "b/val_acc": 0.25}, step=4)
+        reporter.scalars({"b/loss": 1.25}, step=5)
+    assert read_scalars(tmp_path / "tensorboard") == [("b/loss", 4, 1.5), ("b/val_acc", 4, 0.25), ("b/loss", 5, 1.25)]
+
+
+def test_no_curves_unless_asked_for(tmp_path):
+    with Reporter(tmp_path, tensorboard=False, wandb="", config={}) as reporter:
+        reporter.scalars({"b/loss": 1.5}, step=4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_asked_for_but_not_installed_names_the_key_and_the_remedy(tmp_path):
+    with pytest.raises(ModuleNotFoundError, match="wandb='distil'.*pip install wandb"):
+        Reporter(tmp_path, tensorboard=False, wandb="distil", config={})
+
+
+@pytest.mark.parametrize("correct, count", [(0, 10), (10, 10), (731, 1000), (1, 3), (9_999, 10_000)])
+def test_interval_inverts_the_score_test(correct, count):
+    """Both ends solve (share - p)^2 = z^2 p (1 - p) / n, and agree with scipy."""
+    ends = np.array(binomial_interval(correct, count))
+    np.testing.assert_allclose((correct / count - ends) ** 2, 1.959963984540054**2 * ends * (1 - ends) / count,
+                               rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(ends, binomtest(correct, count).proportion_ci(0.95, "wilson"), rtol=1e-9, atol=1e-15)
+
+
+def test_table_is_aligned():
+    """Interval of 50 in 100 by hand: 0.5 -+ z sqrt(25 + z^2/4) / (100 + z^2) = 0.40383, 0.59617."""
+    table = results_table([Result("student, best", "test", 50, 100),
+                           Result("teacher1", "validation", 0, 8, "weights saw validation")])
+    assert table.splitlines() == [
+        "name           split       correct/count  accuracy %   95 % interval  note",
+        "student, best  test               50/100       50.00  40.38 to 59.62",
+        "teacher1       validation            0/8        0.00   0.00 to 32.44  weights saw validation"]

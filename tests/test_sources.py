@@ -1,0 +1,154 @@
+"""Every source but CIFAR-100, from small originals in their real layout; malformed arrays are named."""
+import os
+
+import numpy as np
+import pytest
+
+from asib_jax.data.sources import SOURCES, load
+
+TRAIN, TEST = 7, 4  # images of either split
+
+
+def small(count, seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
+
+
+def write_npz(path, **changes):
+    """Well-formed arrays save for `changes`; None leaves one out."""
+    (x_train, y_train), (x_test, y_test) = small(TRAIN, 0), small(TEST, 1)
+    names = np.array([f"class{c}" for c in range(100)])
+    arrays = dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=names) | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_digits_are_whole_stratified_and_scaled():
+    from sklearn.datasets import load_digits
+
+    data, original = load("digits"), load_digits()
+    assert data.num_classes == 10 and len(data.train.label) == 1258 and len(data.test.label) == 539
+    images = np.concatenate([data.train.image, data.test.image])
+    assert images.dtype == np.uint8 and images.shape == (1797, 8, 8, 1)
+    # the same images with the same labels, in another order
+    ours = np.column_stack([images.reshape(1797, 64), np.concatenate([data.train.label, data.test.label])])
+    theirs = np.column_stack([np.rint(original.data / 16 * 255), original.target])
+    np.testing.assert_array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+    shares = np.bincount(data.test.label) / np.bincount(original.target)
+    np.testing.assert_allclose(shares, 0.3, atol=0.004)  # half an image of 174
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("array", ["x_train", "class_names"])
+def test_pickled_array_in_npz_is_refused(tmp_path, array):
+    marker = tmp_path / "executed"
+    path = write_npz(tmp_path / "own.npz", **{array: np.array([Hostile(marker)], dtype=object)})
+    with pytest.raises(ValueError, match=f"own.npz: array {array} cannot be read"):
+        load("npz", path=str(path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"x_train": np.zeros((TRAIN, 32, 32, 3), np.float32)}, r"own\.npz: x_train must be uint8.*found float32 \[7, 32"),
+    ({"x_test": np.zeros((TEST, 32, 32), np.uint8)}, r"x_test must be uint8 \[N,H,W,ch.*found uint8 \[4, 32, 32\]"),
+    ({"x_test": np.zeros((0, 32, 32, 3), np.uint8)}, r"x_test must be .* not empty; found uint8 \[0"),
+    ({"x_test": np.zeros((TEST, 16, 16, 3), np.uint8)}, r"x_test is uint8 \[4, 16.*x_train is uint8 \[7, 32"),
+    ({"y_train": np.zeros(TRAIN - 1, int)}, r"y_train must be integers \[7\].*found int64 \[6\]"),
+    ({"y_test": np.zeros(TEST)}, r"y_test must be integers \[4\].*found float64"),
+    ({"y_test": np.full(TEST, 100)}, r"y_test must lie in 0\.\.99; found 100\.\.100"),
+    ({"y_train": np.arange(TRAIN) - 1}, r"y_train must lie in 0\.\.99; found -1\.\.5"),
+    ({"y_train": np.arange(TRAIN), "y_test": np.full(TEST, 8), "class_names": None}, r"y_test must .* 0\.\.6; found 8"),
+    ({"class_names": np.arange(100)}, r"class_names must be text \[C\]; found int64 \[100\]"),
+    ({"y_test": None}, r"own\.npz lacks the arrays y_test; it holds x_train, y_train, x_test, class_names"),
+])
+def test_malformed_arrays_are_named(tmp_path, changes, message):
+    path = write_npz(tmp_path / "own.npz", **changes)
+    with pytest.raises(ValueError, match=message):
+        load("npz", path=str(path))
+
+
+def test_npz_without_names_numbers_its_classes(tmp_path):
+    path = write_npz(tmp_path / "own.npz", y_train=np.arange(TRAIN), y_test=np.arange(TEST), class_names=None)
+    assert load("npz", path=str(path)).class_names == tuple("0123456")
+
+
+def test_imagenet32_joins_batches_in_numerical_order(tmp_path):
+    parts = {f"train_data_batch_{k}": small(2, k) for k in (1, 2, 10)} | {"val_data": small(3, 99)}
+    for name, (image, label) in parts.items():
+        np.savez(tmp_path / f"{name}.npz", data=rows(image), labels=label + 1, mean=np.zeros(3072))
+    data = load("imagenet32", path=str(tmp_path))
+    *train, (val_image, val_label) = parts.values()
+    np.testing.assert_array_equal(data.train.image, np.concatenate([image for image, _ in train]))
+    np.testing.assert_array_equal(data.train.label, np.concatenate([label for _, label in train]))
+    np.testing.assert_array_equal(data.test.image, val_image)
+    np.testing.assert_array_equal(data.test.label, val_label)
+    assert data.num_classes == 1000
+    (tmp_path / "val_data.npz").unlink()
+    with pytest.raises(ValueError, match=r"dataset\.path.*val_data\.npz"):
+        load("imagenet32", path=str(tmp_path))
+
+
+def rows(image):
+    return image.transpose(0, 3, 1, 2).reshape(len(image), -1)
+
+
+def write_picture(path, level, size=(6, 4), mode="RGB"):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, level).save(path)
+
+
+def test_folder_of_pictures(tmp_path):
+    write_picture(tmp_path / "train" / "cat" / "b.png", (1, 2, 3))
+    write_picture(tmp_path / "train" / "cat" / "a.PNG", 9, mode="L")
+    write_picture(tmp_path / "train" / "ant" / "z.jpg", (200, 200, 200))
+    write_picture(tmp_path / "test" / "cat" / "c.png", (4, 5, 6))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+    data = load("folder", path=str(tmp_path))
+    assert data.class_names == ("ant", "cat") and data.train.image.shape == (3, 4, 6, 3)
+    np.testing.assert_array_equal(data.train.image[:, 0, 0], [[200] * 3, [9] * 3, [1, 2, 3]])
+    np.testing.assert_array_equal(data.train.label, [0, 1, 1])
+    np.testing.assert_array_equal(data.test.image[0, 3, 5], [4, 5, 6])
+    np.testing.assert_array_equal(data.test.label, [1])
+
+    write_picture(tmp_path / "test" / "dog" / "d.png", (0, 0, 0))
+    with pytest.raises(ValueError, match="classes that train has not: dog"):
+        load("folder", path=str(tmp_path))
+    write_picture(tmp_path / "train" / "dog" / "d.png", (0, 0, 0), size=(7, 7))
+    with pytest.raises(ValueError, match=r"one size: .*z\.jpg is 6x4 but .*d\.png is 7x7"):
+        load("folder", path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"dataset\.path.*no folder .*cat/train"):
+        load("folder", path=str(tmp_path / "train" / "cat"))
+
+
+@pytest.mark.parametrize("name", ["npz", "imagenet32", "folder"])
+def test_missing_path_names_its_key(name):
+    with pytest.raises(ValueError, match=r"dataset\.path"):
+        load(name)
+
+
+def test_path_that_does_not_exist_names_its_key(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.path"):
+        load("cifar100", path=str(tmp_path / "absent.npz"))
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match=r"dataset\.name = 'cifar' .*" + ", ".join(SOURCES)):
+        load("cifar")
+
+
+def test_take_keeps_the_index(tmp_path):
+    train = load("npz", path=str(write_npz(tmp_path / "own.npz"))).train
+    part = train.take(np.array([4, 1])).take(np.array([0]))
+    np.testing.assert_array_equal(part.index, [4])
+    np.testing.assert_array_equal(part.image[0], train.image[4])
