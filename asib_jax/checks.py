@@ -1,5 +1,6 @@
 """What a recipe must satisfy, checked before any work, and which of its keys have no effect."""
 import math
+import pathlib
 
 from asib_jax import losses, models, parallel, schedules
 from asib_jax.data.augment import POLICIES
@@ -44,7 +45,7 @@ _ACTIVE = (
         "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
         "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
         "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
-    (lambda r: r.uses_teachers, ("teacher_views", "teacher_cache")),
+    (lambda r: r.uses_teachers, ("teacher_cache",)),
 )
 
 
@@ -65,6 +66,8 @@ def check(recipe: Recipe) -> None:
     _require(not student.name.endswith("_scratch") or not student.weights,
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
+    _require(not student.weights or pathlib.Path(student.weights).is_file(),
+             f"model.student.weights={student.weights!r} does not exist")
     parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
     _check_lengths(recipe)
     _check_training(recipe)
@@ -141,6 +144,8 @@ def _check_teachers(recipe: Recipe) -> None:
         _require(bool(teacher.weights) or teacher.train_epochs > 0,
                  f"teacher{k} ({teacher.name}) has no weights: set teacher{k}.weights to a .safetensors or .npz file, "
                  f"or teacher{k}.train_epochs to train it here")
+        _require(not teacher.weights or pathlib.Path(teacher.weights).is_file(),
+                 f"teacher{k}.weights={teacher.weights!r} does not exist")
         _require(not (teacher.weights and teacher.train_epochs),
                  f"teacher{k}.weights and teacher{k}.train_epochs are both set; keep one")
 

@@ -78,8 +78,8 @@ def _new_folder(results: Path, name: str, exp_id: str) -> Path:
             return folder
         except FileExistsError:
             if exp_id:
-                raise FileExistsError(f"exp_id={exp_id!r}: {folder} exists; choose another, or none for a unique name"
-                                      ) from None
+                message = f"exp_id={exp_id!r}: {folder} exists; choose another, or none for a unique name"
+                raise FileExistsError(message) from None
 
 
 def _plain(value: Any) -> Any:

@@ -73,7 +73,9 @@ def merge(a: Tree, b: Tree) -> dict:
 def carry(old: Any, new: Any) -> Any:
     """The optimiser state `new`, with every leaf whose path and shape also occur in `old` taken from there.
 
-    After the set of trainable parameters has changed, those that stay keep their moments and the step counts go on.
+    After the set of trainable parameters has changed, those that stay keep their moments and the step count goes on.
+    It is shared, so Adam no longer corrects the zero moments of a leaf that joins late: its first step is
+    (1 - b1) / sqrt(1 - b2), with the usual constants 3.2, times as long.
     """
     before = dict(jax.tree_util.tree_leaves_with_path(old))
 

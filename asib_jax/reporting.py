@@ -20,7 +20,7 @@ class _Console(logging.Handler):
 
 
 def setup_logging(folder: str | os.PathLike) -> logging.Logger:
-    """The logger `asib_jax`, writing to the console and, with time and level, to `folder/log.txt`.
+    """The logger `asib_jax`, writing to the console and, with time, level and debugging messages, to `folder/log.txt`.
 
     A second call moves it to another folder.
     """
@@ -30,9 +30,9 @@ def setup_logging(folder: str | os.PathLike) -> logging.Logger:
         handler.close()
     file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
-    for handler in (file, _Console()):
+    for handler in (file, _Console(logging.INFO)):
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells of every step of every save
     logger.propagate = False  # absl installs a root handler that would print everything twice
     return logger

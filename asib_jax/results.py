@@ -1,26 +1,15 @@
 """The final table of a run: every accuracy on test, measured once, and what the student was distilled from (SPEC 7)."""
-import collections
 import dataclasses
 
 from asib_jax.evaluate import Evaluator
+from asib_jax.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Result, results_table
 
 _TITLES = {"average": "teachers' average", "synergy": "synergy ensemble", "without_teachers": "synergy, teachers zeroed",
            "control_last": "student without teachers, last", "control_best": "student without teachers, best on validation",
-           "student_last": "student, last", "student_best": "student, best on validation"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """What a finished run leaves: all variables, the students' ({"params", "batch_stats"}), and steps by target."""
-
-    variables: Variables
-    student_last: dict
-    student_best: dict
-    distilled_steps: collections.Counter
-    control: tuple[dict, dict] | None = None
+           "last": "student, last", "best": "student, best on validation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Results:
     @property
     def summary(self) -> dict[str, float]:
         """The scalars of the run's row in `summary.csv`."""
-        row = {f"{split}_{name}": count / self.sizes[split] for split, counts in self.counts.items()
+        row = {f"{split}_acc_{name}": count / self.sizes[split] for split, counts in self.counts.items()
                for name, count in counts.items()}
         return row | {f"{split}_count": size for split, size in self.sizes.items()} | {
             "synergy_steps_share": self.shares.get("synergy", 0.0)}
@@ -42,9 +31,6 @@ class Results:
 
 def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
     """Evaluate everything on each split. The synergy ensemble asks with the student that training ended with."""
-    students = {"student_last": finished.student_last, "student_best": finished.student_best}
-    if finished.control:
-        students |= {"control_last": finished.control[0], "control_best": finished.control[1]}
     counts = {}
     for evaluator in evaluators:
         row = evaluator.teacher_counts()
@@ -52,7 +38,7 @@ def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) ->
             ensemble = evaluator(finished.variables)
             row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
         alone = evaluator.student_only()
-        for name, student in students.items():
+        for name, student in finished.students.items():
             row[name] = alone(Variables({"student": student["params"]}, {"student": student["batch_stats"]}))["student"]
         counts[evaluator.name] = row
     total = sum(finished.distilled_steps.values())

@@ -77,8 +77,8 @@ class Run:
         self.record.log(f"time/{self.prefix}{key}/seconds", seconds)
         self.record.save()
         self.reporter.scalars({f"{self.prefix}{step}/{name}": value for name, value in values.items()}, total)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("%s%s  %s  %.1f s", self.prefix, key, shown, seconds)
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if name == "loss" or name.startswith("val_")]
+        logger.info("%s%s  %s  %.1f s", self.prefix, key, "  ".join(shown), seconds)
 
     def log_scalars(self, key: str, values: dict[str, float]) -> None:
         """Record scalars under `key`/name."""

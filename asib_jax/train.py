@@ -1,17 +1,19 @@
 """A whole run: teachers ready, stages of A-Step and B-Step, the final table (SPEC 7)."""
 import dataclasses
 import logging
+import pathlib
 import time
 
 import jax
 
-from asib_jax import a_step, b_step, build, checkpoint, checks, feature_bank, parallel, pretrained, streams, teachers
+from asib_jax import a_step, b_step, build, checkpoint, checks, feature_bank, finished, parallel, streams, teachers
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
+from asib_jax.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
-from asib_jax.results import Finished, final_results, render
+from asib_jax.results import Results, final_results, render
 from asib_jax.run import Progress, Run
 
 logger = logging.getLogger("asib_jax")
@@ -27,6 +29,7 @@ def recorded(recipe: Recipe, record: Record) -> None:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
         logger.error("%s: %s", status, error)
+        logger.debug("where", exc_info=True)  # the traceback, in log.txt alone
         raise
     record.finish("finished", summary)
 
@@ -42,11 +45,12 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     variables = teachers.ready(recipe, nets, data, devices, reporter) if nets.teachers else Variables({}, {})
     run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
     variables, progress = run_stages(run, variables)
-    finished = Finished(variables, progress.last_student, progress.best_student, progress.distilled_steps)
+    students = {"last": progress.last_student, "best": progress.best_student}
     if recipe.train_control:
-        finished = dataclasses.replace(finished, control=train_control(run, progress.epochs))
-    save(run, finished)
-    results = final_results(run.nets, finished, run.validation, test_evaluator(run, variables))
+        students |= train_control(run, progress.epochs)
+    done = Finished(variables, students, progress.distilled_steps)
+    finished.save(record, recipe, nets, done)
+    results = evaluate_finished(recipe, nets, data, devices, done, run.validation)
     minutes = (time.perf_counter() - start) / 60
     for key, value in results.summary.items():
         record.log(f"final/{key}", value)
@@ -95,7 +99,7 @@ def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.
 def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[Variables, Progress]:
     """Every stage's A-Step and B-Step. Each stage's last student is saved before the best one continues."""
     progress = Progress(epochs=epochs_before)
-    if run.recipe.uses_fusion:
+    if run.recipe.uses_fusion and not run.recipe.model.student.weights:
         variables = a_step.calibrate(run, variables)
     for stage in range(len(run.recipe.b_epochs)):
         if run.recipe.uses_fusion:
@@ -109,38 +113,35 @@ def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[
 def without_teachers(recipe: Recipe) -> Recipe:
     """The same student, data and epochs, learning from labels alone."""
     return dataclasses.replace(recipe, ce_alpha=1.0, kd_alpha=0.0, feat_kd_alpha=0.0, kd_target="avg",
-                               teacher_adapt_epochs=0, teacher_views=0, train_control=False)
+                               teacher_adapt_epochs=0, train_control=False)
 
 
-def train_control(run: Run, epochs_before: int) -> tuple[dict, dict]:
-    """The last and best student of the same run without teachers."""
+def train_control(run: Run, epochs_before: int) -> dict[str, dict]:
+    """The last and best student of the same run without teachers, as `Finished.students` names them."""
     logger.info("control: the same student without teachers")
     recipe = without_teachers(run.recipe)
     nets = build.build_networks(recipe, run.data.num_classes, run.devices)
     control, variables = prepare(recipe, nets, run.data, run.devices, run.record, run.reporter, Variables({}, {}))
     control.prefix = "control/"
     _, progress = run_stages(control, variables, epochs_before)
-    return progress.last_student, progress.best_student
+    return {"control_last": progress.last_student, "control_best": progress.best_student}
 
 
-def test_evaluator(run: Run, variables: Variables) -> Evaluator:
-    """The test split with the teachers as they are now."""
-    return Evaluator(run.nets, variables, run.data.test, name="test", batch_size=run.recipe.dataset.batch_size,
-                     devices=run.devices, cache=run.recipe.teacher_cache)
+def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], done: Finished,
+                      validation: Evaluator | None = None) -> Results:
+    """Count correct predictions of everything on validation and, the only time, on test."""
+    variables = parallel.replicate(done.variables, devices)
+    options = {"batch_size": recipe.dataset.batch_size, "devices": devices, "cache": recipe.teacher_cache}
+    validation = validation or Evaluator(nets, variables, data.validation, name="validation", **options)
+    test = Evaluator(nets, variables, data.test, name="test", **options)
+    return final_results(nets, done, validation, test)
 
 
-def save(run: Run, finished: Finished) -> None:
-    """Everything trained or drawn at random here, in one checkpoint; imported backbones by path and digest."""
-    tree = {"student_last": finished.student_last, "student_best": finished.student_best}
-    if finished.control:
-        tree |= {"control_last": finished.control[0], "control_best": finished.control[1]}
-    final = jax.device_get(finished.variables)
-    trained = {name: final.of(name) for name in final.params if name in ("ib_mbm", "synergy_head", "student")}
-    for name, options in zip(run.nets.teacher_names, run.recipe.teachers):
-        trained[name] = final.of(name)
-        if options.weights:
-            run.record.log(f"weights/{name}", pretrained.digest(options.weights))
-            if not run.recipe.use_teacher_finetuning:
-                trained[name] = {"params": {child: leaves for child, leaves in final.params[name].items()
-                                            if child == "distill_adapter"}}
-    checkpoint.save(run.record.folder / "checkpoints" / "final", {**tree, "variables": trained})
+def evaluate_run(folder: pathlib.Path) -> str:
+    """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
+    recipe = finished.read_recipe(folder)
+    devices = parallel.local_devices(recipe.num_devices)
+    data = build.load_data(recipe)
+    nets = build.build_networks(recipe, data.num_classes, devices)
+    done = finished.load(folder, recipe, nets, data.image_shape)
+    return render(recipe, evaluate_finished(recipe, nets, data, devices, done))

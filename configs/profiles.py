@@ -8,7 +8,7 @@ def _full(config: ConfigDict) -> None:
 
 def _small(config: ConfigDict) -> None:
     """Real CIFAR-100 on a CPU: ResNet-56 and ResNet-44 teachers from files, a ResNet-8 student, few images."""
-    config.dataset.batch_size = 128
+    config.dataset.val_fraction = 0.04
     config.dataset.train_subset = 5000
     config.model.student.name = "resnet8_scratch"
     config.teacher1.name = "resnet56"
@@ -30,6 +30,7 @@ def _digits(config: ConfigDict) -> None:
     """Handwritten digits (8x8, bundled with scikit-learn): teachers trained here, few labels for the student."""
     config.dataset.name = "digits"
     config.dataset.batch_size = 32
+    config.dataset.val_fraction = 0.2
     config.dataset.train_subset = 100
     config.dataset.data_aug = 3
     config.model.student.name = "resnet8_scratch"
@@ -41,7 +42,7 @@ def _digits(config: ConfigDict) -> None:
         teacher.train_epochs = 10
     config.use_amp = False
     config.train_control = True
-    config.student_epochs_per_stage = (10, 10)
+    config.student_epochs_per_stage = (30, 30)
     config.teacher_adapt_epochs = 8
     config.synergy_only_epochs = 4
     config.ib_beta_warmup_epochs = 4

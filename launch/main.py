@@ -29,9 +29,20 @@ def main(argv: list[str]) -> None:
     idle = checks.without_effect(recipe, recipes.read(base.get_config(profile)))
     if idle:
         logger.warning("without effect in this run: %s", ", ".join(idle))
-    train.recorded(recipe, record)
+    try:
+        train.recorded(recipe, record)
+    except (ValueError, OSError):  # told already; the traceback is in log.txt
+        sys.exit(f"see {record.folder / 'log.txt'}")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parser, which shows a traceback for an unknown configuration key."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, TypeError) as error:
+        sys.exit(f"error in --config: {error}")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse)

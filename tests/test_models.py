@@ -117,11 +117,18 @@ def test_adapters_leave_the_initial_network_as_it_is():
     both, both_outputs = jax.jit(init_and_run, static_argnums=0)(adapted)
     assert plain_outputs.distill_feat is None
     assert set(both["params"]) - set(plain["params"]) == {"distill_adapter", "residual_adapter"}
-    assert both["params"]["distill_adapter"]["fc1"]["kernel"].shape == (2, 6)  # max(F // 2, D)
     for name in plain["params"]:
         jax.tree.map(np.testing.assert_array_equal, plain["params"][name], both["params"][name])
     jax.tree.map(np.testing.assert_array_equal, plain["batch_stats"], both["batch_stats"])
     np.testing.assert_array_equal(plain_outputs.logit, both_outputs.logit)
+
+
+@pytest.mark.parametrize(("adapter_dim", "hidden"), [(1, 2), (6, 6)])
+def test_default_hidden_width_of_the_adapter(adapter_dim, hidden):
+    """max(F // 2, D) with F = 4."""
+    model = tiny(adapter_dim=adapter_dim)
+    shapes = jax.eval_shape(lambda key: model.init(key, PIXELS, train=False), jax.random.key(0))
+    assert shapes["params"]["distill_adapter"]["fc1"]["kernel"].shape == (4, hidden)
 
 
 def test_initial_values():

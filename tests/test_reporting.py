@@ -5,7 +5,10 @@ import os
 import re
 import struct
 import sys
+import termios
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -21,16 +24,6 @@ def logger_after_use():
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = True
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """A pseudo-terminal as stderr; the function returned reads what was written to it."""
-    master, slave = os.openpty()
-    with open(slave, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        yield lambda: os.read(master, 100_000).decode()
-    os.close(master)
 
 
 def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, logger_after_use):
@@ -50,14 +43,20 @@ def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, 
     assert shown[1::2] == ["key tau has no effect in run one", "key tau has no effect in run two"]
 
 
-def test_bar_shows_rate_and_leaves_log_lines_whole(tmp_path, terminal, logger_after_use):
+def test_bar_shows_rate_and_leaves_log_lines_whole(tmp_path, monkeypatch, logger_after_use):
     logger = setup_logging(tmp_path)
-    with Reporter.epoch_bar(200, "stage 1 B epoch 2") as bar:
-        for _ in range(2):
-            bar.update(100)
-            bar.refresh()
-        logger.info("epoch 2 done")
-    output = terminal()
+    terminal, end = os.openpty()
+    os.set_blocking(terminal, False)
+    termios.tcsetwinsize(end, (24, 100))
+    with open(end, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Reporter.epoch_bar(200, "stage 1 B epoch 2") as bar:
+            for _ in range(2):
+                bar.update(100)
+                bar.refresh()
+            logger.info("epoch 2 done")
+        output = os.read(terminal, 100_000).decode()
+    os.close(terminal)
     assert "stage 1 B epoch 2: 100%" in output and "200/200" in output
     assert re.search(r"\[\d+:\d+<\d+:\d+, +[\d.]+k? images/s\]", output)
     assert "epoch 2 done" in re.split(r"[\r\n]+", output)
@@ -94,6 +93,15 @@ def test_no_curves_unless_asked_for(tmp_path):
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}) as reporter:
         reporter.scalars({"b/loss": 1.5}, step=4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps_run", [4, 2], ids=["past the last step", "interrupted inside"])
+def test_profile_is_written_for_the_steps_asked_for(tmp_path, steps_run):
+    with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
+        for step in range(steps_run):
+            reporter.on_step(step)
+            jax.block_until_ready(jnp.ones(3) + step)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -77,8 +77,9 @@ def test_malformed_arrays_are_named(tmp_path, changes, message):
 
 
 def test_npz_without_names_numbers_its_classes(tmp_path):
-    path = write_npz(tmp_path / "own.npz", y_train=np.arange(TRAIN), y_test=np.arange(TEST), class_names=None)
-    assert load("npz", path=str(path)).class_names == tuple("0123456")
+    labels = np.array([0, 1, 2, 3, 4, 5, 255], np.uint8)
+    path = write_npz(tmp_path / "own.npz", y_train=labels, y_test=np.arange(TEST), class_names=None)
+    assert load("npz", path=str(path)).class_names == tuple(str(c) for c in range(256))
 
 
 def test_imagenet32_joins_batches_in_numerical_order(tmp_path):
@@ -92,6 +93,9 @@ def test_imagenet32_joins_batches_in_numerical_order(tmp_path):
     np.testing.assert_array_equal(data.test.image, val_image)
     np.testing.assert_array_equal(data.test.label, val_label)
     assert data.num_classes == 1000
+    np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
+    with pytest.raises(ValueError, match=r"train_data_batch_2\.npz: data must have shape \[N,3072\], found \[2, 192\]"):
+        load("imagenet32", path=str(tmp_path))
     (tmp_path / "val_data.npz").unlink()
     with pytest.raises(ValueError, match=r"dataset\.path.*val_data\.npz"):
         load("imagenet32", path=str(tmp_path))

@@ -71,7 +71,7 @@ def read_cifar100(path: Path) -> Arrays:
         if all(name in files for name in names):
             try:
                 return decode(*(files[name] for name in names))
-            except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
+            except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
                 raise ValueError(f"{path} is not CIFAR-100 as published: {type(error).__name__}: {error}") from error
     raise ValueError(
         f"{path} holds neither {', '.join(_PYTHON_FILES)} (Python version) nor {', '.join(_BINARY_FILES)} "
@@ -99,9 +99,9 @@ def _tar_files(path: Path) -> dict[str, bytes]:
 def _decode_python(train: bytes, test: bytes, meta: bytes) -> Arrays:
     train, test, meta = (unpickle_arrays(data) for data in (train, test, meta))
     return {
-        "x_train": channels_last(train["data"]),
+        "x_train": channels_last(np.asarray(train["data"]), "data of train"),
         "y_train": np.asarray(train["fine_labels"]),
-        "x_test": channels_last(test["data"]),
+        "x_test": channels_last(np.asarray(test["data"]), "data of test"),
         "y_test": np.asarray(test["fine_labels"]),
         "class_names": np.asarray(meta["fine_label_names"]),
     }
@@ -111,19 +111,19 @@ def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
     # One record an image: coarse label, fine label, pixels.
     train, test = (np.frombuffer(data, np.uint8).reshape(-1, 2 + _PIXELS) for data in (train, test))
     return {
-        "x_train": channels_last(train[:, 2:]),
+        "x_train": channels_last(train[:, 2:], "train.bin"),
         "y_train": train[:, 1],
-        "x_test": channels_last(test[:, 2:]),
+        "x_test": channels_last(test[:, 2:], "test.bin"),
         "y_test": test[:, 1],
         "class_names": np.asarray(names.decode().split()),
     }
 
 
-def channels_last(rows: np.ndarray) -> np.ndarray:
+def channels_last(rows: np.ndarray, name: str) -> np.ndarray:
     """[N,3072] rows stored channel by channel -> [N,32,32,3], contiguous.
 
-    Raises ValueError naming the shape found.
+    Raises ValueError with `name` and the shape found.
     """
     if rows.ndim != 2 or rows.shape[1] != _PIXELS:
-        raise ValueError(f"expected images of shape [N,{_PIXELS}], found {list(rows.shape)}")
+        raise ValueError(f"{name} must have shape [N,{_PIXELS}], found {list(rows.shape)}")
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

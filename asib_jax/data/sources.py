@@ -69,7 +69,7 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
             raise ValueError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
         if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
             raise ValueError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
-    names = arrays.get("class_names", np.arange(arrays["y_train"].max() + 1).astype(str))
+    names = arrays.get("class_names", np.arange(int(arrays["y_train"].max()) + 1).astype(str))
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
     for split in ("train", "test"):
@@ -121,9 +121,12 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
         raise ValueError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
     arrays = {"class_names": np.arange(1000).astype(str)}
     for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
-        parts = [archives.read_npz(file, ("data", "labels")) for file in files]
-        arrays[f"x_{split}"] = np.concatenate([archives.channels_last(part["data"]) for part in parts])
-        arrays[f"y_{split}"] = np.concatenate([part["labels"] for part in parts]) - 1
+        images, labels = [], []
+        for file in files:
+            part = archives.read_npz(file, ("data", "labels"))
+            images.append(archives.channels_last(part["data"], f"{file}: data"))
+            labels.append(part["labels"])
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = np.concatenate(images), np.concatenate(labels) - 1
     return arrays, str(source)
 
 

@@ -1,0 +1,76 @@
+"""Networks of three convolutions and data they can learn: what several test files run steps and stages on."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asib_jax.data.sources import Split
+from asib_jax.models import build_ib_mbm_from_teachers
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.kd_model import KDModel
+from asib_jax.models.resnet import Stem
+
+CLASSES, DIM = 5, 8
+
+
+def convolutions(*widths: int) -> Architecture:
+    """One convolution, BatchNorm and relu per stage; every stage but the first halves the resolution."""
+    stages = tuple((f"stage{i}", partial(Stem, kernel=3, width=width, stride=min(i + 1, 2), pool=False))
+                   for i, width in enumerate(widths))
+    return Architecture(stages, feat_dim=widths[-1])
+
+
+STUDENT, TEACHERS = convolutions(3, 4, 4), (convolutions(3, 6), convolutions(4, 5))
+
+
+def make_networks(*, adapter_dim: int = DIM, student_feature: str = "distill_feat", use_ib: bool = True,
+                  dropout: float = 0.0, axis_name: str | None = None, teachers=TEACHERS) -> Networks:
+    """A student, two teachers, IB_MBM and head. The networks differ in `mean`."""
+    fields = {"num_classes": CLASSES, "std": (0.3,), "adapter_dim": adapter_dim, "axis_name": axis_name}
+    student = KDModel(STUDENT, mean=(0.5,), **fields)
+    models = tuple(KDModel(net, mean=(0.4 + k / 100,), **fields) for k, net in enumerate(teachers, 1))
+    ib_mbm, head = build_ib_mbm_from_teachers(
+        models, dim=DIM, num_heads=2, use_ib=use_ib, feature_norm="none", logvar_clip=6.0, min_std=1e-3, residual=True,
+        dropout=dropout, learnable_temperature=False)
+    return Networks(student, models, ib_mbm, head, student_feature)
+
+
+def random_variables(nets: Networks, seed: int = 0) -> Variables:
+    """Values no initialiser gives, of a size at which networks with different weights disagree."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return generator.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        spread = 1.5 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.3
+        return (spread * generator.normal(size=leaf.shape)).astype(np.float32)
+
+    def shapes(module, *inputs, **options):
+        return jax.eval_shape(partial(module.init, **options), jax.random.key(0), *inputs)
+
+    pixels = jnp.zeros((1, 8, 8, 3))
+    models = {"student": nets.student, **dict(zip(nets.teacher_names, nets.teachers))}
+    trees = {name: shapes(model, pixels, train=False) for name, model in models.items()}
+    width = nets.student.adapter_dim if nets.student_feature == "distill_feat" else nets.student.architecture.feat_dim
+    read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
+    trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
+    trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
+    trees = jax.tree_util.tree_map_with_path(draw, trees)
+    return Variables({name: tree["params"] for name, tree in trees.items()},
+                     {name: trees[name]["batch_stats"] for name in models})
+
+
+def make_split(count: int, classes: int = CLASSES, seed: int = 0, first_index: int = 1000) -> Split:
+    """Noise on a colour of the class's own, 8x8; data-set indices that are not the rows."""
+    generator = np.random.default_rng(seed)
+    label = (np.arange(count) % classes).astype(np.int32)
+    colour = np.random.default_rng(99).integers(60, 196, (classes, 1, 1, 3))
+    image = np.clip(colour[label] + generator.normal(0, 50, (count, 8, 8, 3)), 0, 255).astype(np.uint8)
+    return Split(image, label, first_index + np.arange(count, dtype=np.int32))
+
+
+def make_batch(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    """The whole of `make_split` as a batch."""
+    return make_split(count, seed=seed)._asdict()

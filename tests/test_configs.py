@@ -1,0 +1,163 @@
+"""The configs: readable under every profile, an ablation ladder that changes what it says, defaults that stay put."""
+import importlib
+import json
+import math
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from asib_jax import checks, recipe
+from configs import base
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROFILES = ("", "small", "digits")
+# Child: parent, and everything that differs; BASE is the value of base.py under the same profile.
+BASE = object()
+LADDER = {
+    "ce_only": ("base", {"ce_alpha": 1.0, "kd_alpha": 0.0, "teacher_adapt_epochs": 0}),
+    "l0_baseline": ("base", {"kd_target": "avg", "teacher_adapt_epochs": 0}),
+    "side_fusion": ("l0_baseline", {"kd_target": "synergy", "teacher_adapt_epochs": BASE}),
+    "l1_ib": ("side_fusion", {"use_ib": True}),
+    "l2_cccp": ("l1_ib", {"use_cccp": True}),
+    "l3_tadapt": ("l2_cccp", {"train_distill_adapter_only": True}),
+    "l4_full": ("l3_tadapt", {"use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
+    "side_cccp_ppf": ("side_fusion", {"use_cccp": True, "use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
+}
+# What every rung shares, and the other defaults of the method.
+COMMON = {
+    "ce_alpha": 0.65, "kd_alpha": 0.35, "kd_max_ratio": 2.0, "tau_schedule": (2.0, 6.0), "a_step_lr": 1e-4,
+    "ib_mbm_out_dim": 512, "ib_mbm_logvar_clip": 6.0, "ib_mbm_min_std": 1e-3, "ib_mbm_lr_factor": 10.0,
+    "ib_beta": 5e-5, "ib_beta_warmup_epochs": 8, "synergy_kd_alpha": 1.0, "use_distillation_adapter": True,
+    "distill_out_dim": 512, "feat_kd_alpha": 0.0, "optimizer": "adamw", "student_lr": 1e-3,
+    "student_weight_decay": 3e-4, "grad_clip_norm": 0.5, "schedule.type": "cosine", "schedule.lr_warmup_epochs": 5,
+    "student_epochs_per_stage": (20, 20), "teacher_adapt_epochs": 12, "synergy_only_epochs": 6,
+    "enable_kd_after_syn_acc": 0.05, "use_amp": True, "amp_dtype": "bfloat16", "dataset.batch_size": 64,
+    "teacher1.name": "convnext_l", "teacher2.name": "resnet152", "model.student.name": "resnet101_scratch",
+    "dataset.name": "cifar100",
+}
+OTHERS = {
+    "tau": 4.0, "cccp_alpha": 0.25, "cccp_nt": 1, "cccp_ns": 1, "synergy_ce_alpha": 0.6, "min_cw": 0.1,
+    "ib_mbm_n_head": 4, "ib_mbm_feature_norm": "none", "disagree_lambda_high": 1.0, "disagree_lambda_low": 1.0,
+    "reg_lambda": 0.0, "ib_mbm_reg_lambda": 0.0, "synergy_head_dropout": 0.0, "dataset.val_fraction": 0.1,
+    "synergy_ema_alpha": 0.8, "tau_decay_power": 1.0, "loss_clamp_max": 1000.0, "kd_warmup_epochs": 0,
+    "teacher_adapt_kd_warmup": 0, "schedule.min_lr": 1e-5, "label_smoothing": 0.0, "ce_label_smoothing": 0.0,
+    "use_cccp": False, "ib_mbm_residual": True, "restore_best": True, "a_step_weight_decay": 0.0,
+    "teacher1.saw_val": True, "teacher2.saw_val": True, "teacher_adapt_alpha_kd": None, "teacher_lr": None,
+    "distill_hidden_dim": 0, "num_stages": 0, "exp_id": "", "model.student.use_adapter": False,
+}
+
+
+def config_of(name: str, profile: str = "") -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(profile)
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict:
+    """Every leaf under its dotted key."""
+    leaves = {}
+    for key, value in config.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return leaves
+
+
+def difference(config: ConfigDict, other: ConfigDict) -> dict:
+    """The leaves of `config` whose value or presence differs in `other`."""
+    ours, theirs = flat(config), flat(other)
+    assert ours.keys() == theirs.keys()
+    return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+def test_the_table_is_the_folder():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert files == {*LADDER, "base", "profiles", "__init__"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", ["base", *LADDER])
+def test_readable(name, profile):
+    config = config_of(name, profile)
+    read = recipe.read(config)
+    assert read == recipe.read(json.loads(json.dumps(config.to_dict())))  # as a run's folder records it
+    assert len(read.teachers) == 2
+    assert checks.without_effect(read, recipe.read(base.get_config(profile))) == []
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", LADDER)
+def test_differs_from_its_parent_in_what_it_says(name, profile):
+    parent, changes = LADDER[name]
+    expected = {key: base.get_config(profile)[key] if value is BASE else value for key, value in changes.items()}
+    assert difference(config_of(name, profile), config_of(parent, profile)) == expected
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_neighbours_of_the_ladder(profile):
+    ce_only, l0 = config_of("ce_only", profile), config_of("l0_baseline", profile)
+    assert difference(ce_only, l0) == {"ce_alpha": 1.0, "kd_alpha": 0.0, "kd_target": "synergy"}
+    assert difference(config_of("side_fusion", profile), config_of("base", profile)) == {}
+    assert config_of("l2_cccp", profile).cccp_alpha == 0.25
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_digits_profile_can_run(name):
+    checks.check(recipe.read(config_of(name, "digits")))
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_small_profile_needs_two_files(name):
+    config = config_of(name, "small")
+    if name != "ce_only":
+        with pytest.raises(ValueError, match=r"teacher1 \(resnet56\) has no weights: set teacher1.weights"):
+            checks.check(recipe.read(config))
+    config.teacher1.weights = config.teacher2.weights = __file__  # read later: here it must only exist
+    checks.check(recipe.read(config))
+
+
+@pytest.mark.parametrize("key, value", [*COMMON.items(), *OTHERS.items()])
+def test_defaults(key, value):
+    default = flat(base.get_config())[key]
+    assert default == value and type(default) is type(value)
+
+
+def test_digits_opens_the_gate_above_chance_for_ten_classes():
+    digits = recipe.read(config_of("l1_ib", "digits"))
+    assert digits.enable_kd_after_syn_acc == 0.3
+    assert checks.check_gate(digits.enable_kd_after_syn_acc, 10) is None
+    assert checks.check_gate(flat(base.get_config())["enable_kd_after_syn_acc"], 100) is None
+
+
+def test_locked_and_unknown_profile():
+    config = config_of("l4_full", "digits")
+    with pytest.raises(AttributeError, match="kd_alfa"):
+        config.kd_alfa = 0.5
+    with pytest.raises(ValueError, match=r"unknown profile 'digts'.*\['', 'digits', 'small'\]"):
+        config_of("l4_full", "digts")
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """The three-column rows of docs/configuration.md: key cell, second and third cell."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE)
+    return [row for row in rows if not row[0].startswith("---")]
+
+
+def test_the_documentation_names_every_key_and_no_other():
+    """docs/configuration.md: each key of base.py in a first or second cell; what a first cell says is kept, exists."""
+    keys = {re.sub(r"^teacher\d", "teacherK", key) for key in flat(base.get_config())}
+    named = {key for first, second, _ in documented() for key in re.findall(r"`([\w.]+)`", first + second)}
+    assert keys - named == set()
+    kept = {key for first, second, _ in documented() if second.startswith("kept") for key in re.findall(r"`([\w.]+)`", first)}
+    assert kept and kept <= keys
+
+
+def test_the_documentation_states_the_defaults():
+    """Rows of the second table: `key` | `default` | what it does."""
+    defaults = {re.sub(r"^teacher\d", "teacherK", key): value for key, value in flat(base.get_config()).items()}
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    own = text[text.index("| key | default |"):]
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", own, flags=re.MULTILINE)
+    assert len(rows) > 15
+    for key, default in rows:
+        value = eval(default, {"__builtins__": {}})
+        assert value == defaults[key] or math.isclose(value, defaults[key]), key

@@ -1,0 +1,278 @@
+"""Reading a config into a recipe, and what is refused before any work."""
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from asib_jax import checks, losses, models, recipe
+from configs import base, ce_only, l0_baseline, l1_ib, l2_cccp, l4_full
+
+
+def changed(config: ConfigDict, changes: dict) -> dict:
+    """The config as nested plain dicts, with the leaves under these dotted keys set to any value."""
+    tree = config.to_dict()
+    for key, value in changes.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[leaf] = value
+    return tree
+
+
+A_FILE = __file__  # weights are read later: here the file must only exist
+STEADY = {  # what the cases below rely on, whatever the profile says
+    "dataset.batch_size": 32, "student_epochs_per_stage": (10, 10), "teacher_adapt_epochs": 8,
+    "schedule.lr_warmup_epochs": 2, "teacher_views": 0, "distill_out_dim": 64, "ib_mbm_out_dim": 64,
+}
+
+
+def recipe_of(changes: dict) -> recipe.Recipe:
+    """`configs/l4_full.py:digits`, steadied and changed."""
+    return recipe.read(changed(l4_full.get_config("digits"), STEADY | changes))
+
+
+def test_values_arrive_unchanged():
+    read = recipe.read(base.get_config())
+    assert (read.seed, read.tau, read.kd_target, read.use_amp) == (0, 4.0, "synergy", True)
+    assert read.tau_schedule == (2.0, 6.0) and read.beta_schedule == ()
+    assert read.teacher_lr is None and read.teacher_adapt_alpha_kd is None
+    assert read.dataset.name == "cifar100" and read.schedule.min_lr == 1e-5
+    assert [teacher.name for teacher in read.teachers] == ["convnext_l", "resnet152"]
+    assert read.model.student.mean == (0.5071, 0.4865, 0.4409)
+
+
+@pytest.mark.parametrize("key, value, field", [
+    ("tau", 3, 3.0), ("tau_schedule", (2, 6), (2.0, 6.0)), ("tau_schedule", [2.0, 6.0], (2.0, 6.0)),
+    ("student_epochs_per_stage", 7, (7,)), ("student_freeze_level", 0, (0,)), ("beta_schedule", (), ()),
+    ("teacher_lr", 1, 1.0), ("teacher_lr", None, None),
+])
+def test_coercion(key, value, field):
+    """An int serves as a float, one number as a tuple of one, a list as a tuple; None only where it means something."""
+    result = getattr(recipe_of({key: value}), key)
+    assert result == field and type(result) is type(field)
+    if isinstance(field, tuple):
+        assert [type(item) for item in result] == [type(item) for item in field]
+
+
+@pytest.mark.parametrize("key, value, needed", [
+    ("seed", 1.0, "int"), ("seed", True, "int"), ("seed", "0", "int"), ("seed", None, "int"),
+    ("tau", "4", "float"), ("tau", True, "float"), ("tau", (4.0,), "float"),
+    ("use_ib", 1, "bool"), ("use_ib", "False", "bool"),
+    ("kd_target", 3, "str"), ("kd_target", None, "str"),
+    ("tau_schedule", "2,6", "float"), ("student_epochs_per_stage", (20, 1.5), "int"),
+    ("student_epochs_per_stage", None, "int"), ("teacher_lr", "1e-4", "float"),
+    ("dataset.batch_size", 64.0, "int"), ("schedule.milestones", (True,), "int"),
+    ("model.student.mean", ("a",), "float"), ("teacher2.freeze_bn", 0, "bool"), ("teacher1.name", 56, "str"),
+])
+def test_wrong_types(key, value, needed):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=.* {needed} is needed$"):
+        recipe_of({key: value})
+
+
+@pytest.mark.parametrize("key, nearest", [
+    ("kd_alhpa", "kd_alpha"), ("synergy_only_epoch", "synergy_only_epochs"),
+    ("dataset.batchsize", "dataset.batch_size"),
+    ("model.student.weight", "model.student.weights"), ("schedule.minlr", "schedule.min_lr"),
+    ("teacher2.freez_level", "teacher2.freeze_level"), ("teacher1_freeze_bn", "student_freeze_bn"),
+])
+def test_an_unknown_key_is_named_with_the_nearest(key, nearest):
+    with pytest.raises(ValueError, match=rf"^unknown key {re.escape(key)}; did you mean {re.escape(nearest)}\?$"):
+        recipe_of({key: 0})
+
+
+def test_an_unknown_key_near_to_nothing():
+    with pytest.raises(ValueError, match="^unknown key pin_memory$"):
+        recipe_of({"pin_memory": True})
+
+
+@pytest.mark.parametrize("group, key", [("", "tau"), ("dataset", "name"), ("schedule", "gamma"), ("teacher2", "std")])
+def test_missing_keys_are_named(group, key):
+    tree = l1_ib.get_config().to_dict()
+    del (tree[group] if group else tree)[key]
+    with pytest.raises(ValueError, match=f"^missing keys: {'.'.join(filter(None, (group, key)))}$"):
+        recipe.read(tree)
+
+
+@pytest.mark.parametrize("renamed", ["teacher3", "teacher0", "teacher01"])
+def test_teachers_without_a_gap(renamed):
+    tree = l1_ib.get_config().to_dict()
+    tree[renamed] = tree.pop("teacher2")
+    with pytest.raises(ValueError, match=f"teacher1, teacher2, ... without a gap; found .*'{renamed}'"):
+        recipe.read(tree)
+
+
+def test_any_number_of_teachers_in_order():
+    config = l1_ib.get_config("digits")
+    with config.unlocked():
+        for k in range(3, 12):
+            config[f"teacher{k}"] = ConfigDict(config.teacher2)
+            config[f"teacher{k}"].train_epochs = k
+    read = recipe.read(config)
+    assert [teacher.train_epochs for teacher in read.teachers[2:]] == list(range(3, 12))  # 10 and 11 after 9
+    checks.check(read)
+
+
+def test_what_follows_from_the_values():
+    l4, l0, alone = (recipe.read(module.get_config("digits")) for module in (l4_full, l0_baseline, ce_only))
+    assert (l4.uses_fusion, l4.uses_teachers, l4.uses_adapters) == (True, True, True)
+    assert (l0.uses_fusion, l0.uses_teachers, l0.uses_adapters) == (False, True, False)
+    assert (l4.student_feature, l0.student_feature) == ("distill_feat", "feat_2d")
+    assert (alone.uses_fusion, alone.uses_teachers) == (False, False)
+    assert recipe_of({"feat_kd_key": "feat_2d"}).student_feature == "feat_2d"
+    assert recipe_of({"use_distillation_adapter": False}).student_feature == "feat_2d"
+    more = {"cccp_nt": 3, "cccp_ns": 2, "student_epochs_per_stage": (5, 4), "teacher_adapt_epochs": 6}
+    with_cccp, without = recipe_of(more), recipe_of({**more, "use_cccp": False})
+    assert (with_cccp.a_epochs, with_cccp.b_epochs) == (18, (10, 8))
+    assert (without.a_epochs, without.b_epochs) == (6, (5, 4))
+    assert recipe_of({"use_amp": True}).compute_dtype == "bfloat16" and l4.compute_dtype == "float32"
+
+
+# What is changed, and a key and a piece of text the message holds.
+CONTRADICTIONS = [
+    ({"seed": -1}, "seed=-1", "at least 0"),
+    ({"num_devices": 9}, "num_devices=9", "are here"),
+    ({"dataset.batch_size": 30}, "dataset.batch_size=30", "4 devices"),
+    ({"dataset.batch_size": 0}, "dataset.batch_size=0", "positive"),
+    ({"dataset.data_aug": 7}, "dataset.data_aug=7", "valid: [0, 1, 2, 3]"),
+    ({"dataset.val_fraction": 0.0}, "dataset.val_fraction=0.0", "between 0 and 1"),
+    ({"dataset.val_fraction": 1.0}, "dataset.val_fraction=1.0", "between 0 and 1"),
+    ({"dataset.train_subset": -5}, "dataset.train_subset=-5", "0: all images"),
+    ({"model.student.name": "resnet9"}, "model.student.name", "resnet8, resnet14"),
+    ({"model.student.name": "resnet8_pretrain"}, "model.student.weights", "_scratch"),
+    ({"model.student.weights": A_FILE}, "model.student.weights=", "_pretrain"),
+    ({"teacher2.name": "vgg16"}, "teacher2.name", "resnet8, resnet14"),
+    ({"teacher2.train_epochs": 0}, "teacher2.weights", "teacher2.train_epochs"),
+    ({"teacher1.weights": A_FILE}, "teacher1.weights and teacher1.train_epochs", "keep one"),
+    ({"teacher1.weights": "no.npz", "teacher1.train_epochs": 0}, "teacher1.weights='no.npz'", "does not exist"),
+    ({"model.student.name": "resnet8", "model.student.weights": "no.npz"}, "model.student.weights='no.npz'",
+     "does not exist"),
+    ({"student_epochs_per_stage": ()}, "student_epochs_per_stage", "empty"),
+    ({"student_epochs_per_stage": (10, 0)}, "student_epochs_per_stage=(10, 0)", "at least one epoch"),
+    ({"num_stages": 3}, "num_stages=3", "2 entries"),
+    ({"student_freeze_level": (-1, 1, 2)}, "student_freeze_level=(-1, 1, 2)", "one per stage (2)"),
+    ({"teacher2.freeze_level": (1, 1, 1)}, "teacher2.freeze_level=(1, 1, 1)", "one per stage (2)"),
+    ({"tau_schedule": (2.0,)}, "tau_schedule=(2.0,)", "2 entries"),
+    ({"tau_schedule": (0.0, 4.0)}, "tau_schedule=(0.0, 4.0)", "positive"),
+    ({"beta_schedule": (0.0, 1e-4)}, "beta_schedule=(0.0, 0.0001)", "3 entries"),
+    ({"beta_schedule": (0.0, -1.0, 5)}, "beta_schedule", "negative"),
+    ({"profile_steps": (10,)}, "profile_steps=(10,)", "2 entries"),
+    ({"ce_alpha": 0.0, "kd_alpha": 0.0}, "ce_alpha=0.0, kd_alpha=0.0", "one of them positive"),
+    ({"ce_alpha": -0.1}, "ce_alpha=-0.1", "at least 0"),
+    ({"kd_max_ratio": -1.0}, "kd_max_ratio=-1.0", "at least 0"),
+    ({"kd_target": "mean"}, "kd_target='mean'", "'synergy', 'avg', 'weighted_conf', 'teacher'"),
+    ({"kd_target": "teacher", "kd_teacher_index": 2}, "kd_teacher_index=2", "0..1"),
+    ({"teacher_adapt_epochs": 0}, "kd_target='synergy'", "teacher_adapt_epochs"),
+    ({"kd_target": "avg", "teacher_adapt_epochs": 0, "feat_kd_alpha": 1.0}, "feat_kd_alpha", "teacher_adapt_epochs"),
+    ({"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32}, "distill_out_dim=64", "ib_mbm_out_dim=32"),
+    ({"feat_kd_key": "feat_4d"}, "feat_kd_key='feat_4d'", "'distill_feat', 'feat_2d'"),
+    ({"feat_kd_key": "distill_feat", "use_distillation_adapter": False}, "feat_kd_key", "use_distillation_adapter"),
+    ({"use_teacher_finetuning": True}, "use_teacher_finetuning", "train_distill_adapter_only"),
+    ({"mixup_alpha": 0.2, "cutmix_alpha_distill": 1.0}, "mixup_alpha and cutmix_alpha_distill", "set one of them to 0"),
+    ({"teacher_views": 4, "mixup_alpha": 0.2}, "teacher_views", "mixup"),
+    ({"teacher_views": 4, "use_teacher_finetuning": True, "train_distill_adapter_only": False}, "teacher_views",
+     "use_teacher_finetuning"),
+    ({"teacher_views": -1}, "teacher_views=-1", "at least 0"),
+    ({"disagree_mode": "logits"}, "disagree_mode='logits'", "'pred', 'both_wrong', 'any_wrong'"),
+    ({"ce_label_smoothing": 1.5}, "ce_label_smoothing=1.5", "[0, 1]"),
+    ({"synergy_head_dropout": -0.1}, "synergy_head_dropout=-0.1", "[0, 1]"),
+    ({"kd_ens_alpha": 2.0}, "kd_ens_alpha=2.0", "[0, 1]"),
+    ({"tau": 0.0}, "tau=0.0", "positive"),
+    ({"loss_clamp_max": 0.0}, "loss_clamp_max=0.0", "positive"),
+    ({"min_cw": 0.0}, "min_cw=0.0", "positive"),
+    ({"min_cw": 1.5}, "min_cw=1.5", "at most 1"),
+    ({"ib_mbm_n_head": 5}, "ib_mbm_n_head=5", "ib_mbm_out_dim=64"),
+    ({"ib_mbm_n_head": 0}, "ib_mbm_n_head=0", "at least 1"),
+    ({"ib_mbm_feature_norm": "layer"}, "ib_mbm_feature_norm='layer'", "'none', 'l2'"),
+    ({"cccp_nt": 0}, "cccp_nt=0", "at least 1"),
+    ({"optimizer": "adam"}, "optimizer='adam'", "'adamw', 'sgd'"),
+    ({"amp_dtype": "float16"}, "amp_dtype='float16'", "'bfloat16', 'float32'"),
+    ({"student_lr": 0.0}, "student_lr=0.0", "positive"),
+    ({"schedule.type": "linear"}, "schedule.type='linear'", "cosine"),
+    ({"schedule.min_lr": 5e-4}, "schedule.min_lr=0.0005", "a_step_lr=0.0001"),
+    ({"schedule.step_size": 0}, "schedule.step_size=0", "at least 1"),
+    ({"schedule.lr_warmup_epochs": 17}, "schedule.lr_warmup_epochs=17", "16 A-epochs"),
+    ({"schedule.lr_warmup_epochs": 21, "teacher_adapt_epochs": 11}, "schedule.lr_warmup_epochs=21", "20 B-epochs"),
+    ({"schedule.lr_warmup_epochs": -1}, "schedule.lr_warmup_epochs=-1", "at least 0"),
+]
+
+
+@pytest.mark.parametrize("changes, key, hint", CONTRADICTIONS, ids=[",".join(case[0]) for case in CONTRADICTIONS])
+def test_contradictions_are_refused(changes, key, hint):
+    """Four devices are simulated; without the change the recipe passes."""
+    with pytest.raises(ValueError) as caught:
+        checks.check(recipe_of(changes))
+    assert key in str(caught.value) and hint in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_stages": 2}, {"num_devices": 1, "dataset.batch_size": 30}, {"schedule.lr_warmup_epochs": 16},
+    {"ce_alpha": 0.0}, {"kd_alpha": 0.0}, {"kd_target": "teacher", "kd_teacher_index": 1},
+    {"feat_kd_alpha": 1.0}, {"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32, "feat_kd_key": "feat_2d"},
+    {"model.student.name": "resnet8_pretrain", "model.student.weights": A_FILE}, {"model.student.name": "resnet8"},
+    {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0}, {"kd_max_ratio": 0.0},
+])
+def test_what_is_no_contradiction(changes):
+    checks.check(recipe_of(changes))
+
+
+def test_synergy_needs_two_teachers_and_the_average_one():
+    synergy, average = l1_ib.get_config("digits").to_dict(), l0_baseline.get_config("digits").to_dict()
+    del synergy["teacher2"], average["teacher2"]
+    checks.check(recipe.read(average))
+    with pytest.raises(ValueError, match="1 teachers configured; synergy .* add teacher2"):
+        checks.check(recipe.read(synergy))
+    del average["teacher1"]
+    with pytest.raises(ValueError, match="0 teachers configured.* add teacher1"):
+        checks.check(recipe.read(average))
+    checks.check(recipe.read({**average, "ce_alpha": 1.0, "kd_alpha": 0.0}))
+
+
+def test_the_full_scale_default_stops_at_the_unknown_backbone():
+    with pytest.raises(ValueError, match="^unknown model 'convnext_l'; teacher1.name must be one of ") as caught:
+        checks.check(recipe.read(l2_cccp.get_config()))
+    assert all(name in str(caught.value) for name in models.MODELS)
+
+
+def test_the_student_alone_needs_no_teacher_of_the_config():
+    checks.check(recipe.read(ce_only.get_config()))  # although its teachers are unknown and have no weights
+
+
+@pytest.mark.parametrize("threshold, classes, warns", [
+    (0.01, 100, True), (0.0149, 100, True), (0.015, 100, False), (0.1, 10, True), (0.3, 10, False), (0.5, 2, True),
+])
+def test_gate(threshold, classes, warns):
+    """An error below chance, a warning below 1.5 times chance."""
+    warning = checks.check_gate(threshold, classes)
+    assert (warning is not None) == warns
+    if warns:
+        assert f"enable_kd_after_syn_acc={threshold:g}" in warning
+    with pytest.raises(ValueError, match=f"enable_kd_after_syn_acc=.* is below chance for {classes} classes"):
+        checks.check_gate(0.99 / classes, classes)
+
+
+@pytest.mark.parametrize("changes, idle", [
+    ({}, []),
+    ({"seed": 3, "tau": 2.0, "ib_beta": 1e-3, "cccp_alpha": 0.5}, []),
+    ({"use_ib": False, "ib_beta": 1e-3, "min_cw": 0.5}, ["ib_beta", "min_cw"]),
+    ({"use_cccp": False, "cccp_alpha": 0.5, "cccp_nt": 2}, ["cccp_alpha", "cccp_nt"]),
+    ({"use_partial_freeze": False}, ["student_freeze_level"]),
+    ({"disagree_mode": "any_wrong", "loss_clamp_max": 5.0}, ["disagree_mode", "loss_clamp_max"]),
+    ({"momentum": 0.5}, ["momentum"]), ({"momentum": 0.5, "optimizer": "sgd"}, []),
+    ({"amp_dtype": "float32"}, ["amp_dtype"]),
+    ({"kd_teacher_index": 1}, ["kd_teacher_index"]), ({"kd_teacher_index": 1, "kd_target": "teacher"}, []),
+    ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha"]),
+    ({"train_distill_adapter_only": False, "teacher_lr": 1e-5, "reg_lambda": 0.1}, ["reg_lambda", "teacher_lr"]),
+    ({"kd_target": "avg", "teacher_adapt_epochs": 0, "ib_mbm_out_dim": 32, "synergy_kd_alpha": 0.0},
+     ["ib_mbm_out_dim", "synergy_kd_alpha", "use_cccp", "use_ib"]),
+])
+def test_without_effect(changes, idle):
+    defaults = recipe.read(changed(base.get_config("digits"), STEADY))
+    assert checks.without_effect(recipe_of(changes), defaults) == idle
+
+
+def test_the_choices_are_those_of_the_code():
+    for target in losses.KD_TARGETS:
+        checks.check(recipe_of({"kd_target": target}))
+    for mode in losses.DISAGREE_MODES:
+        checks.check(recipe_of({"disagree_mode": mode}))

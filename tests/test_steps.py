@@ -1,0 +1,379 @@
+"""The A- and B-Step losses against float64 numpy, computed from the raw outputs of networks applied one by one.
+
+Values to 2e-5 relative. Every case has its own weights and scalars, so that none can stand in for another.
+"""
+import collections
+import functools
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax import freezing, losses, state, steps, streams
+from asib_jax.data.augment import augment, mix
+from asib_jax.models.ensemble import Mode, TeacherOutputs, Variables
+from asib_jax.models.ib_mbm import sample
+from asib_jax.steps import ATerms, BTerms
+from networks import CLASSES, DIM, make_batch, make_networks, random_variables
+
+BATCH = make_batch()
+ONE_HOT = np.eye(CLASSES)
+A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
+                 feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=0)
+B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
+
+
+def a_controls(**changes):
+    values = {"tau": 3.0, "beta": 0.02, "open": 1.0, "certain": 1.0} | changes
+    return {**jax.tree.map(jnp.float32, values), "augment_key": streams.key(0, "augment"),
+            "noise_key": streams.key(0, "noise")}
+
+
+def b_controls(**changes):
+    values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0} | changes
+    return {**jax.tree.map(jnp.float32, values), "step": jnp.int32(3), "augment_key": streams.key(0, "augment"),
+            "mix_key": streams.key(0, "mix")}
+
+
+@functools.cache
+def make(**options):
+    nets = make_networks(**options)
+    return nets, random_variables(nets)
+
+
+def log_softmax(x):
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    return np.exp(log_softmax(x))
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+    return -(((1 - smoothing) * ONE_HOT[labels] + smoothing / CLASSES) * log_softmax(logits)).sum(-1)
+
+
+def kd(logits, target, tau):
+    return tau**2 * (softmax(target / tau) * (log_softmax(target / tau) - log_softmax(logits / tau))).sum(-1)
+
+
+def mean_square(tree):
+    return np.mean([np.mean(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(tree)])
+
+
+def certainty(logvar, min_cw):
+    precision = np.exp(-logvar.mean(-1))
+    return np.clip(precision / precision.mean(), min_cw, 1 / min_cw)
+
+
+def raw_outputs(nets, variables, pixels, student_mode):
+    """Everything the networks say of the pixels, in float64, each network applied by itself."""
+    student = nets.student.apply(variables.of("student"), pixels, **student_mode, mutable=["batch_stats"])[0]
+    teachers = [model.apply(variables.of(name), pixels, train=False)
+                for name, model in zip(nets.teacher_names, nets.teachers)]
+    read = [t.distill_feat if t.distill_feat is not None else t.feat_2d for t in teachers]
+    query = getattr(student, nets.student_feature)
+    latent = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, query, jnp.stack(read, axis=1))
+    return jax.tree.map(np.float64, {
+        "student": student.logit, "query": query, "teachers": [t.logit for t in teachers], "mu": latent.mu,
+        "logvar": latent.logvar})
+
+
+def head(nets, variables, z):
+    params = {"params": variables.params["synergy_head"]}
+    return np.float64(nets.synergy_head.apply(params, jnp.float32(z)))
+
+
+# The A-Step ----------------------------------------------------------------------------------------------------------
+
+def a_reference(nets, variables, controls, terms, trained=None):
+    """The terms of SPEC 4 by name; those of weight 0 are absent."""
+    pixels = augment(controls["augment_key"], BATCH["index"], BATCH["image"], terms.data_aug)
+    out = raw_outputs(nets, variables, pixels, {"train": False})
+    c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
+    z, w = out["mu"], np.ones(len(pixels))
+    if nets.ib_mbm.use_ib:
+        noise = np.stack([jax.random.normal(jax.random.fold_in(controls["noise_key"], i), (DIM,)) for i in BATCH["index"]])
+        z = z + np.exp(out["logvar"] / 2) * np.float64(noise)
+        w = certainty(out["logvar"], terms.min_cw) if c["certain"] else w
+    logits, average = head(nets, variables, z), np.mean(out["teachers"], axis=0)
+    parts = {
+        "ce": terms.synergy_ce_alpha * np.mean(w * cross_entropy(logits, BATCH["label"], terms.label_smoothing)),
+        "kd_average": terms.synergy_kd_alpha * np.mean(w * kd(logits, average, c["tau"])),
+        "kd_student": c["open"] * terms.kd_alpha * np.mean(w * kd(logits, out["student"], c["tau"])),
+        "cccp": c["open"] * terms.cccp_alpha * np.mean(kd(logits, out["student"], terms.cccp_tau)),
+        "feat_kd": (terms.feat_kd_alpha * np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1))
+                    if terms.feat_kd_alpha else 0),
+        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_square([variables.params["ib_mbm"], variables.params["synergy_head"]]),
+        "reg": terms.reg_lambda * mean_square(trained) if trained else 0,
+    }
+    if nets.ib_mbm.use_ib:
+        logvar = out["logvar"]
+        parts["gaussian_kl"] = c["beta"] * np.mean(-0.5 * (1 + logvar - out["mu"] ** 2 - np.exp(logvar)).sum(-1))
+        parts["certainty_sd"] = np.sqrt(np.mean((w - 1) ** 2))
+    return parts, logits
+
+
+def run_a(nets, variables, controls, terms, **options):
+    return steps.a_loss(variables, controls, BATCH, nets=nets, terms=terms, trained=options.pop("trained", None), **options)
+
+
+@pytest.mark.parametrize("terms, controls, nets", [
+    ({}, {}, {}),
+    ({}, {"tau": 5.5, "beta": 0.5}, {}),
+    ({"min_cw": 0.8}, {}, {}),
+    ({}, {"open": 0.0}, {}),
+    ({}, {"open": 0.0, "certain": 0.0, "beta": 0.0}, {}),
+    ({"synergy_kd_alpha": 0.0, "label_smoothing": 0.2}, {}, {}),
+    ({"kd_alpha": 0.0, "cccp_alpha": 0.7, "cccp_tau": 1.5}, {}, {}),
+    ({"cccp_alpha": 0.0, "feat_kd_alpha": 0.3}, {}, {}),
+    ({"ib_mbm_reg_lambda": 0.1, "reg_lambda": 0.4}, {}, {}),
+    ({"data_aug": 1}, {}, {"use_ib": False}),
+    ({}, {}, {"student_feature": "feat_2d"}),
+], ids=["all", "schedules", "weights_clipped", "gate_shut", "synergy_only", "smoothed_labels", "cccp", "feature_kd",
+        "regularised", "without_ib", "query_feat_2d"])
+def test_a_loss_equals_numpy(terms, controls, nets):
+    terms, controls, (nets, variables) = replace(A_TERMS, **terms), a_controls(**controls), make(**nets)
+    trained = variables.params["teacher1"]["distill_adapter"] if terms.reg_lambda else None
+    loss, (_, metrics) = run_a(nets, variables, controls, terms, trained=lambda params: [params["teacher1"]["distill_adapter"]])
+    parts, logits = a_reference(nets, variables, controls, terms, trained)
+    for name, value in parts.items():
+        np.testing.assert_allclose(metrics.get(name, 0.0), value, rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(loss, sum(parts.values()) - parts.get("certainty_sd", 0), rtol=2e-5)
+    np.testing.assert_allclose(metrics["loss"], loss)
+    np.testing.assert_allclose(metrics["acc"], np.mean(logits.argmax(-1) == BATCH["label"]), rtol=1e-6)
+
+
+def test_a_loss_weighs_samples_by_certainty_without_gradient():
+    """The gradient is that of the same loss with the weights as plain numbers (SPEC 10.4), to 1e-5 of its largest entry."""
+    nets, variables = make()
+    terms = replace(A_TERMS, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0)
+    controls = a_controls(beta=0.0)
+    pixels = jnp.float32(BATCH["image"])
+    out = raw_outputs(nets, variables, pixels, {"train": False})
+    weight = certainty(out["logvar"], terms.min_cw)
+    keys = streams.per_example(controls["noise_key"], BATCH["index"])
+    read = [model.apply(variables.of(name), pixels, train=False).distill_feat
+            for name, model in zip(nets.teacher_names, nets.teachers)]
+
+    def by_hand(params, weigh):
+        latent = nets.ib_mbm.apply({"params": params}, jnp.float32(out["query"]), jnp.stack(read, axis=1))
+        z = sample(latent, jax.vmap(lambda key: jax.random.normal(key, (DIM,)))(keys))
+        logits = nets.synergy_head.apply({"params": variables.params["synergy_head"]}, z)
+        return 0.6 * jnp.mean(weigh(latent.logvar) * losses.cross_entropy(logits, BATCH["label"]))
+
+    def with_gradient(logvar):
+        precision = jnp.exp(-jnp.mean(logvar, axis=-1))
+        return jnp.clip(precision / jnp.mean(precision), terms.min_cw, 1 / terms.min_cw)
+
+    def ours(params):
+        return run_a(nets, Variables({**variables.params, "ib_mbm": params}, variables.batch_stats), controls, terms)[0]
+
+    def logvar_kernel(function):
+        return np.asarray(jax.jit(jax.grad(function))(variables.params["ib_mbm"])["logvar"]["kernel"])
+
+    actual = logvar_kernel(ours)
+    np.testing.assert_allclose(actual, logvar_kernel(lambda params: by_hand(params, lambda _: jnp.float32(weight))),
+                               atol=1e-5 * np.abs(actual).max())
+    cheating = logvar_kernel(lambda params: by_hand(params, with_gradient))
+    assert np.abs(cheating - actual).max() > 0.1 * np.abs(actual).max()  # what a weight with gradient would add
+    assert weight.std() > 0.1
+
+
+def test_a_loss_draws_noise_and_dropout_from_its_key():
+    """Sampling happens in the A-Step: another key, another code; the same key, bitwise the same loss."""
+    nets, variables = make(dropout=0.5)
+    one, again = (run_a(nets, variables, a_controls(), A_TERMS)[1][1] for _ in range(2))
+    other = run_a(nets, variables, a_controls() | {"noise_key": streams.key(1, "noise")}, A_TERMS)[1][1]
+    for name in ("ce", "kd_average"):
+        assert one[name] == again[name] and abs(one[name] - other[name]) > 1e-3
+    assert one["gaussian_kl"] == other["gaussian_kl"]  # of mu and logvar, before any noise
+
+
+# The B-Step ----------------------------------------------------------------------------------------------------------
+
+def b_reference(nets, variables, controls, terms, batch=BATCH):
+    """The loss of SPEC 5 and its parts."""
+    c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
+    labels = batch["label"]
+    pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
+    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 3), pixels, labels,
+                                mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
+    out, lam = raw_outputs(nets, variables, pixels, {"train": True}), float(lam)
+    ce = np.mean(lam * cross_entropy(out["student"], labels, terms.label_smoothing)
+                 + (1 - lam) * cross_entropy(out["student"], labels_b, terms.label_smoothing))
+    teachers = np.stack(out["teachers"])
+    average, predictions = teachers.mean(0), teachers.argmax(-1)
+    confidence = softmax(teachers / c["tau"]).max(-1)[..., None]
+    share = c["average_share"] if c["gate"] else 1.0
+    target = {"avg": average, "weighted_conf": (confidence * teachers).sum(0) / confidence.sum(0),
+              "teacher": teachers[terms.kd_teacher_index],
+              "synergy": (1 - share) * head(nets, variables, out["mu"]) + share * average}[terms.kd_target]
+    w = certainty(out["logvar"], terms.min_cw) if terms.uses_fusion and nets.ib_mbm.use_ib else np.ones(len(labels))
+    disagree = {"": np.zeros(len(labels), bool), "pred": predictions[0] != predictions[1],
+                "both_wrong": (predictions != labels).all(0), "any_wrong": (predictions != labels).any(0)}
+    v = w * np.where(disagree[terms.disagree_mode], terms.disagree_lambda_high, terms.disagree_lambda_low)
+    per_sample = kd(out["student"], target, c["tau"])
+    bound = terms.kd_max_ratio * ce
+    r = bound / max(per_sample.mean(), bound) if c["ratio_on"] and terms.kd_max_ratio else 1.0
+    feat_kd = np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1)) if terms.feat_kd_alpha else 0.0
+    loss = (terms.ce_alpha * ce + r * c["ramp"] * terms.kd_alpha * np.mean(v / v.mean() * per_sample)
+            + terms.feat_kd_alpha * feat_kd)
+    loss *= min(1, terms.loss_clamp_max / loss) if terms.loss_clamp_max else 1
+    return {"loss": loss, "ce": ce, "kd": per_sample.mean(), "kd_ratio": r, "feat_kd": feat_kd,
+            "acc": np.mean(out["student"].argmax(-1) == labels), "target_acc": np.mean(target.argmax(-1) == labels)}
+
+
+@pytest.mark.parametrize("terms, controls, nets", [
+    ({}, {}, {}),
+    ({}, {"tau": 1.7}, {"use_ib": False, "student_feature": "feat_2d"}),
+    ({}, {"average_share": 0.3}, {}),
+    ({}, {"gate": 0.0, "average_share": 0.3}, {}),
+    ({"kd_target": "avg"}, {}, {}),
+    ({"kd_target": "weighted_conf"}, {}, {}),
+    ({"kd_target": "teacher", "kd_teacher_index": 1}, {}, {}),
+    ({"kd_max_ratio": 0.2}, {"ramp": 0.5, "ratio_on": 0.0}, {}),
+    ({"kd_max_ratio": 0.2}, {}, {}),
+    ({"kd_max_ratio": 50.0}, {}, {}),
+    ({"disagree_mode": "pred", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.5}, {}, {}),
+    ({"disagree_mode": "both_wrong", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.0}, {}, {}),
+    ({"disagree_mode": "any_wrong", "disagree_lambda_high": 0.2, "kd_target": "avg"}, {}, {}),
+    ({"feat_kd_alpha": 0.4}, {}, {}),
+    ({"feat_kd_alpha": 0.4, "kd_alpha": 0.0}, {}, {}),
+    ({"loss_clamp_max": 0.7}, {}, {}),
+    ({"loss_clamp_max": 1000.0, "label_smoothing": 0.2}, {}, {}),
+    ({"ce_alpha": 0.0, "kd_alpha": 1.0, "min_cw": 0.8}, {}, {}),
+    ({"ce_alpha": 1.0, "kd_alpha": 0.0}, {}, {}),
+    ({"mixup_alpha": 1.0, "data_aug": 1}, {}, {}),
+    ({"cutmix_alpha": 1.0, "label_smoothing": 0.1, "disagree_mode": "any_wrong", "disagree_lambda_high": 3.0}, {}, {}),
+], ids=["synergy", "without_ib", "share_of_average", "gate_shut", "avg", "weighted_conf", "teacher", "ramp", "ratio",
+        "ratio_inactive", "pred", "both_wrong", "any_wrong", "feature_kd", "feature_kd_alone", "clamp", "clamp_inactive",
+        "kd_alone", "ce_alone", "mixup", "cutmix"])
+def test_b_loss_equals_numpy(terms, controls, nets):
+    terms, controls, (nets, variables) = replace(B_TERMS, **terms), b_controls(**controls), make(**nets)
+    loss, (_, metrics) = steps.b_loss(variables, controls, BATCH, nets=nets, terms=terms)
+    wanted = b_reference(nets, variables, controls, terms)
+    assert {"loss", "ce", "acc"} <= metrics.keys() <= wanted.keys() and ("kd" in metrics) == (terms.kd_alpha > 0)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(loss, metrics["loss"])
+
+
+def test_cases_of_the_b_loss_reach_what_they_name():
+    """The batch has teachers that disagree, both right and wrong, so that the disagreement modes differ."""
+    nets, variables = make()
+    predictions = np.argmax(raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": True})["teachers"], -1)
+    wrong = predictions != BATCH["label"]
+    masks = [predictions[0] != predictions[1], wrong.all(0), wrong.any(0)]
+    assert all(0 < mask.sum() < len(mask) for mask in masks) and len({mask.tobytes() for mask in masks}) == 3
+
+
+@pytest.mark.parametrize("terms", [{"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}], ids=["mixup", "cutmix"])
+def test_partner_labels_count(terms):
+    """The gradient towards the logits sums the shares of both labels (SPEC 10.3): the classifier's bias sees
+    mean(softmax - lam*onehot(y) - (1-lam)*onehot(y_b)), to 1e-5."""
+    nets, variables = make()
+    terms, controls = BTerms(data_aug=0, **terms), b_controls()
+    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 3), jnp.float32(BATCH["image"]), BATCH["label"],
+                                mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
+    lam = float(lam)
+    assert 0.1 < lam < 0.9 and (labels_b != BATCH["label"]).any()
+
+    def loss(bias):
+        student = variables.params["student"]
+        student = {**student, "classifier": {**student["classifier"], "bias": bias}}
+        return steps.b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls, BATCH,
+                            nets=nets, terms=terms)[0]
+
+    logits = raw_outputs(nets, variables, pixels, {"train": True})["student"]
+    wanted = softmax(logits) - lam * ONE_HOT[BATCH["label"]] - (1 - lam) * ONE_HOT[labels_b]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.float32(variables.params["student"]["classifier"]["bias"])),
+                               wanted.mean(0), atol=1e-5)
+
+
+def test_only_the_student_gets_a_gradient_from_the_b_loss():
+    """No way leads through query, mu, weights or targets to anything else, nor to the student's adapter without feature
+    KD; with it the adapter gets 2 alpha mean(w (s - mu)) of its output, to 1e-5."""
+    nets, variables = make()
+    terms = replace(B_TERMS, disagree_mode="pred", disagree_lambda_high=3.0, kd_max_ratio=0.2,
+                                      loss_clamp_max=0.7)
+
+    def gradient(terms):
+        return jax.jit(jax.grad(lambda params: steps.b_loss(Variables(params, variables.batch_stats), b_controls(), BATCH,
+                                                    nets=nets, terms=terms)[0]))(variables.params)
+
+    for name, branch in gradient(terms).items():
+        reached = {child: any(np.any(leaf) for leaf in jax.tree.leaves(leaves)) for child, leaves in branch.items()}
+        wanted = {child: name == "student" and child != "distill_adapter" for child in branch}
+        assert reached == wanted, name
+    out = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": True})
+    w = certainty(out["logvar"], terms.min_cw)[:, None]
+    bias = gradient(replace(B_TERMS, feat_kd_alpha=0.4))["student"]["distill_adapter"]["fc2"]["bias"]
+    np.testing.assert_allclose(bias, (2 * 0.4 * w * (out["query"] - out["mu"])).mean(0), rtol=1e-5, atol=1e-6)
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("banked", [False, True])
+@pytest.mark.parametrize("kind", ["a", "b"])
+def test_each_network_runs_once_per_step(kind, banked):
+    """Counted while tracing a whole training step, forward and backward (SPEC 10.9); stored teachers do not run at all."""
+    nets, variables = make()
+    calls = collections.Counter()
+
+    def count(call, args, kwargs, context):
+        if context.method_name == "__call__" and not isinstance(context.module.parent, nn.Module):
+            calls[f"{type(context.module).__name__} {getattr(context.module, 'mean', '')}"] += 1
+        return call(*args, **kwargs)
+
+    if kind == "a":
+        loss = functools.partial(steps.a_loss, nets=nets, terms=replace(A_TERMS, feat_kd_alpha=1.0), trained=None)
+        controls, mask = a_controls(), {name: name in ("ib_mbm", "synergy_head") for name in variables.params}
+    else:
+        loss = functools.partial(steps.b_loss, nets=nets, terms=replace(B_TERMS, feat_kd_alpha=1.0))
+        controls, mask = b_controls(), {name: name == "student" for name in variables.params}
+    tx = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+    current, frozen = state.begin(variables, mask, ("student",) if kind == "b" else (), tx)
+    batch = BATCH | ({"teachers": TeacherOutputs((np.zeros((8, 6)), np.zeros((8, 5))), np.zeros((8, 2, CLASSES)))}
+                     if banked else {})
+    with nn.intercept_methods(count):
+        jax.eval_shape(steps.make_train_step(loss, tx), current, frozen, controls | {"lr": 0.1}, batch)
+    teachers = {} if banked else {f"KDModel {model.mean}": 1 for model in nets.teachers}
+    assert calls == {f"KDModel {nets.student.mean}": 1, "IB_MBM ": 1, "SynergyHead ": 1, **teachers}
+
+
+def test_frozen_networks_are_arguments_and_get_no_update():
+    """One B-step: bitwise the same frozen leaves, new student leaves by plain SGD, statistics of the batch (1e-5)."""
+    nets, variables = make()
+    terms = BTerms(data_aug=0)
+    student = variables.params["student"]
+    mask = {name: freezing.trainable(student, ("stage0", "stage1", "stage2"), 1) if name == "student" else False
+            for name in variables.params}
+    mask["student"]["distill_adapter"] = False
+    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+    current, frozen = state.begin(variables, mask, ("student",), tx)
+    mode = Mode(train=True, frozen_stages=2)
+    loss = functools.partial(steps.b_loss, nets=nets, terms=terms, mode=mode)
+    after, _ = jax.jit(steps.make_train_step(loss, tx))(current, frozen, b_controls() | {"lr": jnp.float32(0.5)}, BATCH)
+    whole = state.join(after, frozen)
+    for name in variables.params:
+        if name != "student":
+            jax.tree.map(np.testing.assert_array_equal, whole.params[name], variables.params[name])
+    pixels = jnp.float32(BATCH["image"])
+    kind = {"train": True, "frozen_stages": 2}
+    outputs, changed = nets.student.apply(variables.of("student"), pixels, **kind, mutable=["batch_stats"])
+    error = softmax(np.float64(outputs.logit)) - ONE_HOT[BATCH["label"]]
+    gradient = np.float64(outputs.feat_2d).T @ error / len(error)
+    np.testing.assert_allclose(whole.params["student"]["classifier"]["kernel"],
+                               student["classifier"]["kernel"] - 0.5 * gradient, atol=1e-5)
+    for stage in ("stage0", "stage1"):
+        jax.tree.map(np.testing.assert_array_equal, whole.params["student"][stage], student[stage])
+        jax.tree.map(np.testing.assert_array_equal, whole.batch_stats["student"][stage],
+                     variables.batch_stats["student"][stage])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+                 whole.batch_stats["student"]["stage2"], changed["batch_stats"]["stage2"])
+    assert np.any(whole.params["student"]["stage2"]["conv"]["kernel"] != student["stage2"]["conv"]["kernel"])
