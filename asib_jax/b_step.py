@@ -92,9 +92,9 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
     loss = functools.partial(steps.b_loss, nets=run.nets, terms=terms_of(recipe), mode=mode, axis_name=axis)
     step = run.compiled(("b", str(mask), mode), lambda: steps.make_train_step(loss, tx, axis_name=axis))
-    if stage == 0 and run.nets.ib_mbm is not None:
+    if run.nets.ib_mbm is not None:
         watched = run.validation.accuracies(variables)
-        run.log_scalars("stage1/b/before", {f"val_{name}": value for name, value in watched.items()})
+        run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
     rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
                          epochs=sum(recipe.b_epochs))
     for epoch in range(recipe.b_epochs[stage]):

@@ -84,8 +84,3 @@ def carry(old: Any, new: Any) -> Any:
         return fresh if kept is None or kept.shape != fresh.shape else kept
 
     return jax.tree_util.tree_map_with_path(leaf, new)
-
-
-def count(params: Any) -> int:
-    """Number of scalars in a pytree of arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from clu.parameter_overview import count_parameters
 
-from asib_jax import freezing, loop, parallel, schedules, streams
+from asib_jax import loop, parallel, schedules, streams
 from asib_jax.build import Data
 from asib_jax.data.batches import training_batches
 from asib_jax.evaluate import Evaluator
@@ -62,7 +63,7 @@ class Run:
 
     def log_parameters(self, title: str, params: dict, trained: dict) -> None:
         """One line: trainable / total parameters of every network in a step."""
-        counts = [f"{name} {freezing.count(trained.get(name, {})):,}/{freezing.count(branch):,}"
+        counts = [f"{name} {count_parameters(trained.get(name, {})):,}/{count_parameters(branch):,}"
                   for name, branch in params.items()]
         logger.info("%s%s: trainable/total parameters: %s", self.prefix, title, ", ".join(counts))
 

@@ -7,6 +7,7 @@ import time
 import jax
 
 from asib_jax import a_step, b_step, build, checkpoint, checks, feature_bank, finished, parallel, streams, teachers
+from asib_jax.data.sources import Split
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.finished import Finished
@@ -44,6 +45,9 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     describe(recipe, data, devices)
     variables = teachers.ready(recipe, nets, data, devices, reporter) if nets.teachers else Variables({}, {})
     run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
+    if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
+        before = evaluator(recipe, nets, variables, data.test, "test", devices).teacher_counts()
+        run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label) for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
     if recipe.train_control:
@@ -86,13 +90,13 @@ def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.
     variables = Variables({**student.params, **teacher_variables.params},
                           {**student.batch_stats, **teacher_variables.batch_stats})
     variables = parallel.replicate(variables, devices)
-    options = {"batch_size": recipe.dataset.batch_size, "devices": devices, "cache": recipe.teacher_cache}
-    validation = Evaluator(nets, variables, data.validation, name="validation", **options)
+    validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
     bank = None
     if recipe.teacher_views and nets.teachers:
         keys = [streams.key(recipe.seed, "augment", 0, view) for view in range(recipe.teacher_views)]
         bank = feature_bank.build(nets, variables, data.train, keys=keys, data_aug=recipe.dataset.data_aug,
-                                  title="the training images", **options)
+                                  batch_size=recipe.dataset.batch_size, devices=devices, cache=recipe.teacher_cache,
+                                  title="the training images")
     return Run(recipe, nets, data, devices, record, reporter, validation, bank), variables
 
 
@@ -131,10 +135,16 @@ def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, devices:
                       validation: Evaluator | None = None) -> Results:
     """Count correct predictions of everything on validation and, the only time, on test."""
     variables = parallel.replicate(done.variables, devices)
-    options = {"batch_size": recipe.dataset.batch_size, "devices": devices, "cache": recipe.teacher_cache}
-    validation = validation or Evaluator(nets, variables, data.validation, name="validation", **options)
-    test = Evaluator(nets, variables, data.test, name="test", **options)
-    return final_results(nets, done, validation, test)
+    if validation is None:
+        validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
+    return final_results(nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", devices))
+
+
+def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split, name: str,
+              devices: list[jax.Device]) -> Evaluator:
+    """The evaluator of a split, with the teachers as they are now."""
+    return Evaluator(nets, variables, split, name=name, batch_size=recipe.dataset.batch_size, devices=devices,
+                     cache=recipe.teacher_cache)
 
 
 def evaluate_run(folder: pathlib.Path) -> str:

@@ -37,7 +37,7 @@ def make_networks(*, adapter_dim: int = DIM, student_feature: str = "distill_fea
     return Networks(student, models, ib_mbm, head, student_feature)
 
 
-def random_variables(nets: Networks, seed: int = 0) -> Variables:
+def random_variables(nets: Networks, seed: int = 3) -> Variables:
     """Values no initialiser gives, of a size at which networks with different weights disagree."""
     generator = np.random.default_rng(seed)
 
@@ -58,15 +58,21 @@ def random_variables(nets: Networks, seed: int = 0) -> Variables:
     trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
     trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
     trees = jax.tree_util.tree_map_with_path(draw, trees)
-    return Variables({name: tree["params"] for name, tree in trees.items()},
-                     {name: trees[name]["batch_stats"] for name in models})
+    variables = Variables({name: tree["params"] for name, tree in trees.items()},
+                          {name: trees[name]["batch_stats"] for name in models})
+    for name, model in models.items():  # centred logits, or one class would win on every image
+        feature = model.apply(variables.of(name), jnp.float32(make_split(16).image), train=False).feat_2d
+        classifier = variables.params[name]["classifier"]
+        classifier["kernel"] *= 6
+        classifier["bias"] = -np.asarray(jnp.mean(feature, axis=0) @ classifier["kernel"])
+    return variables
 
 
 def make_split(count: int, classes: int = CLASSES, seed: int = 0, first_index: int = 1000) -> Split:
     """Noise on a colour of the class's own, 8x8; data-set indices that are not the rows."""
     generator = np.random.default_rng(seed)
     label = (np.arange(count) % classes).astype(np.int32)
-    colour = np.random.default_rng(99).integers(60, 196, (classes, 1, 1, 3))
+    colour = np.random.default_rng(99).integers(0, 256, (classes, 1, 1, 3))
     image = np.clip(colour[label] + generator.normal(0, 50, (count, 8, 8, 3)), 0, 255).astype(np.uint8)
     return Split(image, label, first_index + np.arange(count, dtype=np.int32))
 

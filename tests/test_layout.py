@@ -51,7 +51,7 @@ def upward(sources: dict[str, str], order: tuple[str, ...]) -> list[str]:
     wrong = []
     for name, text in sources.items():
         own = {module.removeprefix("asib_jax.") for module in imports(ast.parse(text))}
-        above = {*order[: order.index(name)], name.rpartition(".")[0]}  # `from asib_jax.data import x` names its package
+        above = {*order[: order.index(name)], name.rpartition(".")[0]}  # `from asib_jax.data import x` names both
         wrong += [f"{name} <- {module}" for module in sorted(own & set(order) - above)]
     return wrong
 
@@ -118,30 +118,34 @@ def last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def group_of(node: ast.AST) -> set[str]:
+    """The group `node` stands for by itself: recipe.dataset, run.recipe.teachers[k], recipe.model.student, recipe."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    name = last_name(node)
+    inside = isinstance(node, ast.Attribute) and last_name(node.value) in ("recipe", "model")
+    return {""} if name == "recipe" else {name} if inside and name in GROUPS else set()
+
+
 def bindings(function: ast.AST) -> dict[str, set[str]]:
-    """Local names that stand for a group: bound, iterated or annotated from an expression that mentions it."""
+    """Local names that stand for groups: assigned, iterated over, or annotated as one."""
     classes = {cls.__name__: group for group, cls in GROUPS.items()}
     bound: dict[str, set[str]] = {}
 
     def bind(target: ast.AST, groups: set[str]) -> None:
         for node in ast.walk(target):
-            if isinstance(node, ast.Name) and groups:
+            if isinstance(node, ast.Name):
                 bound.setdefault(node.id, set()).update(groups)
-
-    def mentioned(expression: ast.AST) -> set[str]:
-        return {node.attr for node in ast.walk(expression) if isinstance(node, ast.Attribute) and node.attr in GROUPS}
 
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    for one, value in zip(target.elts, node.value.elts):
-                        bind(one, mentioned(value))
-                elif isinstance(node.value, ast.Attribute | ast.Subscript):  # a group itself, not a call's result
-                    bind(target, {last_name(node.value)} & set(GROUPS))
+                tuples = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                for one, value in zip(target.elts, node.value.elts) if tuples else [(target, node.value)]:
+                    bind(one, group_of(value))
         elif isinstance(node, ast.For | ast.comprehension):
-            bind(node.target, mentioned(node.iter))
-        elif isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id in classes:
+            bind(node.target, set().union(*map(group_of, ast.walk(node.iter))) - {""})
+        elif isinstance(node, ast.arg) and last_name(node.annotation) in classes:
             bound.setdefault(node.arg, set()).add(classes[node.annotation.id])
     return bound
 
@@ -150,15 +154,13 @@ def reads(source: str) -> set[tuple[str, str]]:
     """(group, key) of every key `source` reads: an attribute loaded from a recipe or from one of its groups."""
     found = set()
     for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef | ast.Module):
+        if not isinstance(function, ast.FunctionDef):
             continue
         bound = bindings(function)
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = last_name(node.value)
-                groups = bound.get(owner, set()) if isinstance(node.value, ast.Name) else set()
-                groups = groups | ({owner} & set(GROUPS)) | ({""} if owner == "recipe" else set())
-                found |= {(group, node.attr) for group in groups}
+                local = bound.get(node.value.id, set()) if isinstance(node.value, ast.Name) else set()
+                found |= {(group, node.attr) for group in local | group_of(node.value)}
     return found
 
 

@@ -19,7 +19,7 @@ from asib_jax.models.ib_mbm import sample
 from asib_jax.steps import ATerms, BTerms
 from networks import CLASSES, DIM, make_batch, make_networks, random_variables
 
-BATCH = make_batch()
+BATCH = {**make_batch(), "label": np.array([0, 1, 0, 3, 4, 0, 1, 3], np.int32)}  # some the teachers know, some not
 ONE_HOT = np.eye(CLASSES)
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
                  feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=0)
@@ -34,7 +34,7 @@ def a_controls(**changes):
 
 def b_controls(**changes):
     values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0} | changes
-    return {**jax.tree.map(jnp.float32, values), "step": jnp.int32(3), "augment_key": streams.key(0, "augment"),
+    return {**jax.tree.map(jnp.float32, values), "step": jnp.int32(5), "augment_key": streams.key(0, "augment"),
             "mix_key": streams.key(0, "mix")}
 
 
@@ -180,7 +180,7 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
     np.testing.assert_allclose(actual, logvar_kernel(lambda params: by_hand(params, lambda _: jnp.float32(weight))),
                                atol=1e-5 * np.abs(actual).max())
     cheating = logvar_kernel(lambda params: by_hand(params, with_gradient))
-    assert np.abs(cheating - actual).max() > 0.1 * np.abs(actual).max()  # what a weight with gradient would add
+    assert np.abs(cheating - actual).max() > 0.01 * np.abs(actual).max()  # what a weight with gradient would add
     assert weight.std() > 0.1
 
 
@@ -201,7 +201,7 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
     c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
     labels = batch["label"]
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
-    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 3), pixels, labels,
+    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 5), pixels, labels,
                                 mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
     out, lam = raw_outputs(nets, variables, pixels, {"train": True}), float(lam)
     ce = np.mean(lam * cross_entropy(out["student"], labels, terms.label_smoothing)
@@ -278,7 +278,7 @@ def test_partner_labels_count(terms):
     mean(softmax - lam*onehot(y) - (1-lam)*onehot(y_b)), to 1e-5."""
     nets, variables = make()
     terms, controls = BTerms(data_aug=0, **terms), b_controls()
-    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 3), jnp.float32(BATCH["image"]), BATCH["label"],
+    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 5), jnp.float32(BATCH["image"]), BATCH["label"],
                                 mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
     lam = float(lam)
     assert 0.1 < lam < 0.9 and (labels_b != BATCH["label"]).any()
@@ -286,8 +286,8 @@ def test_partner_labels_count(terms):
     def loss(bias):
         student = variables.params["student"]
         student = {**student, "classifier": {**student["classifier"], "bias": bias}}
-        return steps.b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls, BATCH,
-                            nets=nets, terms=terms)[0]
+        return steps.b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls,
+                            jax.tree.map(jnp.asarray, BATCH), nets=nets, terms=terms)[0]
 
     logits = raw_outputs(nets, variables, pixels, {"train": True})["student"]
     wanted = softmax(logits) - lam * ONE_HOT[BATCH["label"]] - (1 - lam) * ONE_HOT[labels_b]

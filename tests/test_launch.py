@@ -1,0 +1,78 @@
+"""The command line as a user meets it: whole runs in processes of their own."""
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base", "profiles"))
+TINY = ("--config.student_epochs_per_stage=(1,1)", "--config.teacher_adapt_epochs=1", "--config.teacher1.train_epochs=2",
+        "--config.teacher2.train_epochs=2", "--config.schedule.lr_warmup_epochs=1", "--config.num_devices=1")
+
+
+def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"launch/{script}.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def table(text: str) -> list[str]:
+    lines = text.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("name")):][:13]
+
+
+def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
+    results = f"--config.results_dir={tmp_path}"
+    first = launch("main", "--config=configs/l2_cccp.py:digits", results, *TINY)
+    assert first.returncode == 0, first.stderr
+    second = launch("main", "--config=configs/ce_only.py:digits", results, "--config.student_epochs_per_stage=(1,1)",
+                    "--config.train_control=False", "--config.num_devices=1")
+    assert second.returncode == 0, second.stderr
+
+    with open(tmp_path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["l2_cccp_digits_0", "ce_only_digits_0"]
+    assert {row["status"] for row in rows} == {"finished"} and not any(None in row for row in rows)
+    assert (tmp_path / "latest").resolve() == (tmp_path / rows[1]["exp_id"]).resolve()
+    folder = tmp_path / rows[0]["exp_id"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert rows[0]["test_acc_best"] == repr(metrics["final/test_acc_best"])
+    assert rows[1]["test_acc_synergy"] == ""  # not measured, so empty, not 0
+    assert metrics["final/test_count"] == 539
+    assert {"stage1/a/epoch01/val_synergy_acc", "stage2/b/epoch01/val_student", "control/stage2/b/epoch01/val_student",
+            "stage1/b/before/val_without_teachers"} <= metrics.keys()
+
+    shown = table(first.stderr)
+    assert sum(line.split()[0] in ("teacher1", "teacher2", "teachers'", "synergy", "synergy,", "student,", "student")
+               for line in shown if line) == 9
+    again = launch("evaluate", f"--run={folder}")
+    assert again.returncode == 0, again.stderr
+    assert table(again.stdout) == shown
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config=configs/l2_cccp.py"], "unknown model 'convnext_l'; teacher1.name must be one of resnet8"),
+    (["--config=configs/l2_cccp.py:digits", "--config.student_lrr=1"], 'Did you mean "student_lr"'),
+    (["--config=configs/l2_cccp.py:small"], "set teacher1.weights to a .safetensors or .npz file"),
+    (["--config=configs/l2_cccp.py:digits", "--config.dataset.batch_size=33", "--config.num_devices=7"], "num_devices=7"),
+])
+def test_errors_come_before_any_work(arguments, message, tmp_path):
+    result = launch("main", *arguments, f"--config.results_dir={tmp_path}/results")
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_evaluate_refuses_what_is_no_run(tmp_path):
+    result = launch("evaluate", f"--run={tmp_path}")
+    assert result.returncode != 0 and "is no run folder" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_to_the_end(config, tmp_path):
+    result = launch("main", f"--config=configs/{config}.py:digits", f"--config.results_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert "student, best on validation" in result.stderr
