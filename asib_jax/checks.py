@@ -60,7 +60,7 @@ def check(recipe: Recipe) -> None:
     for key, choices in _CHOICES.items():
         _require(getattr(recipe, key) in choices, f"{key}={getattr(recipe, key)!r}; valid: {', '.join(map(repr, choices))}")
     student = recipe.model.student
-    models.architecture(student.name, recipe.dataset.small_input, "model.student.name")
+    models.backbone(student.name, recipe.dataset.small_input, "model.student.name")
     _require(not student.name.endswith("_pretrain") or bool(student.weights),
              f"model.student.name={student.name!r} needs model.student.weights, or use the name with _scratch")
     _require(not student.name.endswith("_scratch") or not student.weights,
@@ -140,7 +140,7 @@ def _check_teachers(recipe: Recipe) -> None:
     if recipe.feat_kd_alpha > 0:
         _require(recipe.uses_fusion, "feat_kd_alpha > 0 matches the fusion network; set teacher_adapt_epochs")
     for k, teacher in enumerate(recipe.teachers, 1):
-        models.architecture(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
+        models.backbone(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
         _require(bool(teacher.weights) or teacher.train_epochs > 0,
                  f"teacher{k} ({teacher.name}) has no weights: set teacher{k}.weights to a .safetensors or .npz file, "
                  f"or teacher{k}.train_epochs to train it here")

@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[[bool], Architecture]] = {
 }
 
 
-def architecture(name: str, small_input: bool, key: str) -> Architecture:
+def backbone(name: str, small_input: bool, key: str) -> Architecture:
     """The backbone called `name`, a key of MODELS, alone or with the original's suffix `_scratch` or `_pretrain`.
 
     The suffix builds the same network: whether weights are imported into it is not decided here.
@@ -37,13 +37,13 @@ def architecture(name: str, small_input: bool, key: str) -> Architecture:
 
 
 def create_student_by_name(name: str, num_classes: int, *, small_input: bool, **fields) -> KDModel:
-    """A student. Names and errors: `architecture`; fields: the other fields of `KDModel`, mean and std are required."""
-    return KDModel(architecture(name, small_input, "model.student.name"), num_classes, **fields)
+    """A student. Names and errors: `backbone`; fields: the other fields of `KDModel`, mean and std are required."""
+    return KDModel(backbone(name, small_input, "model.student.name"), num_classes, **fields)
 
 
 def create_teacher_by_name(name: str, num_classes: int, *, small_input: bool, **fields) -> KDModel:
     """A teacher. Names, errors and fields: as of `create_student_by_name`."""
-    return KDModel(architecture(name, small_input, "teacherK.name"), num_classes, **fields)
+    return KDModel(backbone(name, small_input, "teacherK.name"), num_classes, **fields)
 
 
 def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, num_heads: int, use_ib: bool,
