@@ -1,9 +1,11 @@
 """What a recipe must satisfy, checked before any work, and which of its keys have no effect."""
 import math
 import pathlib
+from operator import attrgetter
 
-from asib_jax import losses, models, parallel, schedules
+from asib_jax import freezing, losses, models, parallel, schedules
 from asib_jax.data.augment import POLICIES
+from asib_jax.data.sources import SOURCES
 from asib_jax.recipe import Recipe
 
 _AT_LEAST = {  # key: smallest value
@@ -27,9 +29,18 @@ _CHOICES = {
 }
 # Keys that act only where a condition on the recipe holds.
 _ACTIVE = (
-    (lambda r: r.use_ib, ("ib_beta", "ib_beta_warmup_epochs", "beta_schedule", "ib_mbm_logvar_clip",
-                          "ib_mbm_min_std", "min_cw")),
+    (lambda r: r.use_ib and not r.beta_schedule, ("ib_beta", "ib_beta_warmup_epochs")),
+    (lambda r: r.use_ib, ("beta_schedule", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw")),
     (lambda r: r.use_cccp, ("cccp_alpha", "cccp_nt", "cccp_ns")),
+    (lambda r: r.uses_fusion or r.cccp_ns > 1, ("use_cccp",)),
+    (lambda r: bool(r.tau_schedule), ("tau_decay_power",)),
+    (lambda r: not r.tau_schedule or r.use_cccp, ("tau",)),
+    (lambda r: r.teacher_adapt_kd_warmup > 0, ("kd_ens_alpha",)),
+    (lambda r: r.kd_ens_alpha > 0, ("teacher_adapt_kd_warmup",)),
+    (lambda r: r.schedule.type == "cosine", ("schedule.min_lr",)),
+    (lambda r: r.schedule.type == "step", ("schedule.step_size",)),
+    (lambda r: r.schedule.type == "multistep", ("schedule.milestones",)),
+    (lambda r: r.schedule.type != "cosine", ("schedule.gamma",)),
     (lambda r: r.use_disagree_weight, ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low")),
     (lambda r: r.use_loss_clamp, ("loss_clamp_max",)),
     (lambda r: r.use_partial_freeze, ("student_freeze_level",)),
@@ -38,10 +49,11 @@ _ACTIVE = (
     (lambda r: r.optimizer == "sgd", ("momentum",)),
     (lambda r: r.use_amp, ("amp_dtype",)),
     (lambda r: r.use_teacher_finetuning or r.train_distill_adapter_only, ("teacher_lr", "reg_lambda")),
-    (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs")),
-    (lambda r: r.use_distillation_adapter, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
+    (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs", "use_disagree_weight")),
+    (lambda r: r.uses_adapters, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
     (lambda r: r.uses_fusion, (
-        "use_ib", "use_cccp", "synergy_only_epochs", "enable_kd_after_syn_acc", "synergy_ce_alpha", "synergy_kd_alpha",
+        "use_ib", "cccp_alpha", "cccp_nt", "use_distillation_adapter", "use_teacher_finetuning", "feat_kd_key",
+        "synergy_only_epochs", "enable_kd_after_syn_acc", "synergy_ce_alpha", "synergy_kd_alpha",
         "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
         "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
         "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
@@ -69,7 +81,10 @@ def check(recipe: Recipe) -> None:
     _require(not student.weights or pathlib.Path(student.weights).is_file(),
              f"model.student.weights={student.weights!r} does not exist")
     parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
+    _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
     _check_lengths(recipe)
+    if recipe.use_partial_freeze:
+        _check_levels(recipe, student.name, recipe.student_freeze_level, "student_freeze_level")
     _check_training(recipe)
     _check_teachers(recipe)
     if recipe.uses_fusion:
@@ -99,6 +114,12 @@ def _check_lengths(recipe: Recipe) -> None:
     _require(all(value >= 0 for value in recipe.beta_schedule), f"beta_schedule={recipe.beta_schedule} must not be negative")
 
 
+def _check_levels(recipe: Recipe, network: str, levels: tuple[int, ...], key: str) -> None:
+    stages = models.backbone(network, recipe.dataset.small_input, key).stages
+    for level in levels:
+        freezing.frozen_stages(level, len(stages), key)
+
+
 def _check_training(recipe: Recipe) -> None:
     losses.renormalise_alphas(recipe.ce_alpha, recipe.kd_alpha)
     schedule, data = recipe.schedule, recipe.dataset
@@ -107,6 +128,7 @@ def _check_training(recipe: Recipe) -> None:
     rates = {"student_lr": recipe.student_lr} | ({"a_step_lr": recipe.a_step_lr} if recipe.uses_fusion else {})
     for key, rate in rates.items():
         _require(0 <= schedule.min_lr <= rate, f"schedule.min_lr={schedule.min_lr} must lie between 0 and {key}={rate}")
+    _require(schedule.gamma > 0, f"schedule.gamma={schedule.gamma} must be positive")
     _require(schedule.step_size >= 1, f"schedule.step_size={schedule.step_size} must be at least 1")
     totals = {"B": sum(recipe.b_epochs)}
     if recipe.uses_fusion:
@@ -146,14 +168,38 @@ def _check_teachers(recipe: Recipe) -> None:
                  f"or teacher{k}.train_epochs to train it here")
         _require(not teacher.weights or pathlib.Path(teacher.weights).is_file(),
                  f"teacher{k}.weights={teacher.weights!r} does not exist")
+        if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
+            _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
+        if not teacher.weights:
+            _check_teacher_training(recipe, k)
         _require(not (teacher.weights and teacher.train_epochs),
                  f"teacher{k}.weights and teacher{k}.train_epochs are both set; keep one")
+
+
+def _check_teacher_training(recipe: Recipe, k: int) -> None:
+    teacher, schedule = recipe.teachers[k - 1], recipe.schedule
+    _require(schedule.lr_warmup_epochs <= teacher.train_epochs, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} "
+             f"is longer than teacher{k}.train_epochs={teacher.train_epochs}")
+    _require(0 <= schedule.min_lr <= teacher.train_lr,
+             f"schedule.min_lr={schedule.min_lr} must lie between 0 and teacher{k}.train_lr={teacher.train_lr}")
 
 
 def _check_fusion(recipe: Recipe) -> None:
     _require(recipe.ib_mbm_out_dim % recipe.ib_mbm_n_head == 0, f"ib_mbm_out_dim={recipe.ib_mbm_out_dim} does not divide "
              f"by ib_mbm_n_head={recipe.ib_mbm_n_head}")
+    _require(2 * math.log(recipe.ib_mbm_min_std) < recipe.ib_mbm_logvar_clip,
+             f"ib_mbm_min_std={recipe.ib_mbm_min_std} is above what ib_mbm_logvar_clip={recipe.ib_mbm_logvar_clip} allows")
+    _require(recipe.synergy_ce_alpha + recipe.synergy_kd_alpha > 0,
+             "synergy_ce_alpha and synergy_kd_alpha are both 0; the A-Step would have nothing to fit")
+    for key in ("teacher_lr", "teacher_adapt_alpha_kd"):
+        value = getattr(recipe, key)
+        _require(value is None or value >= 0, f"{key}={value} must be at least 0")
+    _require(recipe.use_distillation_adapter or not recipe.train_distill_adapter_only,
+             "train_distill_adapter_only needs use_distillation_adapter")
     _require(recipe.min_cw <= 1, f"min_cw={recipe.min_cw} must be at most 1")
+    _require(not recipe.use_ib or len(recipe.b_epochs) > 1 or recipe.synergy_only_epochs < recipe.a_epochs,
+             f"synergy_only_epochs={recipe.synergy_only_epochs} covers all {recipe.a_epochs} A-epochs of the only stage: "
+             f"the bottleneck (use_ib) would never be on")
     if recipe.feat_kd_key == "distill_feat":
         _require(recipe.use_distillation_adapter, "feat_kd_key='distill_feat' needs use_distillation_adapter")
     if recipe.feat_kd_alpha > 0 and recipe.student_feature == "distill_feat":
@@ -177,4 +223,4 @@ def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
     def same(a, b):
         return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
     inactive = {key for active, keys in _ACTIVE if not active(recipe) for key in keys}
-    return sorted(key for key in inactive if not same(getattr(recipe, key), getattr(defaults, key)))
+    return sorted(key for key in inactive if not same(attrgetter(key)(recipe), attrgetter(key)(defaults)))

@@ -199,6 +199,8 @@ def read(config: Mapping[str, Any]) -> Recipe:
       ValueError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
     """
     config = dict(config.items())
+    if "teachers" in config:
+        raise ValueError("unknown key teachers; teachers are the groups teacher1, teacher2, ...")
     names = sorted((key for key in config if re.fullmatch(r"teacher\d+", key)), key=lambda key: int(key[7:]))
     if names != [f"teacher{k + 1}" for k in range(len(names))]:
         raise ValueError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
@@ -207,6 +209,8 @@ def read(config: Mapping[str, Any]) -> Recipe:
 
 
 def _read_group(cls: type, group: Mapping[str, Any], prefix: str):
+    if not hasattr(group, "items"):
+        raise ValueError(f"{prefix[:-1]}={group!r} is a {type(group).__name__}; a group of keys is needed")
     hints = typing.get_type_hints(cls)
     for key in group:
         if key not in hints:
@@ -233,5 +237,5 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; a {hint.__name__} is needed")
+        raise ValueError(f"{key}={value!r} is of type {type(value).__name__}; {hint.__name__} is needed")
     return value

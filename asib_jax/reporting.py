@@ -83,7 +83,7 @@ class Reporter:
 
     def _stop_profile(self) -> None:
         jax.profiler.stop_trace()
-        self._profiling = False
+        self._profiling, self._profile_steps = False, ()  # once: the control's steps count from 0 again
 
     def close(self) -> None:
         if self._profiling:

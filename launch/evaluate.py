@@ -4,11 +4,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import jax
 from absl import app, flags, logging
 
 from asib_jax import train
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
+
+jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
 
 def main(argv: list[str]) -> None:

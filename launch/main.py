@@ -4,6 +4,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -12,6 +13,8 @@ from asib_jax.experiment import Record
 from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+
+jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
 
 def main(argv: list[str]) -> None:

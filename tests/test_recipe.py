@@ -23,7 +23,8 @@ def changed(config: ConfigDict, changes: dict) -> dict:
 A_FILE = __file__  # weights are read later: here the file must only exist
 STEADY = {  # what the cases below rely on, whatever the profile says
     "dataset.batch_size": 32, "student_epochs_per_stage": (10, 10), "teacher_adapt_epochs": 8,
-    "schedule.lr_warmup_epochs": 2, "teacher_views": 0, "distill_out_dim": 64, "ib_mbm_out_dim": 64,
+    "schedule.lr_warmup_epochs": 2, "teacher1.train_epochs": 40,
+    "teacher2.train_epochs": 40, "teacher_views": 0, "distill_out_dim": 64, "ib_mbm_out_dim": 64,
 }
 
 
@@ -79,6 +80,13 @@ def test_wrong_types(key, value, needed):
 def test_an_unknown_key_is_named_with_the_nearest(key, nearest):
     with pytest.raises(ValueError, match=rf"^unknown key {re.escape(key)}; did you mean {re.escape(nearest)}\?$"):
         recipe_of({key: 0})
+
+
+def test_groups():
+    with pytest.raises(ValueError, match="^unknown key teachers; teachers are the groups teacher1, teacher2, ...$"):
+        recipe_of({"teachers": ()})
+    with pytest.raises(ValueError, match="^dataset=3 is a int; a group of keys is needed$"):
+        recipe_of({"dataset": 3})
 
 
 def test_an_unknown_key_near_to_nothing():
@@ -166,7 +174,20 @@ CONTRADICTIONS = [
     ({"kd_target": "avg", "teacher_adapt_epochs": 0, "feat_kd_alpha": 1.0}, "feat_kd_alpha", "teacher_adapt_epochs"),
     ({"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32}, "distill_out_dim=64", "ib_mbm_out_dim=32"),
     ({"feat_kd_key": "feat_4d"}, "feat_kd_key='feat_4d'", "'distill_feat', 'feat_2d'"),
-    ({"feat_kd_key": "distill_feat", "use_distillation_adapter": False}, "feat_kd_key", "use_distillation_adapter"),
+    ({"feat_kd_key": "distill_feat", "use_distillation_adapter": False, "train_distill_adapter_only": False},
+     "feat_kd_key", "use_distillation_adapter"),
+    ({"use_distillation_adapter": False}, "train_distill_adapter_only", "use_distillation_adapter"),
+    ({"dataset.name": "cifar10"}, "dataset.name='cifar10'", "cifar100, digits"),
+    ({"student_freeze_level": (-1, 5)}, "student_freeze_level=5", "0 to 4"),
+    ({"teacher2.freeze_level": (7,), "use_teacher_finetuning": True, "train_distill_adapter_only": False},
+     "teacher2.freeze_level=7", "0 to 4"),
+    ({"teacher1.train_epochs": 1}, "schedule.lr_warmup_epochs=2", "teacher1.train_epochs=1"),
+    ({"teacher1.train_lr": 1e-6}, "schedule.min_lr=1e-05", "teacher1.train_lr=1e-06"),
+    ({"schedule.gamma": 0.0}, "schedule.gamma=0.0", "positive"),
+    ({"ib_mbm_logvar_clip": 1.0, "ib_mbm_min_std": 2.0}, "ib_mbm_min_std=2.0", "ib_mbm_logvar_clip=1.0"),
+    ({"synergy_ce_alpha": 0.0, "synergy_kd_alpha": 0.0}, "synergy_ce_alpha and synergy_kd_alpha", "nothing to fit"),
+    ({"teacher_lr": -1.0}, "teacher_lr=-1.0", "at least 0"),
+    ({"teacher_adapt_alpha_kd": -1.0}, "teacher_adapt_alpha_kd=-1.0", "at least 0"),
     ({"use_teacher_finetuning": True}, "use_teacher_finetuning", "train_distill_adapter_only"),
     ({"mixup_alpha": 0.2, "cutmix_alpha_distill": 1.0}, "mixup_alpha and cutmix_alpha_distill", "set one of them to 0"),
     ({"teacher_views": 4, "mixup_alpha": 0.2}, "teacher_views", "mixup"),
@@ -253,6 +274,13 @@ def test_gate(threshold, classes, warns):
 
 @pytest.mark.parametrize("changes, idle", [
     ({}, []),
+    ({"beta_schedule": (0.0, 1e-4, 3), "ib_beta": 1e-3}, ["ib_beta"]),
+    ({"tau_schedule": (), "tau_decay_power": 2.0}, ["tau_decay_power"]),
+    ({"use_cccp": False, "tau": 2.0}, ["tau"]), ({"use_cccp": False, "tau": 2.0, "tau_schedule": ()}, []),
+    ({"kd_ens_alpha": 0.5}, ["kd_ens_alpha"]), ({"kd_ens_alpha": 0.5, "teacher_adapt_kd_warmup": 2}, []),
+    ({"schedule.gamma": 0.5, "schedule.milestones": (5,)}, ["schedule.gamma", "schedule.milestones"]),
+    ({"schedule.gamma": 0.5, "schedule.milestones": (5,), "schedule.type": "multistep"}, []),
+    ({"use_disagree_weight": True, "kd_alpha": 0.0}, ["use_disagree_weight"]),
     ({"seed": 3, "tau": 2.0, "ib_beta": 1e-3, "cccp_alpha": 0.5}, []),
     ({"use_ib": False, "ib_beta": 1e-3, "min_cw": 0.5}, ["ib_beta", "min_cw"]),
     ({"use_cccp": False, "cccp_alpha": 0.5, "cccp_nt": 2}, ["cccp_alpha", "cccp_nt"]),
@@ -264,7 +292,8 @@ def test_gate(threshold, classes, warns):
     ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha"]),
     ({"train_distill_adapter_only": False, "teacher_lr": 1e-5, "reg_lambda": 0.1}, ["reg_lambda", "teacher_lr"]),
     ({"kd_target": "avg", "teacher_adapt_epochs": 0, "ib_mbm_out_dim": 32, "synergy_kd_alpha": 0.0},
-     ["ib_mbm_out_dim", "synergy_kd_alpha", "use_cccp", "use_ib"]),
+     ["ib_mbm_out_dim", "synergy_kd_alpha", "train_distill_adapter_only", "use_cccp", "use_ib"]),
+    ({"kd_target": "avg", "teacher_adapt_epochs": 0, "cccp_ns": 2}, ["train_distill_adapter_only", "use_ib"]),
 ])
 def test_without_effect(changes, idle):
     defaults = recipe.read(changed(base.get_config("digits"), STEADY))
