@@ -99,8 +99,10 @@ def ema(old: float | None, new: float, alpha: float) -> float:
 
 
 def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
-    """Fit the fusion network for the A-epochs of one stage and return the best state on validation, perhaps the incoming
-    one; `progress.synergy_acc` becomes its accuracy."""
+    """Fit the fusion network for the A-epochs of one stage.
+
+    Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
+    """
     recipe, axis = run.recipe, parallel.axis_name(run.devices)
     mask, modes = trainable(run, variables.params, stage)
     trained_teachers = run.nets.teacher_names if recipe.use_teacher_finetuning else ()
@@ -133,8 +135,8 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         accuracy = run.validation.accuracies(whole)["synergy"]
         progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
         scalars = {name: float(controls[name]) for name in ("tau", "beta", "open")}
-        run.log_epoch("a", stage, epoch, {**metrics, **scalars, "lr": rate(progress.a_steps - 1), "val_synergy_acc": accuracy},
-                      seconds=time.perf_counter() - start, total=progress.epochs)
+        scalars |= {"lr": rate(progress.a_steps - 1), "val_synergy_acc": accuracy}
+        run.log_epoch("a", stage, epoch, {**metrics, **scalars}, seconds=time.perf_counter() - start, total=progress.epochs)
         if accuracy > best_acc:
             best_acc, best = accuracy, jax.device_get(current)
     progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state

@@ -31,7 +31,7 @@ def trainable(run: Run, params: dict, stage: int) -> tuple[dict[str, Any], Mode]
 
 
 def adapter_trains(recipe: Recipe) -> bool:
-    """Whether a B-Step loss reaches the student's distillation adapter: feature KD alone does. Else it is the A-Step's."""
+    """Whether a B-Step loss, feature KD, reaches the student's distillation adapter. Else it is the A-Step's."""
     return recipe.feat_kd_alpha > 0 and recipe.student_feature == "distill_feat"
 
 
@@ -114,7 +114,8 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     return _end_stage(run, state.join(current, frozen), current.opt_state, progress)
 
 
-def watch(run: Run, progress: Progress, variables: Variables, stage: int, epoch: int, scalars: dict, start: float) -> None:
+def watch(run: Run, progress: Progress, variables: Variables, stage: int, epoch: int, scalars: dict,
+          start: float) -> None:
     """Measure on validation after a B-epoch: the student, and the target it learns from; keep the best student."""
     accuracies = {f"val_{name}": value for name, value in run.validation.accuracies(variables).items()}
     student = accuracies["val_student"]

@@ -37,7 +37,8 @@ def load_data(recipe: Recipe) -> Data:
     if options.train_subset:
         train = teacher_train.take(splits.stratified_subset(teacher_train.label, options.train_subset, recipe.seed))
     if len(train.label) < options.batch_size:
-        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train.label)} training images")
+        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train.label)} images to "
+                         "train on")
     return Data(train, teacher_train, dataset.train.take(validation_rows), dataset.test, dataset.num_classes,
                 dataset.origin)
 
@@ -65,8 +66,8 @@ def build_networks(recipe: Recipe, num_classes: int, devices: list[jax.Device]) 
         learnable_temperature=recipe.synergy_temp_learnable)
     networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
     if recipe.feat_kd_alpha and _query_dim(networks) != recipe.ib_mbm_out_dim:
-        raise ValueError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with ib_mbm_out_dim="
-                         f"{recipe.ib_mbm_out_dim}; make them equal (distill_out_dim, ib_mbm_out_dim) or set feat_kd_alpha=0")
+        raise ValueError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with "
+                         f"ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
     return networks
 
 

@@ -70,7 +70,8 @@ def check(recipe: Recipe) -> None:
     for key in _SHARES:
         _require(0 <= getattr(recipe, key) <= 1, f"{key}={getattr(recipe, key)} must lie in [0, 1]")
     for key, choices in _CHOICES.items():
-        _require(getattr(recipe, key) in choices, f"{key}={getattr(recipe, key)!r}; valid: {', '.join(map(repr, choices))}")
+        value = getattr(recipe, key)
+        _require(value in choices, f"{key}={value!r}; valid: {', '.join(map(repr, choices))}")
     student = recipe.model.student
     models.backbone(student.name, recipe.dataset.small_input, "model.student.name")
     _require(not student.name.endswith("_pretrain") or bool(student.weights),
@@ -106,12 +107,14 @@ def _check_lengths(recipe: Recipe) -> None:
     levels = {"student_freeze_level": recipe.student_freeze_level}
     levels |= {f"teacher{k}.freeze_level": t.freeze_level for k, t in enumerate(recipe.teachers, 1)}
     for key, value in levels.items():
-        _require(len(value) in (1, stages), f"{key}={value} has {len(value)} entries; give one, or one per stage ({stages})")
+        _require(len(value) in (1, stages),
+                 f"{key}={value} has {len(value)} entries; give one, or one per stage ({stages})")
     for key, lengths in {"tau_schedule": (0, 2), "beta_schedule": (0, 3), "profile_steps": (0, 2)}.items():
         value = getattr(recipe, key)
         _require(len(value) in lengths, f"{key}={value} needs {lengths[1]} entries, or none")
     _require(all(tau > 0 for tau in recipe.tau_schedule), f"tau_schedule={recipe.tau_schedule} must be positive")
-    _require(all(value >= 0 for value in recipe.beta_schedule), f"beta_schedule={recipe.beta_schedule} must not be negative")
+    _require(all(value >= 0 for value in recipe.beta_schedule),
+             f"beta_schedule={recipe.beta_schedule} must not be negative")
 
 
 def _check_levels(recipe: Recipe, network: str, levels: tuple[int, ...], key: str) -> None:
@@ -124,7 +127,8 @@ def _check_training(recipe: Recipe) -> None:
     losses.renormalise_alphas(recipe.ce_alpha, recipe.kd_alpha)
     schedule, data = recipe.schedule, recipe.dataset
     _require(schedule.type in schedules.SCHEDULES, f"schedule.type={schedule.type!r}; valid: {schedules.SCHEDULES}")
-    _require(schedule.lr_warmup_epochs >= 0, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} must be at least 0")
+    warmup = f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs}"
+    _require(schedule.lr_warmup_epochs >= 0, f"{warmup} must be at least 0")
     rates = {"student_lr": recipe.student_lr} | ({"a_step_lr": recipe.a_step_lr} if recipe.uses_fusion else {})
     for key, rate in rates.items():
         _require(0 <= schedule.min_lr <= rate, f"schedule.min_lr={schedule.min_lr} must lie between 0 and {key}={rate}")
@@ -134,8 +138,8 @@ def _check_training(recipe: Recipe) -> None:
     if recipe.uses_fusion:
         totals["A"] = recipe.a_epochs * len(recipe.b_epochs)
     for step, total in totals.items():
-        _require(schedule.lr_warmup_epochs <= total, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} is longer than "
-                 f"the {total} {step}-epochs of the run; set --config.schedule.lr_warmup_epochs={total} or fewer")
+        _require(schedule.lr_warmup_epochs <= total, f"{warmup} is longer than the {total} {step}-epochs of the run; "
+                 f"set --config.schedule.lr_warmup_epochs={total} or fewer")
     _require(data.batch_size > 0, f"dataset.batch_size={data.batch_size} must be positive")
     _require(data.data_aug in POLICIES, f"dataset.data_aug={data.data_aug}; valid: {sorted(POLICIES)}")
     _require(0 < data.val_fraction < 1, f"dataset.val_fraction={data.val_fraction} must lie between 0 and 1")
@@ -153,12 +157,14 @@ def _check_teachers(recipe: Recipe) -> None:
     if not recipe.uses_teachers:
         return
     count = len(recipe.teachers)
-    _require(count >= (2 if recipe.uses_fusion else 1), f"{count} teachers configured; synergy (teacher_adapt_epochs > 0) "
-             f"needs two, any other kd_target one: add teacher{count + 1}")
+    _require(count >= (2 if recipe.uses_fusion else 1), f"{count} teachers configured; synergy (teacher_adapt_epochs > "
+             f"0) needs two, any other kd_target one: add teacher{count + 1}")
     if recipe.kd_target == "teacher":
-        _require(recipe.kd_teacher_index < count, f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}")
+        _require(recipe.kd_teacher_index < count,
+                 f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}")
     if recipe.kd_target == "synergy" and recipe.kd_alpha > 0:
-        _require(recipe.uses_fusion, "kd_target='synergy' needs an A-Step; set teacher_adapt_epochs, or kd_target='avg'")
+        _require(recipe.uses_fusion,
+                 "kd_target='synergy' needs an A-Step; set teacher_adapt_epochs, or kd_target='avg'")
     if recipe.feat_kd_alpha > 0:
         _require(recipe.uses_fusion, "feat_kd_alpha > 0 matches the fusion network; set teacher_adapt_epochs")
     for k, teacher in enumerate(recipe.teachers, 1):
@@ -178,17 +184,19 @@ def _check_teachers(recipe: Recipe) -> None:
 
 def _check_teacher_training(recipe: Recipe, k: int) -> None:
     teacher, schedule = recipe.teachers[k - 1], recipe.schedule
-    _require(schedule.lr_warmup_epochs <= teacher.train_epochs, f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} "
-             f"is longer than teacher{k}.train_epochs={teacher.train_epochs}")
+    _require(schedule.lr_warmup_epochs <= teacher.train_epochs,
+             f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} is longer than "
+             f"teacher{k}.train_epochs={teacher.train_epochs}")
     _require(0 <= schedule.min_lr <= teacher.train_lr,
              f"schedule.min_lr={schedule.min_lr} must lie between 0 and teacher{k}.train_lr={teacher.train_lr}")
 
 
 def _check_fusion(recipe: Recipe) -> None:
-    _require(recipe.ib_mbm_out_dim % recipe.ib_mbm_n_head == 0, f"ib_mbm_out_dim={recipe.ib_mbm_out_dim} does not divide "
-             f"by ib_mbm_n_head={recipe.ib_mbm_n_head}")
+    _require(recipe.ib_mbm_out_dim % recipe.ib_mbm_n_head == 0,
+             f"ib_mbm_out_dim={recipe.ib_mbm_out_dim} does not divide by ib_mbm_n_head={recipe.ib_mbm_n_head}")
     _require(2 * math.log(recipe.ib_mbm_min_std) < recipe.ib_mbm_logvar_clip,
-             f"ib_mbm_min_std={recipe.ib_mbm_min_std} is above what ib_mbm_logvar_clip={recipe.ib_mbm_logvar_clip} allows")
+             f"ib_mbm_min_std={recipe.ib_mbm_min_std} is above what ib_mbm_logvar_clip={recipe.ib_mbm_logvar_clip} "
+             "allows")
     _require(recipe.synergy_ce_alpha + recipe.synergy_kd_alpha > 0,
              "synergy_ce_alpha and synergy_kd_alpha are both 0; the A-Step would have nothing to fit")
     for key in ("teacher_lr", "teacher_adapt_alpha_kd"):
@@ -198,13 +206,14 @@ def _check_fusion(recipe: Recipe) -> None:
              "train_distill_adapter_only needs use_distillation_adapter")
     _require(recipe.min_cw <= 1, f"min_cw={recipe.min_cw} must be at most 1")
     _require(not recipe.use_ib or len(recipe.b_epochs) > 1 or recipe.synergy_only_epochs < recipe.a_epochs,
-             f"synergy_only_epochs={recipe.synergy_only_epochs} covers all {recipe.a_epochs} A-epochs of the only stage: "
-             f"the bottleneck (use_ib) would never be on")
+             f"synergy_only_epochs={recipe.synergy_only_epochs} covers all {recipe.a_epochs} A-epochs of the only "
+             "stage: the bottleneck (use_ib) would never be on")
     if recipe.feat_kd_key == "distill_feat":
         _require(recipe.use_distillation_adapter, "feat_kd_key='distill_feat' needs use_distillation_adapter")
     if recipe.feat_kd_alpha > 0 and recipe.student_feature == "distill_feat":
-        _require(recipe.distill_out_dim == recipe.ib_mbm_out_dim, f"feature KD compares the student's distill_out_dim="
-                 f"{recipe.distill_out_dim} with ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
+        _require(recipe.distill_out_dim == recipe.ib_mbm_out_dim,
+                 f"feature KD compares the student's distill_out_dim={recipe.distill_out_dim} with ib_mbm_out_dim="
+                 f"{recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
     _require(not (recipe.use_teacher_finetuning and recipe.train_distill_adapter_only),
              "use_teacher_finetuning and train_distill_adapter_only exclude each other; keep one")
 

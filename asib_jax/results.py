@@ -7,9 +7,15 @@ from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Result, results_table
 
-_TITLES = {"average": "teachers' average", "synergy": "synergy ensemble", "without_teachers": "synergy, teachers zeroed",
-           "control_last": "student without teachers, last", "control_best": "student without teachers, best on validation",
-           "last": "student, last", "best": "student, best on validation"}
+_TITLES = {  # of the table's rows, in their order; the teachers come first
+    "average": "teachers' average",
+    "synergy": "synergy ensemble",
+    "without_teachers": "synergy, teachers zeroed",
+    "control_last": "student without teachers, last",
+    "control_best": "student without teachers, best on validation",
+    "last": "student, last",
+    "best": "student, best on validation",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,8 @@ class Run:
     def steps_per_epoch(self) -> int:
         return len(self.data.train.label) // self.recipe.dataset.batch_size
 
-    def log_epoch(self, step: str, stage: int, epoch: int, values: dict[str, float], *, seconds: float, total: int) -> None:
+    def log_epoch(self, step: str, stage: int, epoch: int, values: dict[str, float], *, seconds: float,
+                  total: int) -> None:
         """Record an epoch's scalars under `stage1/a/epoch01/name`, its duration under `time/`; draw them at `total`."""
         key = f"stage{stage + 1}/{step}/epoch{epoch + 1:02d}"
         self.log_scalars(key, values)

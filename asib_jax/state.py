@@ -16,7 +16,7 @@ from asib_jax.models.ensemble import Variables
 
 
 class TrainState(NamedTuple):
-    """The arrays a step changes: trainable leaves of the parameters, statistics of the networks in training, moments."""
+    """The arrays a step changes: trainable parameters, batch statistics of the networks in training, moments."""
 
     params: dict[str, Any]
     batch_stats: dict[str, Any]
@@ -51,7 +51,8 @@ def begin(variables: Variables, mask: Any, trained_stats: tuple[str, ...], tx: o
     """Split the variables into what a step trains and what stands still.
 
     mask: over the parameters, True where a leaf trains (may stop at whole branches); trained_stats: the networks whose
-    batch statistics the step updates; opt_state: of the step before, whose moments carry over to leaves that still train.
+    batch statistics the step updates; opt_state: of the step before, whose moments carry over to leaves that still
+    train.
     """
     params, frozen_params = freezing.split(variables.params, mask)
     stats = {name: variables.batch_stats[name] for name in trained_stats}

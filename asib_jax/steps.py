@@ -65,7 +65,7 @@ class BTerms:
 
 
 def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, axis_name: str | None = None) -> Callable:
-    """`step(state, frozen, controls, batch) -> (state, metrics)`: one update of `state.params` by `tx` at controls["lr"].
+    """`step(state, frozen, controls, batch) -> (state, metrics)`: one update of `state.params` at controls["lr"].
 
     Metrics are means over the global batch. Frozen leaves are arguments, never differentiated.
     """
@@ -104,7 +104,8 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     def weighted(per_sample):
         return jnp.mean(weight * per_sample)
 
-    parts = {"ce": terms.synergy_ce_alpha * weighted(losses.cross_entropy(logits, batch["label"], terms.label_smoothing))}
+    ce = weighted(losses.cross_entropy(logits, batch["label"], terms.label_smoothing))
+    parts = {"ce": terms.synergy_ce_alpha * ce}
     if terms.synergy_kd_alpha:
         average = jnp.mean(teachers.logits, axis=1)
         parts["kd_average"] = terms.synergy_kd_alpha * weighted(losses.kd(logits, average, controls["tau"]))

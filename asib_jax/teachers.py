@@ -42,23 +42,26 @@ def train(recipe: Recipe, options: TeacherRecipe, model: KDModel, name: str, var
     split, batch_size = data.teacher_train, recipe.dataset.batch_size
     tx = state.make_optimizer("adamw", weight_decay=options.train_weight_decay, grad_clip_norm=recipe.grad_clip_norm)
     loss = functools.partial(steps.b_loss, nets=Networks(model), terms=BTerms(recipe.dataset.data_aug), axis_name=axis)
-    step = parallel.compile_step(steps.make_train_step(loss, tx, axis_name=axis), devices, arguments=4, donate_first=True)
+    step = steps.make_train_step(loss, tx, axis_name=axis)
+    step = parallel.compile_step(step, devices, arguments=4, donate_first=True)
     whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
     adapters = {child: child != "distill_adapter" for child in variables["params"]}  # no label reaches the adapter
     current, frozen = state.begin(whole, {"student": adapters}, ("student",), tx)
     current = parallel.replicate(current, devices)
-    rate = learning_rate(recipe, base=options.train_lr, steps_per_epoch=len(split.label) // batch_size,
-                         epochs=options.train_epochs)
+    epochs, steps_per_epoch = options.train_epochs, len(split.label) // batch_size
+    rate = learning_rate(recipe, base=options.train_lr, steps_per_epoch=steps_per_epoch, epochs=epochs)
     start, done = time.perf_counter(), 0
-    for epoch in range(options.train_epochs):
+    for epoch in range(epochs):
         key = streams.key(recipe.seed, f"augment/{name}", epoch)
         order = streams.rng(recipe.seed, f"order/{name}", epoch)
-        with reporter.epoch_bar(len(split.label) // batch_size * batch_size, f"{name} {epoch + 1}/{options.train_epochs}") as bar:
+        controls = {"augment_key": key, "mix_key": key}
+        with reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{epochs}") as bar:
             current, metrics, count = run_epoch(
-                step, current, frozen, training_batches(split, batch_size, order), devices=devices,
-                controls={"augment_key": key, "mix_key": key}, learning_rate=rate, first_step=done, on_images=bar.update)
+                step, current, frozen, training_batches(split, batch_size, order), controls=controls,
+                learning_rate=rate, first_step=done, devices=devices, on_images=bar.update)
         done += count
-        logger.info("%s epoch %d/%d: loss %.4f, training accuracy %.2f %%", name, epoch + 1, options.train_epochs,
+        logger.info("%s epoch %d/%d: loss %.4f, training accuracy %.2f %%", name, epoch + 1, epochs,
                     metrics["loss"], 100 * metrics["acc"])
-    logger.info("%s: %s trained on %d images in %.0f s", name, options.name, len(split.label), time.perf_counter() - start)
+    logger.info("%s: %s trained on %d images in %.0f s", name, options.name, len(split.label),
+                time.perf_counter() - start)
     return state.join(current, frozen).of("student")

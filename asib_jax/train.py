@@ -47,7 +47,8 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
     if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
         before = evaluator(recipe, nets, variables, data.test, "test", devices).teacher_counts()
-        run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label) for name in nets.teacher_names})
+        run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label)
+                                   for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
     if recipe.train_control:
@@ -72,8 +73,8 @@ def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> Non
     logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
                 recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
                 recipe.feat_kd_alpha)
-    logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' adapters "
-                "%s, teachers %s", recipe.a_epochs, f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
+    logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' "
+                "adapters %s, teachers %s", recipe.a_epochs, f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
                 f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
                 recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
                 "trained" if recipe.use_teacher_finetuning else "frozen")

@@ -1,7 +1,7 @@
 """Every key of an ASIB run, with its default: the full-scale setting of the ablation ladder.
 
-An experiment is a short diff of this file, e.g. `configs/l1_ib.py`; what a profile (`:digits`, `:small`) changes stands in
-`configs/profiles.py`. docs/configuration.md maps the original system's keys to these.
+An experiment is a short diff of this file, e.g. `configs/l1_ib.py`; what a profile (`:digits`, `:small`) changes stands
+in `configs/profiles.py`. docs/configuration.md maps the original system's keys to these.
 """
 from ml_collections import ConfigDict, config_dict
 
@@ -68,7 +68,7 @@ def _data_and_networks(config: ConfigDict) -> None:
         teacher.train_weight_decay = 3e-4
         teacher.freeze_level = (-1,)  # as student_freeze_level; acts in A-Steps with use_teacher_finetuning
         teacher.freeze_bn = True
-    config.teacher_views = 0  # V > 0: V fixed augmented views per image, read by the teachers once; 0: a new view each epoch
+    config.teacher_views = 0  # V > 0: V fixed views per image, read by the teachers once; 0: a new view each epoch
     config.teacher_cache = ""  # a folder that keeps the frozen teachers' outputs between runs; "": none
 
 
@@ -96,7 +96,7 @@ def _distillation(config: ConfigDict) -> None:
     config.disagree_lambda_high = 1.0
     config.disagree_lambda_low = 1.0
     config.use_partial_freeze = False  # act on the freeze levels
-    config.student_freeze_level = (-1,)  # -1: all trains; 0: head and adapters; 1: the last stage too; ...; one, or one per stage
+    config.student_freeze_level = (-1,)  # one, or one per stage; -1: all trains; 0: head, adapters; 1: last stage too
     config.student_freeze_bn = False  # normalisation stands still in blocks that train, too, whatever the level
 
 

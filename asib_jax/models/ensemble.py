@@ -70,7 +70,7 @@ def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array,
 
 def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes: tuple[Mode, ...] = ()
                  ) -> tuple[TeacherOutputs, dict[str, Any]]:
-    """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise; and its batch statistics."""
+    """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise, and its statistics."""
     feats, logits, stats = [], [], {}
     for k, (name, teacher) in enumerate(zip(nets.teacher_names, nets.teachers)):
         outputs, stats[name] = run_network(teacher, variables.of(name), pixels, modes[k] if modes else EVALUATION)
