@@ -108,6 +108,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     trained_teachers = run.nets.teacher_names if recipe.use_teacher_finetuning else ()
     tx = make_optimizer(recipe)
     current, frozen = state.begin(variables, mask, trained_teachers, tx, progress.a_opt_state)
+    current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
 
     def trained(params):
@@ -136,7 +137,8 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
         scalars = {name: float(controls[name]) for name in ("tau", "beta", "open")}
         scalars |= {"lr": rate(progress.a_steps - 1), "val_synergy_acc": accuracy}
-        run.log_epoch("a", stage, epoch, {**metrics, **scalars}, seconds=time.perf_counter() - start, total=progress.epochs)
+        run.log_epoch("a", stage, epoch, {**metrics, **scalars}, seconds=time.perf_counter() - start,
+                      total=progress.epochs)
         if accuracy > best_acc:
             best_acc, best = accuracy, jax.device_get(current)
     progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state

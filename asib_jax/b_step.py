@@ -89,6 +89,7 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     tx = state.make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
                               grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
     current, frozen = state.begin(variables, mask, ("student",), tx, progress.b_opt_state)
+    current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
     loss = functools.partial(steps.b_loss, nets=run.nets, terms=terms_of(recipe), mode=mode, axis_name=axis)
     step = run.compiled(("b", str(mask), mode), lambda: steps.make_train_step(loss, tx, axis_name=axis))

@@ -74,7 +74,8 @@ def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> Non
                 recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
                 recipe.feat_kd_alpha)
     logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' "
-                "adapters %s, teachers %s", recipe.a_epochs, f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
+                "adapters %s, teachers %s", recipe.a_epochs,
+                f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
                 f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
                 recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
                 "trained" if recipe.use_teacher_finetuning else "frozen")

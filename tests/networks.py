@@ -26,11 +26,12 @@ STUDENT, TEACHERS = convolutions(3, 4, 4), (convolutions(3, 6), convolutions(4, 
 
 
 def make_networks(*, adapter_dim: int = DIM, student_feature: str = "distill_feat", use_ib: bool = True,
-                  dropout: float = 0.0, axis_name: str | None = None, teachers=TEACHERS) -> Networks:
-    """A student, two teachers, IB_MBM and head. The networks differ in `mean`."""
+                  dropout: float = 0.0, axis_name: str | None = None, student: Architecture = STUDENT,
+                  teachers: tuple[Architecture, ...] = TEACHERS) -> Networks:
+    """A student, teachers, IB_MBM and head. The networks differ in `mean`."""
     fields = {"num_classes": CLASSES, "std": (0.3,), "adapter_dim": adapter_dim, "axis_name": axis_name}
-    student = KDModel(STUDENT, mean=(0.5,), **fields)
-    models = tuple(KDModel(net, mean=(0.4 + k / 100,), **fields) for k, net in enumerate(teachers, 1))
+    student = KDModel(student, mean=(0.5,), **fields)
+    models = tuple(KDModel(teacher, mean=(0.4 + k / 100,), **fields) for k, teacher in enumerate(teachers, 1))
     ib_mbm, head = build_ib_mbm_from_teachers(
         models, dim=DIM, num_heads=2, use_ib=use_ib, feature_norm="none", logvar_clip=6.0, min_std=1e-3, residual=True,
         dropout=dropout, learnable_temperature=False)
