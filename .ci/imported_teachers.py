@@ -20,6 +20,7 @@ MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
 
 
 def main(data: str, weights: str) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
     test = sources.load("cifar100", path=data).test.take(slice(2000))
     nets, params, stats = [], {}, {}
     for k, name in enumerate(EXPECTED, 1):

@@ -1,13 +1,14 @@
 """The A-Step: fit the fusion network while teachers and student stand still (SPEC 4)."""
 import functools
 import logging
+import math
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from asib_jax import freezing, parallel, schedules, state, steps, streams
+from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
 from asib_jax.models.ensemble import Mode, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
@@ -18,17 +19,20 @@ logger = logging.getLogger("asib_jax")
 
 
 def calibrate(run: Run, variables: Variables) -> Variables:
-    """One training-mode pass of the new student that sets its BatchNorm statistics and changes no parameter."""
+    """Training-mode passes of the new student that set its BatchNorm statistics and change no parameter.
+
+    One pass over the images; more where it has fewer than 50 steps, which leave .9^50 = 0.5 % of the initial values.
+    """
     axis = parallel.axis_name(run.devices)
     tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
     loss = functools.partial(steps.b_loss, nets=run.nets, terms=BTerms(run.recipe.dataset.data_aug), axis_name=axis)
     step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis))
     current, frozen = state.begin(variables, {name: False for name in variables.params}, ("student",), tx)
-    key = streams.key(run.recipe.seed, "calibrate")
-    controls = {"augment_key": key, "mix_key": key}
-    batches = run.batches("calibrate", 0, 0, 0)
-    current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, batches=batches, controls=controls,
-                              learning_rate=lambda step: 0.0, first_step=0)
+    for number in range(math.ceil(50 / run.steps_per_epoch)):
+        key = streams.key(run.recipe.seed, "calibrate", number)
+        current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, first_step=0,
+                                  batches=run.batches("calibrate", 0, number, 0),
+                                  controls={"augment_key": key, "mix_key": key}, learning_rate=lambda step: 0.0)
     return state.join(current, frozen)
 
 
@@ -60,9 +64,10 @@ def terms_of(recipe: Recipe) -> ATerms:
     """The static weights of the loss."""
     trains_teachers = recipe.use_teacher_finetuning or recipe.train_distill_adapter_only
     towards_student = recipe.teacher_adapt_alpha_kd
+    _, kd_alpha = losses.renormalise_alphas(recipe.ce_alpha, recipe.kd_alpha)
     return ATerms(
         synergy_ce_alpha=recipe.synergy_ce_alpha, synergy_kd_alpha=recipe.synergy_kd_alpha,
-        kd_alpha=recipe.kd_alpha if towards_student is None else towards_student,
+        kd_alpha=kd_alpha if towards_student is None else towards_student,
         cccp_alpha=recipe.cccp_alpha if recipe.use_cccp else 0.0, cccp_tau=recipe.tau,
         feat_kd_alpha=recipe.feat_kd_alpha, reg_lambda=recipe.reg_lambda if trains_teachers else 0.0,
         ib_mbm_reg_lambda=recipe.ib_mbm_reg_lambda, label_smoothing=recipe.label_smoothing, min_cw=recipe.min_cw,
@@ -90,7 +95,8 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
     return {"tau": np.float32(tau), "beta": np.float32(0.0 if warm else beta), "certain": np.float32(not warm),
             "open": np.float32(gate and not warm),
             "augment_key": run.augment_key(stage, epoch, stage * recipe.a_epochs + epoch),
-            "noise_key": streams.key(recipe.seed, "noise", stage, epoch)}
+            "noise_key": streams.key(recipe.seed, "noise", stage, epoch),
+            "dropout_key": streams.key(recipe.seed, "dropout", stage, epoch)}
 
 
 def ema(old: float | None, new: float, alpha: float) -> float:

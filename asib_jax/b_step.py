@@ -70,7 +70,7 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
 def target_name(recipe: Recipe, controls: dict) -> str:
     """What an epoch with these controls distils from."""
     if not recipe.kd_alpha:
-        return "labels only"
+        return "the fusion network's features" if recipe.feat_kd_alpha else "labels only"
     if recipe.kd_target != "synergy":
         return recipe.kd_target
     if not controls["gate"]:

@@ -33,7 +33,7 @@ def load_data(recipe: Recipe) -> Data:
     options = recipe.dataset
     dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
     train_rows, validation_rows = splits.train_validation(dataset.train.label, options.val_fraction, recipe.seed)
-    teacher_train, train = dataset.train.take(train_rows), dataset.train.take(train_rows)
+    train = teacher_train = dataset.train.take(train_rows)
     if options.train_subset:
         train = teacher_train.take(splits.stratified_subset(teacher_train.label, options.train_subset, recipe.seed))
     if len(train.label) < options.batch_size:
@@ -47,15 +47,16 @@ def build_networks(recipe: Recipe, num_classes: int, devices: list[jax.Device]) 
     """Every network the recipe uses, without variables. ValueError for an unknown name, or widths that cannot meet."""
     shared = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
               "axis_name": parallel.axis_name(devices)}
-    if recipe.uses_adapters:
-        shared |= {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
+    adapter = {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
     student = recipe.model.student
     model = models.create_student_by_name(student.name, num_classes, mean=student.mean, std=student.std,
-                                          residual_adapter=student.use_adapter, **shared)
+                                          residual_adapter=student.use_adapter, **shared,
+                                          **(adapter if recipe.student_feature == "distill_feat" else {}))
     if not recipe.uses_teachers:
         return Networks(model)
     teachers = tuple(
-        models.create_teacher_by_name(teacher.name, num_classes, mean=teacher.mean, std=teacher.std, **shared)
+        models.create_teacher_by_name(teacher.name, num_classes, mean=teacher.mean, std=teacher.std, **shared,
+                                      **(adapter if recipe.uses_adapters else {}))
         for teacher in recipe.teachers)
     if not recipe.uses_fusion:
         return Networks(model, teachers)

@@ -42,6 +42,7 @@ _ACTIVE = (
     (lambda r: r.schedule.type == "multistep", ("schedule.milestones",)),
     (lambda r: r.schedule.type != "cosine", ("schedule.gamma",)),
     (lambda r: r.use_disagree_weight, ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low")),
+    (lambda r: r.disagree_lambda_high != r.disagree_lambda_low, ("use_disagree_weight", "disagree_mode")),
     (lambda r: r.use_loss_clamp, ("loss_clamp_max",)),
     (lambda r: r.use_partial_freeze, ("student_freeze_level",)),
     (lambda r: r.kd_target == "teacher", ("kd_teacher_index",)),
@@ -57,7 +58,8 @@ _ACTIVE = (
         "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
         "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
         "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
-    (lambda r: r.uses_teachers, ("teacher_cache",)),
+    (lambda r: r.uses_teachers, ("teacher_cache", "tau", "tau_schedule", "train_control")),
+    (lambda r: r.uses_fusion or not r.teacher_adapt_epochs, ("teacher_adapt_epochs",)),
 )
 
 
@@ -112,6 +114,8 @@ def _check_lengths(recipe: Recipe) -> None:
     for key, lengths in {"tau_schedule": (0, 2), "beta_schedule": (0, 3), "profile_steps": (0, 2)}.items():
         value = getattr(recipe, key)
         _require(len(value) in lengths, f"{key}={value} needs {lengths[1]} entries, or none")
+    _require(list(recipe.profile_steps) == sorted(recipe.profile_steps),
+             f"profile_steps={recipe.profile_steps} must be the first and the last step")
     _require(all(tau > 0 for tau in recipe.tau_schedule), f"tau_schedule={recipe.tau_schedule} must be positive")
     _require(all(value >= 0 for value in recipe.beta_schedule),
              f"beta_schedule={recipe.beta_schedule} must not be negative")
@@ -129,9 +133,9 @@ def _check_training(recipe: Recipe) -> None:
     _require(schedule.type in schedules.SCHEDULES, f"schedule.type={schedule.type!r}; valid: {schedules.SCHEDULES}")
     warmup = f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs}"
     _require(schedule.lr_warmup_epochs >= 0, f"{warmup} must be at least 0")
-    rates = {"student_lr": recipe.student_lr} | ({"a_step_lr": recipe.a_step_lr} if recipe.uses_fusion else {})
-    for key, rate in rates.items():
-        _require(0 <= schedule.min_lr <= rate, f"schedule.min_lr={schedule.min_lr} must lie between 0 and {key}={rate}")
+    _check_min_lr(recipe, "student_lr", recipe.student_lr)
+    if recipe.uses_fusion:
+        _check_min_lr(recipe, "a_step_lr", recipe.a_step_lr)
     _require(schedule.gamma > 0, f"schedule.gamma={schedule.gamma} must be positive")
     _require(schedule.step_size >= 1, f"schedule.step_size={schedule.step_size} must be at least 1")
     totals = {"B": sum(recipe.b_epochs)}
@@ -140,6 +144,8 @@ def _check_training(recipe: Recipe) -> None:
     for step, total in totals.items():
         _require(schedule.lr_warmup_epochs <= total, f"{warmup} is longer than the {total} {step}-epochs of the run; "
                  f"set --config.schedule.lr_warmup_epochs={total} or fewer")
+    _require(data.name != "digits" or not data.path,
+             f"dataset.path={data.path!r}, but the digits come with scikit-learn; set dataset.name")
     _require(data.batch_size > 0, f"dataset.batch_size={data.batch_size} must be positive")
     _require(data.data_aug in POLICIES, f"dataset.data_aug={data.data_aug}; valid: {sorted(POLICIES)}")
     _require(0 < data.val_fraction < 1, f"dataset.val_fraction={data.val_fraction} must lie between 0 and 1")
@@ -157,16 +163,14 @@ def _check_teachers(recipe: Recipe) -> None:
     if not recipe.uses_teachers:
         return
     count = len(recipe.teachers)
-    _require(count >= (2 if recipe.uses_fusion else 1), f"{count} teachers configured; synergy (teacher_adapt_epochs > "
-             f"0) needs two, any other kd_target one: add teacher{count + 1}")
+    _require(count >= (2 if recipe.uses_fusion else 1), f"{count} teachers configured; synergy needs two, any other "
+             f"kd_target one: add teacher{count + 1}")
     if recipe.kd_target == "teacher":
         _require(recipe.kd_teacher_index < count,
                  f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}")
-    if recipe.kd_target == "synergy" and recipe.kd_alpha > 0:
-        _require(recipe.uses_fusion,
-                 "kd_target='synergy' needs an A-Step; set teacher_adapt_epochs, or kd_target='avg'")
-    if recipe.feat_kd_alpha > 0:
-        _require(recipe.uses_fusion, "feat_kd_alpha > 0 matches the fusion network; set teacher_adapt_epochs")
+    _require(recipe.uses_fusion or not recipe.distils_from_fusion,
+             f"kd_target={recipe.kd_target!r} with feat_kd_alpha={recipe.feat_kd_alpha} distils from the fusion network, "
+             f"which an A-Step fits; set teacher_adapt_epochs, or kd_target='avg' and feat_kd_alpha=0")
     for k, teacher in enumerate(recipe.teachers, 1):
         models.backbone(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
         _require(bool(teacher.weights) or teacher.train_epochs > 0,
@@ -176,6 +180,8 @@ def _check_teachers(recipe: Recipe) -> None:
                  f"teacher{k}.weights={teacher.weights!r} does not exist")
         if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
             _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
+        _require(bool(teacher.weights) or not teacher.name.endswith("_pretrain"),
+                 f"teacher{k}.name={teacher.name!r} needs teacher{k}.weights, or use the name without _pretrain")
         if not teacher.weights:
             _check_teacher_training(recipe, k)
         _require(not (teacher.weights and teacher.train_epochs),
@@ -187,8 +193,14 @@ def _check_teacher_training(recipe: Recipe, k: int) -> None:
     _require(schedule.lr_warmup_epochs <= teacher.train_epochs,
              f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} is longer than "
              f"teacher{k}.train_epochs={teacher.train_epochs}")
-    _require(0 <= schedule.min_lr <= teacher.train_lr,
-             f"schedule.min_lr={schedule.min_lr} must lie between 0 and teacher{k}.train_lr={teacher.train_lr}")
+    _require(teacher.train_lr > 0, f"teacher{k}.train_lr={teacher.train_lr} must be positive")
+    _check_min_lr(recipe, f"teacher{k}.train_lr", teacher.train_lr)
+
+
+def _check_min_lr(recipe: Recipe, key: str, rate: float) -> None:
+    schedule = recipe.schedule
+    _require(0 <= schedule.min_lr and (schedule.type != "cosine" or schedule.min_lr <= rate),
+             f"schedule.min_lr={schedule.min_lr} must lie between 0 and {key}={rate}")
 
 
 def _check_fusion(recipe: Recipe) -> None:
@@ -204,6 +216,7 @@ def _check_fusion(recipe: Recipe) -> None:
         _require(value is None or value >= 0, f"{key}={value} must be at least 0")
     _require(recipe.use_distillation_adapter or not recipe.train_distill_adapter_only,
              "train_distill_adapter_only needs use_distillation_adapter")
+    _require(recipe.synergy_head_dropout < 1, "synergy_head_dropout=1 drops everything")
     _require(recipe.min_cw <= 1, f"min_cw={recipe.min_cw} must be at most 1")
     _require(not recipe.use_ib or len(recipe.b_epochs) > 1 or recipe.synergy_only_epochs < recipe.a_epochs,
              f"synergy_only_epochs={recipe.synergy_only_epochs} covers all {recipe.a_epochs} A-epochs of the only "

@@ -1,9 +1,10 @@
 """Correct predictions of the student and the synergy ensemble on a split, every example counted once (SPEC 7)."""
+import collections
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from asib_jax import feature_bank, parallel
 from asib_jax.data.batches import evaluation_batches
@@ -28,6 +29,11 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable[[Va
     return step
 
 
+@functools.lru_cache(maxsize=4)  # one compilation for all the splits of a run
+def _compiled(nets: Networks, devices: tuple[jax.Device, ...]) -> Callable[[Variables, dict], dict]:
+    return parallel.compile_step(make_eval_step(nets, parallel.axis_name(devices)), devices, arguments=2)
+
+
 class Evaluator:
     """Evaluates one split again and again: the teachers' outputs on it are computed once, the step is compiled once."""
 
@@ -35,7 +41,7 @@ class Evaluator:
                  devices: list[jax.Device], cache: str = ""):
         self.split, self.name = split, name
         self._nets, self._batch_size, self._devices, self._cache = nets, batch_size, devices, cache
-        self._step = parallel.compile_step(make_eval_step(nets, parallel.axis_name(devices)), devices, arguments=2)
+        self._step = _compiled(nets, tuple(devices))
         self.bank = None
         self.read_teachers(variables)
 
@@ -62,14 +68,13 @@ class Evaluator:
 
     def __call__(self, variables: Variables) -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average"."""
-        totals = None
+        totals: collections.Counter = collections.Counter()
         for batch in evaluation_batches(self.split, self._batch_size):
             if self.bank is not None:
                 batch["teachers"] = self.bank.outputs(0, batch["row"])
-            counts = self._step(variables, parallel.shard(batch, self._devices))
-            totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
-        counts = {name: int(np.asarray(value)) for name, value in totals.items()}
-        return counts | {"average": self.teacher_counts()["average"]} if self.bank else counts
+            counts = jax.device_get(self._step(variables, parallel.shard(batch, self._devices)))
+            totals.update({name: int(count) for name, count in counts.items()})
+        return dict(totals) | ({"average": self.teacher_counts()["average"]} if self.bank else {})
 
     def accuracies(self, variables: Variables) -> dict[str, float]:
         """The same as shares of the split."""

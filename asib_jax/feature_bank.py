@@ -3,10 +3,12 @@
 The evaluation splits are always read this way; training images when `teacher_views` = V asks for V fixed augmented
 views of each. The outputs are those before any adapter, so that adapters may go on training.
 """
+import functools
 import hashlib
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,7 +35,7 @@ class Bank(NamedTuple):
 
 
 def build(nets: Networks, variables: Variables, split: Split, *, keys: list[jax.Array], data_aug: int, batch_size: int,
-          devices: list[jax.Device], cache: str = "", title: str = "") -> Bank:
+          devices: Sequence[jax.Device], cache: str = "", title: str = "") -> Bank:
     """Run the teachers over `split`, once for the augmentation key of each view.
 
     cache: a folder; outputs stored there under a digest of weights, images and views are read instead of computed.
@@ -60,13 +62,7 @@ def build(nets: Networks, variables: Variables, split: Split, *, keys: list[jax.
 
 
 def _run(nets, teachers, split, keys, data_aug, batch_size, devices) -> Bank:
-    axis = parallel.axis_name(devices)
-
-    def read(variables, key, batch):
-        outputs, _ = run_teachers(nets, variables, augment(key, batch["index"], batch["image"], data_aug))
-        return outputs if axis is None else jax.lax.all_gather(outputs, axis, tiled=True)
-
-    compiled = parallel.compile_step(read, devices, arguments=3)
+    compiled = _reader(nets, data_aug, tuple(devices))
     teachers = parallel.replicate(teachers, devices)
     views = []
     for key in keys:
@@ -77,8 +73,19 @@ def _run(nets, teachers, split, keys, data_aug, batch_size, devices) -> Bank:
     return Bank(stacked.feats, stacked.logits)
 
 
+@functools.lru_cache(maxsize=4)  # one compilation for all the splits of a run
+def _reader(nets: Networks, data_aug: int, devices: tuple[jax.Device, ...]):
+    axis = parallel.axis_name(devices)
+
+    def read(variables, key, batch):
+        outputs, _ = run_teachers(nets, variables, augment(key, batch["index"], batch["image"], data_aug))
+        return outputs if axis is None else jax.lax.all_gather(outputs, axis, tiled=True)
+
+    return parallel.compile_step(read, devices, arguments=3)
+
+
 def _digest(nets: Networks, teachers: Variables, split: Split, keys: list, data_aug: int) -> str:
-    digest = hashlib.sha256(f"{data_aug}".encode())
+    digest = hashlib.sha256(f"{data_aug} {jax.__version__}".encode())  # the version: its random streams
     for model in nets.teachers:  # what the variables do not say: preprocessing and arithmetic
         digest.update(f"{model.mean}{model.std}{model.dtype}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(teachers):

@@ -37,6 +37,7 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
             trained[name] = {"params": adapter, "batch_stats": {}}
     for name, steps in finished.distilled_steps.items():
         record.log(f"distilled_steps/{name}", steps)
+    record.save()  # before the checkpoint, whose presence says that the run can be evaluated
     checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
 
 
@@ -58,15 +59,15 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     stored = checkpoint.restore(folder / "checkpoints" / "final")
     metrics = json.loads((folder / "metrics.json").read_text())
     params, stats = {}, {}
-    for name, options in zip(nets.teacher_names, recipe.teachers):
-        if options.weights and pretrained.digest(options.weights) != metrics[f"weights/{name}"]:
+    for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
+        if not options.weights or recipe.use_teacher_finetuning:
+            continue  # stored whole
+        if pretrained.digest(options.weights) != metrics[f"weights/{name}"]:
             raise ValueError(f"{options.weights} ({name}.weights) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
-        if options.weights and not recipe.use_teacher_finetuning:
-            model = nets.teachers[nets.teacher_names.index(name)]
-            backbone = pretrained.import_weights(pretrained.load_weights(options.weights),
-                                                 build.init_network(model, recipe.seed, name, image_shape))
-            params[name], stats[name] = backbone["params"], backbone["batch_stats"]
+        backbone = pretrained.import_weights(pretrained.load_weights(options.weights),
+                                             build.init_network(model, recipe.seed, name, image_shape))
+        params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
         params[name] = {**params.get(name, {}), **variables.get("params", {})}
         stats[name] = stats.get(name) or variables.get("batch_stats", {})

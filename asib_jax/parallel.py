@@ -4,7 +4,7 @@ pmap is the engine for several devices. The state has no device axis: arguments 
 the batch is split over its leading axis, and every output is the same on all devices (`out_axes=None`), which a step
 guarantees by reducing over the axis before anything nonlinear.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,19 +23,19 @@ def local_devices(count: int) -> list[jax.Device]:
     return available[: count or len(available)]
 
 
-def check_batch(batch_size: int, devices: list[jax.Device]) -> None:
+def check_batch(batch_size: int, devices: Sequence[jax.Device]) -> None:
     """ValueError when the batch does not divide by the number of devices."""
     if batch_size % len(devices):
         raise ValueError(f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; "
                          f"change it or set num_devices")
 
 
-def axis_name(devices: list[jax.Device]) -> str | None:
+def axis_name(devices: Sequence[jax.Device]) -> str | None:
     """The name networks and steps reduce over, or None on one device."""
     return AXIS if len(devices) > 1 else None
 
 
-def compile_step(step: Callable, devices: list[jax.Device], *, arguments: int, donate_first: bool = False) -> Callable:
+def compile_step(step: Callable, devices: Sequence[jax.Device], *, arguments: int, donate_first: bool = False) -> Callable:
     """Compile `step(*replicated, batch)`, whose last of `arguments` arguments is the batch.
 
     On several devices `step` must have been made with `axis_name(devices)`, and its outputs be equal on all.
@@ -47,13 +47,13 @@ def compile_step(step: Callable, devices: list[jax.Device], *, arguments: int, d
                     devices=devices)
 
 
-def replicate(tree: Any, devices: list[jax.Device]) -> Any:
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """A copy of every leaf on every device, placed once. Copied, so that a donated result never deletes its source."""
     mesh = Mesh(np.array(devices), (AXIS,))
     return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch: Any, devices: list[jax.Device]) -> Any:
+def shard(batch: Any, devices: Sequence[jax.Device]) -> Any:
     """Split every [B, ...] leaf into [devices, B / devices, ...]; unchanged on one device."""
     if len(devices) == 1:
         return batch

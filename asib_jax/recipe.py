@@ -157,9 +157,14 @@ class Recipe:
     schedule: ScheduleRecipe
 
     @property
+    def distils_from_fusion(self) -> bool:
+        """Whether a weight of the B-Step asks for the fusion network."""
+        return (self.kd_alpha > 0 and self.kd_target == "synergy") or self.feat_kd_alpha > 0
+
+    @property
     def uses_fusion(self) -> bool:
-        """Whether a fusion network is trained; adapters are built only then."""
-        return self.teacher_adapt_epochs > 0
+        """Whether a fusion network is trained: if something distils from it. Adapters are built only then."""
+        return self.teacher_adapt_epochs > 0 and self.distils_from_fusion
 
     @property
     def uses_teachers(self) -> bool:

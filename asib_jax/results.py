@@ -29,10 +29,10 @@ class Results:
     @property
     def summary(self) -> dict[str, float]:
         """The scalars of the run's row in `summary.csv`."""
-        row = {f"{split}_acc_{name}": count / self.sizes[split] for split, counts in self.counts.items()
+        row = {f"{split}_disagreement" if name == "disagreement" else f"{split}_acc_{name}": count / self.sizes[split] for split, counts in self.counts.items()
                for name, count in counts.items()}
-        return row | {f"{split}_count": size for split, size in self.sizes.items()} | {
-            "synergy_steps_share": self.shares.get("synergy", 0.0)}
+        row |= {f"{split}_count": size for split, size in self.sizes.items()}
+        return row | {"synergy_steps_share": self.shares.get("synergy", 0.0)}  # unmixed synergy
 
 
 def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
@@ -72,9 +72,9 @@ def render(recipe: Recipe, results: Results) -> str:
     return "\n".join(lines)
 
 
-def _position(name: str) -> tuple[int, str]:
+def _position(name: str) -> int:
     order = list(_TITLES)
-    return (order.index(name) + 1 if name in order else 0, name)
+    return order.index(name) + 1 if name in order else 0  # the sort is stable: teachers stay in their order
 
 
 def _title(recipe: Recipe, name: str) -> str:

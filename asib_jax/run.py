@@ -88,7 +88,8 @@ class Run:
             self.record.log(f"{self.prefix}{key}/{name}", value)
 
     def augment_key(self, stage: int, epoch: int, run_epoch: int) -> jax.Array:
-        """The augmentation stream of an epoch; with `teacher_views` that of its view (stage 0's first epochs)."""
+        """The augmentation stream of an epoch, A- and B-Step alike; with `teacher_views` that of its view, which is a
+        first-stage epoch's."""
         views = self.recipe.teacher_views
         position = (0, run_epoch % views) if views else (stage, epoch)
         return streams.key(self.recipe.seed, "augment", *position)

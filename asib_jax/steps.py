@@ -86,7 +86,8 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     """The A-Step loss: fits IB_MBM, head and adapters to labels and to soft targets (SPEC 4).
 
     trained: selects from the parameters the trained teacher leaves that `reg_lambda` acts on.
-    controls: tau, beta, open (o), certain (0 during the synergy-only epochs, when w = 1), augment_key, noise_key.
+    controls: tau, beta, open (o), certain (0 during the synergy-only epochs, when w = 1), augment_key, noise_key,
+    dropout_key.
     """
     mean = parallel.batch_mean(axis_name)
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
@@ -94,12 +95,12 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     student, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
     latent = fuse(nets, variables, query(nets, student), keys_and_values(nets, variables, teachers.feats))
     z, weight = latent.mu, jnp.ones(())
-    keys = streams.per_example(controls["noise_key"], batch["index"])
     if nets.ib_mbm.use_ib:
+        keys = streams.per_example(controls["noise_key"], batch["index"])
         z = sample(latent, jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys))
         certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
         weight = jnp.where(controls["certain"] > 0, certainty, 1.0)
-    logits = classify(nets, variables, z, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys))
+    logits = classify(nets, variables, z, streams.per_example(controls["dropout_key"], batch["index"]))
 
     def weighted(per_sample):
         return jnp.mean(weight * per_sample)

@@ -1,7 +1,7 @@
 """Every random stream of a run, derived from its seed, a name and a position.
 
 Nothing random is ever carried from step to step: what is drawn at (seed, name, position) is the same in every
-configuration, on any number of devices and after any interruption (SPEC 7).
+configuration and on any number of devices (SPEC 7).
 """
 import zlib
 

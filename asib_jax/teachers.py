@@ -23,16 +23,18 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.De
 
     Where a teacher comes from: `weights`, a file, or `train_epochs` of supervised training here.
     """
-    params, stats = {}, {}
-    for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
-        variables = build.init_network(model, recipe.seed, name, data.image_shape)
+    roster = list(zip(nets.teacher_names, nets.teachers, recipe.teachers))
+    ready = {}
+    for name, model, options in roster:
+        ready[name] = build.init_network(model, recipe.seed, name, data.image_shape)
         if options.weights:
-            variables = pretrained.import_weights(pretrained.load_weights(options.weights), variables)
+            ready[name] = pretrained.import_weights(pretrained.load_weights(options.weights), ready[name])
             logger.info("%s: %s from %s", name, options.name, options.weights)
-        else:
-            variables = train(recipe, options, model, name, variables, data, devices, reporter)
-        params[name], stats[name] = variables["params"], variables["batch_stats"]
-    return Variables(params, stats)
+    for name, model, options in roster:  # after every file has been read: their errors come early
+        if not options.weights:
+            ready[name] = train(recipe, options, model, name, ready[name], data, devices, reporter)
+    return Variables({name: variables["params"] for name, variables in ready.items()},
+                     {name: variables["batch_stats"] for name, variables in ready.items()})
 
 
 def train(recipe: Recipe, options: TeacherRecipe, model: KDModel, name: str, variables: dict, data: build.Data,
@@ -47,7 +49,7 @@ def train(recipe: Recipe, options: TeacherRecipe, model: KDModel, name: str, var
     whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
     adapters = {child: child != "distill_adapter" for child in variables["params"]}  # no label reaches the adapter
     current, frozen = state.begin(whole, {"student": adapters}, ("student",), tx)
-    current = parallel.replicate(current, devices)
+    current, frozen = parallel.replicate((current, frozen), devices)
     epochs, steps_per_epoch = options.train_epochs, len(split.label) // batch_size
     rate = learning_rate(recipe, base=options.train_lr, steps_per_epoch=steps_per_epoch, epochs=epochs)
     start, done = time.perf_counter(), 0

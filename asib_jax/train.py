@@ -43,7 +43,11 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     data = build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes, devices)
     describe(recipe, data, devices)
-    variables = teachers.ready(recipe, nets, data, devices, reporter) if nets.teachers else Variables({}, {})
+    if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
+        logger.warning(warning)
+    student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
+    ready = teachers.ready(recipe, nets, data, devices, reporter)
+    variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
     run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
     if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
         before = evaluator(recipe, nets, variables, data.test, "test", devices).teacher_counts()
@@ -51,7 +55,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
                                    for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
-    if recipe.train_control:
+    if recipe.train_control and recipe.uses_teachers:
         students |= train_control(run, progress.epochs)
     done = Finished(variables, students, progress.distilled_steps)
     finished.save(record, recipe, nets, done)
@@ -81,16 +85,11 @@ def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> Non
                 "trained" if recipe.use_teacher_finetuning else "frozen")
     levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
-    if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
-        logger.warning(warning)
 
 
 def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
-            reporter: Reporter, teacher_variables: Variables) -> tuple[Run, Variables]:
+            reporter: Reporter, variables: Variables) -> tuple[Run, Variables]:
     """The run's shared parts, and all variables on its devices before the first stage."""
-    student = build.init_student_and_fusion(recipe, nets, data.image_shape)
-    variables = Variables({**student.params, **teacher_variables.params},
-                          {**student.batch_stats, **teacher_variables.batch_stats})
     variables = parallel.replicate(variables, devices)
     validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
     bank = None
@@ -127,7 +126,8 @@ def train_control(run: Run, epochs_before: int) -> dict[str, dict]:
     logger.info("control: the same student without teachers")
     recipe = without_teachers(run.recipe)
     nets = build.build_networks(recipe, run.data.num_classes, run.devices)
-    control, variables = prepare(recipe, nets, run.data, run.devices, run.record, run.reporter, Variables({}, {}))
+    student = build.init_student_and_fusion(recipe, nets, run.data.image_shape)
+    control, variables = prepare(recipe, nets, run.data, run.devices, run.record, run.reporter, student)
     control.prefix = "control/"
     _, progress = run_stages(control, variables, epochs_before)
     return {"control_last": progress.last_student, "control_best": progress.best_student}
@@ -137,6 +137,7 @@ def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, devices:
                       validation: Evaluator | None = None) -> Results:
     """Count correct predictions of everything on validation and, the only time, on test."""
     variables = parallel.replicate(done.variables, devices)
+    done = dataclasses.replace(done, variables=variables, students=parallel.replicate(done.students, devices))
     if validation is None:
         validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
     return final_results(nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", devices))
@@ -146,13 +147,13 @@ def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split
               devices: list[jax.Device]) -> Evaluator:
     """The evaluator of a split, with the teachers as they are now."""
     return Evaluator(nets, variables, split, name=name, batch_size=recipe.dataset.batch_size, devices=devices,
-                     cache=recipe.teacher_cache)
+                     cache="" if recipe.use_teacher_finetuning else recipe.teacher_cache)
 
 
 def evaluate_run(folder: pathlib.Path) -> str:
     """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
     recipe = finished.read_recipe(folder)
-    devices = parallel.local_devices(recipe.num_devices)
+    devices = parallel.local_devices(1)  # whatever the run used: the counts are the same
     data = build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes, devices)
     done = finished.load(folder, recipe, nets, data.image_shape)

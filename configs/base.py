@@ -41,7 +41,7 @@ def _data_and_networks(config: ConfigDict) -> None:
     config.dataset = ConfigDict()
     config.dataset.name = "cifar100"  # cifar100, digits, imagenet32, npz, folder
     config.dataset.path = ""  # a file or folder of one's own; "": look in data_dir, else download
-    config.dataset.data_dir = ""  # where tfds and downloads live; "": ~/tensorflow_datasets
+    config.dataset.data_dir = ""  # where tfds and downloads live; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.dataset.batch_size = 64  # over all devices
     config.dataset.data_aug = 1  # 0 none, 1 crop and flip, 2 strong, 3 crop
     config.dataset.small_input = True  # 3x3 stride-1 stem without pooling (32x32 images)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         logger.warning("without effect in this run: %s", ", ".join(idle))
     try:
         train.recorded(recipe, record)
-    except (ValueError, OSError):  # told already; the traceback is in log.txt
+    except Exception:  # told already; the traceback is in log.txt
         sys.exit(f"see {record.folder / 'log.txt'}")
 
 

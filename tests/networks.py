@@ -61,11 +61,14 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
     trees = jax.tree_util.tree_map_with_path(draw, trees)
     variables = Variables({name: tree["params"] for name, tree in trees.items()},
                           {name: trees[name]["batch_stats"] for name in models})
-    for name, model in models.items():  # centred logits, or one class would win on every image
-        feature = model.apply(variables.of(name), jnp.float32(make_split(16).image), train=False).feat_2d
-        classifier = variables.params[name]["classifier"]
-        classifier["kernel"] *= 6
-        classifier["bias"] = -np.asarray(jnp.mean(feature, axis=0) @ classifier["kernel"])
+    for name, model in models.items():  # centred and spread, or one class wins on every image and codes hardly differ
+        params, pixels = variables.params[name], jnp.float32(make_split(16).image)
+        for layer in [params["classifier"]] + ([params["distill_adapter"]["fc2"]] if model.adapter_dim else []):
+            layer["kernel"], layer["bias"] = 6 * layer["kernel"], 0 * layer["bias"]
+        outputs = model.apply(variables.of(name), pixels, train=False)
+        params["classifier"]["bias"] = -np.mean(outputs.logit, axis=0)
+        if model.adapter_dim:
+            params["distill_adapter"]["fc2"]["bias"] = -np.mean(outputs.distill_feat, axis=0)
     return variables
 
 

@@ -57,7 +57,7 @@ def controls(number):
     values = {"tau": 3.0, "beta": 1e-3, "open": 1.0, "certain": 1.0, "gate": 1.0, "average_share": 0.2, "ramp": 1.0,
               "ratio_on": 1.0, "lr": 0.02}
     return {**jax.tree.map(np.float32, values), "step": np.int32(number),
-            **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "mix")}}
+            **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")}}
 
 
 def run(kind, compile_step, place, axis_name=None, networks_axis=None):

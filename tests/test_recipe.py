@@ -272,6 +272,9 @@ def test_gate(threshold, classes, warns):
         checks.check_gate(0.99 / classes, classes)
 
 
+FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # set by the config; idle where nothing distils from synergy
+
+
 @pytest.mark.parametrize("changes, idle", [
     ({}, []),
     ({"beta_schedule": (0.0, 1e-4, 3), "ib_beta": 1e-3}, ["ib_beta"]),
@@ -280,7 +283,8 @@ def test_gate(threshold, classes, warns):
     ({"kd_ens_alpha": 0.5}, ["kd_ens_alpha"]), ({"kd_ens_alpha": 0.5, "teacher_adapt_kd_warmup": 2}, []),
     ({"schedule.gamma": 0.5, "schedule.milestones": (5,)}, ["schedule.gamma", "schedule.milestones"]),
     ({"schedule.gamma": 0.5, "schedule.milestones": (5,), "schedule.type": "multistep"}, []),
-    ({"use_disagree_weight": True, "kd_alpha": 0.0}, ["use_disagree_weight"]),
+    ({"use_disagree_weight": True}, ["use_disagree_weight"]),
+    ({"use_disagree_weight": True, "disagree_lambda_high": 2.0}, []),
     ({"seed": 3, "tau": 2.0, "ib_beta": 1e-3, "cccp_alpha": 0.5}, []),
     ({"use_ib": False, "ib_beta": 1e-3, "min_cw": 0.5}, ["ib_beta", "min_cw"]),
     ({"use_cccp": False, "cccp_alpha": 0.5, "cccp_nt": 2}, ["cccp_alpha", "cccp_nt"]),
@@ -288,8 +292,8 @@ def test_gate(threshold, classes, warns):
     ({"disagree_mode": "any_wrong", "loss_clamp_max": 5.0}, ["disagree_mode", "loss_clamp_max"]),
     ({"momentum": 0.5}, ["momentum"]), ({"momentum": 0.5, "optimizer": "sgd"}, []),
     ({"amp_dtype": "float32"}, ["amp_dtype"]),
-    ({"kd_teacher_index": 1}, ["kd_teacher_index"]), ({"kd_teacher_index": 1, "kd_target": "teacher"}, []),
-    ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha"]),
+    ({"kd_teacher_index": 1}, ["kd_teacher_index"]), ({"kd_teacher_index": 1, "kd_target": "teacher"}, FUSION_KEYS),
+    ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha", *FUSION_KEYS]),
     ({"train_distill_adapter_only": False, "teacher_lr": 1e-5, "reg_lambda": 0.1}, ["reg_lambda", "teacher_lr"]),
     ({"kd_target": "avg", "teacher_adapt_epochs": 0, "ib_mbm_out_dim": 32, "synergy_kd_alpha": 0.0},
      ["ib_mbm_out_dim", "synergy_kd_alpha", "train_distill_adapter_only", "use_cccp", "use_ib"]),

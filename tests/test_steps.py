@@ -29,7 +29,7 @@ B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", 
 def a_controls(**changes):
     values = {"tau": 3.0, "beta": 0.02, "open": 1.0, "certain": 1.0} | changes
     return {**jax.tree.map(jnp.float32, values), "augment_key": streams.key(0, "augment"),
-            "noise_key": streams.key(0, "noise")}
+            "noise_key": streams.key(0, "noise"), "dropout_key": streams.key(0, "dropout")}
 
 
 def b_controls(**changes):

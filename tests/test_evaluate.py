@@ -1,0 +1,88 @@
+"""Correct predictions counted by hand, from networks applied one by one to the whole split."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax import parallel
+from asib_jax.evaluate import Evaluator
+from networks import make_networks, make_split, random_variables
+
+SPLIT = make_split(21)  # batches of 8 leave three empty places
+
+
+@functools.cache
+def make():
+    nets = make_networks()
+    return nets, random_variables(nets)
+
+
+@functools.cache
+def evaluator(count):
+    nets, variables = make()
+    return Evaluator(nets, variables, SPLIT, name="test", batch_size=8, devices=parallel.local_devices(count))
+
+
+def predictions_by_hand():
+    nets, variables = make()
+    pixels = jnp.float32(SPLIT.image)
+    student = nets.student.apply(variables.of("student"), pixels, train=False)
+    teachers = [model.apply(variables.of(name), pixels, train=False)
+                for name, model in zip(nets.teacher_names, nets.teachers)]
+    read = jnp.stack([teacher.distill_feat for teacher in teachers], axis=1)
+
+    def synergy(kv):
+        mu = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, student.distill_feat, kv).mu
+        return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, mu)
+
+    logits = {"student": student.logit, "teacher1": teachers[0].logit, "teacher2": teachers[1].logit,
+              "average": (np.float64(teachers[0].logit) + teachers[1].logit) / 2, "synergy": synergy(read),
+              "without_teachers": synergy(jnp.zeros_like(read))}
+    return {name: np.argmax(value, axis=-1) for name, value in logits.items()}
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    predictions = predictions_by_hand()
+    counts = {name: int((value == SPLIT.label).sum()) for name, value in predictions.items()}
+    return counts | {"disagreement": int((predictions["teacher1"] != predictions["teacher2"]).sum())}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_every_example_counts_once_on_any_number_of_devices(count, by_hand):
+    """Twice the same: the synergy code is mu, without noise (SPEC 10.6)."""
+    _, variables = make()
+    for _ in range(2):
+        counts = evaluator(count)(variables)
+        assert counts == {name: by_hand[name] for name in ("student", "synergy", "without_teachers", "average")}
+    assert evaluator(count).teacher_counts() == {
+        name: by_hand[name] for name in ("teacher1", "teacher2", "average", "disagreement")}
+    assert len({by_hand[name] for name in ("student", "synergy", "without_teachers")}) == 3  # none stands for another
+
+
+def test_accuracies_are_shares_of_the_split(by_hand):
+    accuracies = evaluator(1).accuracies(make()[1])
+    assert accuracies["synergy"] == by_hand["synergy"] / 21 and evaluator(1).count == 21
+
+
+def test_student_alone_needs_neither_adapter_nor_teachers(by_hand):
+    student = make()[1].of("student")
+    params = {name: leaves for name, leaves in student["params"].items() if name != "distill_adapter"}
+    alone = evaluator(1).student_only()
+    variables = make()[1]._replace(params={"student": params}, batch_stats={"student": student["batch_stats"]})
+    assert alone(variables) == {"student": by_hand["student"]}
+    assert alone.teacher_counts() == {}
+
+
+def test_changed_teachers_are_read_again(by_hand):
+    """Stored outputs stand for the teachers until they are told to be read; then the new ones count."""
+    nets, variables = make()
+    shifted = jax.tree.map(lambda leaf: leaf, variables)
+    shifted.params["teacher1"]["classifier"] = jax.tree.map(jnp.negative, variables.params["teacher1"]["classifier"])
+    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, devices=parallel.local_devices(1))
+    own.read_teachers(shifted)
+    logits = -nets.teachers[0].apply(variables.of("teacher1"), jnp.float32(SPLIT.image), train=False).logit
+    assert own.teacher_counts()["teacher1"] == int((np.argmax(logits, -1) == SPLIT.label).sum()) != by_hand["teacher1"]
+    assert own.teacher_counts()["teacher2"] == by_hand["teacher2"]

@@ -1,0 +1,387 @@
+"""Stages of A-Step and B-Step on networks of three convolutions: what trains, what stands still, what is restored.
+
+One run of two stages, taken step by step with all variables kept in between, serves most tests; the others change a few
+values of its recipe.
+"""
+import collections
+import dataclasses
+import importlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asib_jax import a_step, b_step, build, parallel, recipe as recipes, streams, train
+from asib_jax.experiment import Record
+from asib_jax.models import MODELS
+from asib_jax.models.ensemble import Variables
+from asib_jax.reporting import Reporter
+from asib_jax.run import Progress, Run
+from networks import convolutions, make_split, random_variables
+
+LADDER = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
+STEPS = 5  # of an epoch: 80 images in batches of 16
+SMALL = {
+    "dataset.name": "npz", "dataset.batch_size": 16, "dataset.data_aug": 0, "dataset.val_fraction": 0.2, "use_amp": False,
+    "model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
+    "teacher1.train_epochs": 1, "teacher2.train_epochs": 1, "num_devices": 1, "tensorboard": False,
+    "student_epochs_per_stage": (2, 2), "synergy_only_epochs": 1, "distill_out_dim": 8,
+    "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "a_step_lr": 3e-3, "ib_beta_warmup_epochs": 2, "student_lr": 0.01,
+    "enable_kd_after_syn_acc": 0.3, "schedule.lr_warmup_epochs": 0,
+}
+LABELS_ALONE = {"kd_alpha": 0.0, "ce_alpha": 1.0, "student_weight_decay": 0.1, "kd_ens_alpha": 0.0}
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", lambda small_input: convolutions(3, 4, 4))
+        patch.setitem(MODELS, "tiny_teacher", lambda small_input: convolutions(4, 6))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    training, test = make_split(100), make_split(23, seed=1)
+    np.savez(path, x_train=training.image, y_train=training.label, x_test=test.image, y_test=test.label)
+    return str(path)
+
+
+def read_recipe(name, data_file, **changes):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    epochs = {"teacher_adapt_epochs": min(config.teacher_adapt_epochs, 2)}  # where the config has an A-Step at all
+    config.update_from_flattened_dict({"dataset.path": data_file, **SMALL, **epochs, **changes})
+    return recipes.read(config)
+
+
+def new_record(folder):
+    return Record.create(folder, "test", "", {"seed": 0})
+
+
+def start(recipe, folder):
+    """A run with teachers of random weights, and its variables."""
+    devices, data = parallel.local_devices(recipe.num_devices), build.load_data(recipe)
+    nets = build.build_networks(recipe, data.num_classes, devices)
+    ours = build.init_student_and_fusion(recipe, nets, data.image_shape)
+    drawn = random_variables(nets) if nets.teachers else ours
+    variables = Variables(*({**drawn_part, **part} for drawn_part, part in zip(drawn, ours)))
+    reporter = Reporter(folder, tensorboard=False, wandb="", config={})
+    return train.prepare(recipe, nets, data, devices, new_record(folder), reporter, variables)
+
+
+def variant(run, folder, same_program=False, **changes):
+    """The run under a changed recipe; `same_program`: what changes enters its compiled steps as an argument."""
+    compiled = run._compiled if same_program else {}
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes), record=new_record(folder),
+                               _compiled=compiled)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def moved(before, after):
+    """The branches "network/child" of the parameters in which every leaf changed; asserts that the others stand still."""
+    moved = set()
+    for name, branch in before.params.items():
+        for child, leaves in branch.items():
+            changed = {not np.array_equal(x, y) for x, y in
+                       zip(jax.tree.leaves(leaves), jax.tree.leaves(after.params[name][child]), strict=True)}
+            assert len(changed) == 1, f"{name}/{child} changed in part"
+            moved |= {f"{name}/{child}"} if changed == {True} else set()
+    return moved
+
+
+@pytest.fixture(scope="module")
+def whole(data_file, tmp_path_factory):
+    """l3_tadapt, stage by stage as `train.run_stages` does it: the variables before everything and after each part."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = read_recipe("l3_tadapt", data_file, kd_ens_alpha=0.4, teacher_adapt_kd_warmup=1)
+    run, variables = start(recipe, folder)
+    progress, kept = Progress(), {"start": jax.device_get(variables)}
+
+    def keep(name, variables):
+        kept[name] = jax.tree.map(np.copy, jax.device_get(variables))
+        return variables
+
+    variables = keep("calibrate", a_step.calibrate(run, variables))
+    for stage in range(2):
+        variables = keep(f"a{stage + 1}", a_step.run_a_step(run, variables, progress, stage))
+        kept[f"synergy_acc{stage + 1}"] = progress.synergy_acc
+        variables = keep(f"b{stage + 1}", b_step.run_b_step(run, variables, progress, stage))
+    return SimpleNamespace(run=run, variables=variables, progress=progress, kept=kept, metrics=run.record.metrics)
+
+
+# The whole run -------------------------------------------------------------------------------------------------------
+
+def test_calibration_sets_the_statistics_of_the_student_and_nothing_else(whole):
+    """One pass in training mode: running averages by hand over the same batches, to 1e-5 (SPEC 4)."""
+    before, after, run = whole.kept["start"], whole.kept["calibrate"], whole.run
+    assert moved(before, after) == set()
+    stats = before.batch_stats["student"]
+    step = jax.jit(lambda stats, pixels: run.nets.student.apply(
+        {"params": before.params["student"], "batch_stats": stats}, pixels, train=True, mutable=["batch_stats"])[1])
+    for batch in run.batches("calibrate", 0, 0, 0):
+        stats = step(stats, jnp.float32(batch["image"]))["batch_stats"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), after.batch_stats["student"], stats)
+    assert not same(stats, before.batch_stats["student"])
+    assert all(same(before.batch_stats[name], after.batch_stats[name]) for name in run.nets.teacher_names)
+
+
+def test_a_step_trains_fusion_and_adapters_and_the_b_step_the_rest_of_the_student(whole):
+    """Query and key adapters leave their random start (SPEC 10.10); backbones, classifiers and statistics stand still;
+    what the B-Step's loss does not reach is not decayed either."""
+    kept = whole.kept
+    fusion = {f"{name}/{child}" for name in ("ib_mbm", "synergy_head") for child in kept["start"].params[name]}
+    adapters = {f"{name}/distill_adapter" for name in ("student", "teacher1", "teacher2")}
+    for before, after in (("calibrate", "a1"), ("b1", "a2")):
+        assert moved(kept[before], kept[after]) == fusion | adapters
+        assert same(kept[before].batch_stats, kept[after].batch_stats)
+    student = {f"student/{child}" for child in ("stage0", "stage1", "stage2", "classifier")}
+    for before, after in (("a1", "b1"), ("a2", "b2")):
+        assert moved(kept[before], kept[after]) == student
+        assert not same(kept[before].batch_stats["student"], kept[after].batch_stats["student"])
+        assert same(kept[before].batch_stats["teacher1"], kept[after].batch_stats["teacher1"])
+
+
+def test_synergy_only_epochs_then_ib_and_a_shut_gate_until_the_student_has_learnt(whole):
+    """SPEC 4 and 10.16: in the first A-Step nothing is taken from the student though synergy is above the threshold."""
+    of = lambda epoch: {name: whole.metrics[f"stage{epoch}/{name}"] for name in (
+        "beta", "open", "kd_student", "cccp", "certainty_sd", "gaussian_kl", "kd_average", "val_synergy_acc")}
+    epochs = [of(epoch) for epoch in ("1/a/epoch01", "1/a/epoch02", "2/a/epoch01", "2/a/epoch02")]
+    assert min(epoch["val_synergy_acc"] for epoch in epochs) > 0.3
+    assert [epoch["open"] for epoch in epochs] == [0, 0, 1, 1]
+    np.testing.assert_allclose([epoch["beta"] for epoch in epochs], [0, 0, 2.5e-5, 5e-5], rtol=1e-6)  # n = 0, 1, 2
+    for epoch in epochs[:2]:
+        assert epoch["kd_student"] == epoch["cccp"] == 0 < epoch["kd_average"]
+    for epoch in epochs[2:]:
+        assert min(epoch["kd_student"], epoch["cccp"], epoch["gaussian_kl"]) > 0
+    assert epochs[0]["certainty_sd"] == 0 and min(epoch["certainty_sd"] for epoch in epochs[1:]) > 0.01
+
+
+def test_synergy_accuracy_is_averaged_and_becomes_that_of_the_best_state(whole):
+    """alpha = .8 in B-epochs, from the accuracy of the state the A-Step chose (SPEC 4)."""
+    metrics, kept = whole.metrics, whole.kept
+    best = max(metrics[f"stage1/a/epoch0{epoch}/val_synergy_acc"] for epoch in (1, 2))
+    assert kept["synergy_acc1"] == best == metrics["stage1/b/before/val_synergy"]
+    assert kept["synergy_acc2"] == metrics["stage2/b/before/val_synergy"]
+    value = kept["synergy_acc2"]
+    for epoch in (1, 2):
+        value = 0.8 * metrics[f"stage2/b/epoch0{epoch}/val_synergy"] + 0.2 * value
+    np.testing.assert_allclose(whole.progress.synergy_acc, value, rtol=1e-12)
+
+
+def test_steps_are_counted_by_the_target_they_used(whole, tmp_path):
+    assert whole.progress.distilled_steps == {"synergy mixed with avg": 2 * STEPS, "synergy": 2 * STEPS}
+    shut = variant(whole.run, tmp_path, same_program=True, enable_kd_after_syn_acc=1.0)
+    progress = Progress(synergy_acc=0.9)
+    b_step.run_b_step(shut, whole.variables, progress, 0)
+    assert progress.distilled_steps == {"avg (gate shut)": 2 * STEPS}
+    assert shut.record.metrics["stage1/b/epoch01/gate"] == 0
+    logged = {name: [whole.metrics[f"stage{s}/b/epoch0{e}/{name}"] for s in (1, 2) for e in (1, 2)] for name in ("gate", "tau")}
+    assert logged == {"gate": [1] * 4, "tau": [2, 6] * 2}
+
+
+@pytest.mark.parametrize("changes, synergy_acc, expected", [
+    ({"kd_alpha": 0.0}, 0.9, "labels only"), ({"kd_target": "teacher"}, None, "teacher"), ({}, None, "avg (gate shut)"),
+    ({}, 0.29, "avg (gate shut)"), ({}, 0.31, "synergy mixed with avg"), ({"kd_ens_alpha": 0.0}, 0.31, "synergy")])
+def test_target_of_an_epoch(whole, tmp_path, changes, synergy_acc, expected):
+    run = variant(whole.run, tmp_path, **changes)
+    assert b_step.target_name(run.recipe, b_step.controls_of(run, Progress(synergy_acc=synergy_acc), 0, 0)) == expected
+
+
+def test_gate_needs_a_measurement_a_student_and_the_threshold(whole, tmp_path):
+    """SPEC 4: before any measurement it is shut, also at a threshold of nothing."""
+    def opened(synergy_acc, b_epochs, threshold=0.3):
+        run = variant(whole.run, tmp_path, enable_kd_after_syn_acc=threshold)
+        progress = Progress(synergy_acc=synergy_acc, b_epochs=b_epochs)
+        return float(a_step.controls_of(run, progress, 1, 0)["open"])
+    assert [opened(0.3, 1), opened(0.29, 1), opened(0.9, 0), opened(None, 1), opened(None, 1, 0.0)] == [1, 0, 0, 0, 0]
+
+
+def test_learning_rates_go_on_across_stages(whole):
+    """Cosine over the 20 steps each optimizer sees in the run, logged for the last step of each epoch, to 1e-6."""
+    for step, base in (("a", 3e-3), ("b", 0.01)):
+        logged = [whole.metrics[f"stage{s}/{step}/epoch0{e}/lr"] for s in (1, 2) for e in (1, 2)]
+        done = (np.arange(4) * STEPS + STEPS - 1) / (4 * STEPS)
+        np.testing.assert_allclose(logged, 1e-5 + (base - 1e-5) * (1 + np.cos(np.pi * done)) / 2, rtol=1e-6)
+
+
+def test_every_step_is_compiled_once(whole):
+    assert {key[0] for key in whole.run._compiled} == {"a", "b", "c"} and len(whole.run._compiled) == 3
+    assert [step._cache_size() for step in whole.run._compiled.values()] == [1, 1, 1]
+
+
+# Best states ---------------------------------------------------------------------------------------------------------
+
+def test_a_step_that_only_ruins_returns_what_came_in(whole, tmp_path):
+    """SPEC 10.5: the incoming state competes, is restored bitwise with its accuracy, and what it ruined is gone."""
+    run = variant(whole.run, tmp_path, same_program=True, a_step_lr=30.0)
+    incoming = run.validation.accuracies(whole.variables)["synergy"]
+    progress = Progress(synergy_acc=0.123, b_epochs=2)
+    after = a_step.run_a_step(run, whole.variables, progress, 0)
+    assert max(run.record.metrics[f"stage1/a/epoch0{epoch}/val_synergy_acc"] for epoch in (1, 2)) < incoming
+    assert same(after, whole.kept["b2"])
+    assert progress.synergy_acc == incoming == run.validation.accuracies(after)["synergy"]
+    assert progress.a_steps == 2 * STEPS  # the learning rate is not rewound
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(progress.a_opt_state))  # its moments were none
+
+
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_b_step_continues_from_the_best_epoch_of_the_run(whole, tmp_path, restore_best):
+    """An epoch that learns, then one at a thousand times the rate; with restore_best the first one continues."""
+    schedule = dataclasses.replace(whole.run.recipe.schedule, type="multistep", gamma=1e3, milestones=(1,))
+    run = variant(whole.run, tmp_path, same_program=True, schedule=schedule, restore_best=restore_best)
+    progress = Progress(synergy_acc=0.9)
+    after = jax.device_get(b_step.run_b_step(run, whole.variables, progress, 0))
+    accuracies = [run.record.metrics[f"stage1/b/epoch0{epoch}/val_student"] for epoch in (1, 2)]
+    assert accuracies[0] > accuracies[1] and progress.best_epoch == "stage 1, epoch 1"
+    continued = progress.best_student if restore_best else progress.last_student
+    given_up = progress.last_student if restore_best else progress.best_student
+    student = {name: leaves for name, leaves in after.params["student"].items() if name != "distill_adapter"}
+    assert same({"params": student, "batch_stats": after.batch_stats["student"]}, continued)
+    assert not same(continued, given_up)
+    assert run.validation.accuracies(after)["student"] == accuracies[0 if restore_best else 1]
+    assert same(after.params["student"]["distill_adapter"], whole.kept["b2"].params["student"]["distill_adapter"])
+    assert (progress.b_opt_state is None) == restore_best and progress.b_steps == 2 * STEPS
+
+
+def test_best_epoch_of_an_earlier_stage_still_counts(whole, tmp_path):
+    run = variant(whole.run, tmp_path, same_program=True, student_epochs_per_stage=(1,))
+    best = jax.device_get(whole.variables.of("student"))
+    progress = Progress(synergy_acc=0.9, best_acc=1.1, best_epoch="an earlier one", best_student=best)
+    after = b_step.run_b_step(run, whole.variables, progress, 0)
+    assert same(after, whole.kept["b2"]) and progress.best_epoch == "an earlier one"
+    assert not same(progress.last_student["params"]["stage0"], best["params"]["stage0"])
+
+
+# Freezing ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("level, freeze_bn", [(-1, True), (0, False), (1, False), (2, True)])
+def test_frozen_stages_stand_still_and_the_others_do_not(whole, tmp_path, level, freeze_bn):
+    """Bitwise, parameters and statistics, over AdamW steps with decay; level 0 trains the classifier alone (SPEC 10.8)."""
+    run = variant(whole.run, tmp_path, use_partial_freeze=True, student_freeze_level=(level,), student_freeze_bn=freeze_bn,
+                  restore_best=False, student_epochs_per_stage=(1,), **LABELS_ALONE)
+    before = whole.kept["b2"]
+    after = jax.device_get(b_step.run_b_step(run, whole.variables, progress := Progress(), 0))
+    trains = ("stage0", "stage1", "stage2")[0 if level == -1 else 3 - level:]
+    for stage in ("stage0", "stage1", "stage2"):
+        old, new = before.params["student"][stage], after.params["student"][stage]
+        assert same(old["conv"], new["conv"]) == (stage not in trains)
+        assert same(old["bn"], new["bn"]) == (stage not in trains or freeze_bn)
+        statistics = before.batch_stats["student"][stage], after.batch_stats["student"][stage]
+        assert same(*statistics) == (stage not in trains or freeze_bn)
+    assert not same(before.params["student"]["classifier"], after.params["student"]["classifier"])
+    moments = optax.tree.get(progress.b_opt_state, "mu")["student"]
+    assert moments.keys() == {*trains, "classifier"}
+    assert all(("bn" in moments[stage]) != freeze_bn for stage in trains)
+
+
+def test_levels_by_stage_carry_the_moments(whole, tmp_path):
+    """From everything to the last stage: the second stage goes on with the Adam state of what still trains."""
+    run = variant(whole.run, tmp_path, use_partial_freeze=True, student_freeze_level=(-1, 1), restore_best=False,
+                  student_epochs_per_stage=(1, 1), **LABELS_ALONE)
+    progress = Progress()
+    middle = b_step.run_b_step(run, whole.variables, progress, 0)
+    first = progress.b_opt_state
+    assert optax.tree.get(first, "mu")["student"].keys() == {"stage0", "stage1", "stage2", "classifier"}
+    kept_first = jax.tree.map(np.copy, jax.device_get(first))
+    # A second stage at a rate of zero, with the carried moments and without: only their history differs.
+    still = variant(run, tmp_path, same_program=True, student_lr=0.0,
+                    schedule=dataclasses.replace(run.recipe.schedule, min_lr=0.0))
+    fresh = dataclasses.replace(progress, b_opt_state=None, distilled_steps=collections.Counter())
+    b_step.run_b_step(still, middle, progress, 1)
+    b_step.run_b_step(variant(still, tmp_path, same_program=True), middle, fresh, 1)
+    carried, without = (optax.tree.get(p.b_opt_state, "mu")["student"] for p in (progress, fresh))
+    assert carried.keys() == {"stage2", "classifier"}
+    assert int(optax.tree.get(progress.b_opt_state, "count")) == 2 * STEPS
+    for name in carried:
+        jax.tree.map(lambda a, b, old: np.testing.assert_allclose(a - b, 0.9 ** STEPS * old, rtol=1e-3, atol=1e-6),
+                     carried[name], without[name], optax.tree.get(kept_first, "mu")["student"][name])
+
+
+def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers(whole, tmp_path):
+    """SPEC 6: teacher 1 trains its last stage with its statistics, teacher 2 all stages but no normalisation."""
+    first, second = whole.run.recipe.teachers
+    teachers = (dataclasses.replace(first, freeze_level=(1,), freeze_bn=False),
+                dataclasses.replace(second, freeze_level=(-1,), freeze_bn=True))
+    run = variant(whole.run, tmp_path, train_distill_adapter_only=False, use_teacher_finetuning=True, teachers=teachers,
+                  use_partial_freeze=True, a_step_weight_decay=0.1, reg_lambda=0.1, enable_kd_after_syn_acc=0.3,
+                  student_epochs_per_stage=(1,))
+    before = jax.tree.map(jnp.copy, whole.variables)
+    untrained = jax.tree.map(jnp.zeros_like, before.params["synergy_head"])  # so that the incoming state is not the best
+    before.params["synergy_head"] = untrained
+    after = jax.device_get(a_step.run_a_step(run, before, Progress(b_epochs=1), 0))
+    before = jax.device_get(before)
+
+    def changes(name):
+        tree = {part: (getattr(before, part)[name], getattr(after, part)[name]) for part in ("params", "batch_stats")}
+        changed = {child for child in tree["params"][0] if child not in ("stage0", "stage1")
+                   and not same(tree["params"][0][child], tree["params"][1][child])}
+        for stage in ("stage0", "stage1"):
+            changed |= {f"{stage}/{child}" for child, leaf in tree["params"][0][stage].items()
+                        if not same(leaf, tree["params"][1][stage][child])}
+            changed |= set() if same(*(stats[stage] for stats in tree["batch_stats"])) else {f"{stage} statistics"}
+        return changed
+
+    assert changes("teacher1") == {"stage1/conv", "stage1/bn", "stage1 statistics", "distill_adapter"}
+    assert changes("teacher2") == {"stage0/conv", "stage1/conv", "distill_adapter"}
+    assert changes("student") - {"stage2"} == {"distill_adapter"}
+    wanted = [model.apply(after_of, jnp.float32(run.data.validation.image), train=False).logit for model, after_of in
+              zip(run.nets.teachers, (Variables(after.params, after.batch_stats).of(n) for n in run.nets.teacher_names))]
+    np.testing.assert_allclose(run.validation.bank.logits[0], np.stack(wanted, axis=1), rtol=1e-4, atol=1e-4)
+    run.validation.read_teachers(whole.variables)  # the evaluator is everyone's
+
+
+# Seeds ---------------------------------------------------------------------------------------------------------------
+
+def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(data_file):
+    """SPEC 7: bitwise the same initial backbone and classifier, split, order and augmentation; another seed, others."""
+    def beginning(name, seed=0):
+        recipe = read_recipe(name, data_file, seed=seed)
+        data, devices = build.load_data(recipe), parallel.local_devices(1)
+        nets = build.build_networks(recipe, data.num_classes, devices)
+        student = build.init_network(nets.student, recipe.seed, "student", data.image_shape)
+        assert ("distill_adapter" in student["params"]) == recipe.uses_fusion
+        student["params"].pop("distill_adapter", None)
+        run = Run(recipe, nets, data, devices, None, None, None)
+        batches = [batch["index"] for stage in (0, 1) for batch in run.batches("b", stage, 1, 2 * stage + 1)]
+        keys = [jax.random.key_data(run.augment_key(stage, 1, 2 * stage + 1)) for stage in (0, 1)]
+        return student, data.validation, batches, keys
+
+    first = beginning("ce_only")
+    for name in LADDER[1:]:
+        assert same(beginning(name), first), name
+    other = beginning("l0_baseline", seed=1)
+    assert not any(same(a, b) for a, b in zip(other, first))
+    assert len({tuple(index) for index in first[2]}) == 2 * STEPS
+
+
+def test_control_is_the_run_of_labels_alone(whole, data_file, tmp_path):
+    """`train_control` of the fusion run and a run of ce_only: bitwise the same last and best student."""
+    run = variant(whole.run, tmp_path, train_control=True)
+    control = train.train_control(run, epochs_before=8)
+    alone, variables = start(read_recipe("ce_only", data_file), tmp_path)
+    _, progress = train.run_stages(alone, variables)
+    assert same(control["control_last"], progress.last_student)
+    assert same(control["control_best"], progress.best_student)
+    assert progress.distilled_steps == {"labels only": 4 * STEPS}
+    for key in ("stage1/b/epoch01/val_student", "stage2/b/epoch02/loss"):
+        assert run.record.metrics[f"control/{key}"] == alone.record.metrics[key]
+    assert not same(control["control_last"]["params"]["stage0"], whole.progress.last_student["params"]["stage0"])
+
+
+def test_stages_repeat_bitwise(whole, data_file, tmp_path):
+    """The same recipe again, by `train.run_stages`: bitwise the same variables and metrics."""
+    run, variables = start(whole.run.recipe, tmp_path)
+    run._compiled.update(whole.run._compiled)
+    variables, progress = train.run_stages(run, variables)
+    assert same(variables, whole.kept["b2"])
+    assert run.record.metrics | {} == {**whole.metrics, **{k: v for k, v in run.record.metrics.items() if k.startswith("time/")}}
+    assert (run.record.folder / "checkpoints" / "stage1_last").is_dir()
