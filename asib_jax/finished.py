@@ -69,8 +69,9 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
                                              build.init_network(model, recipe.seed, name, image_shape))
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
-        params[name] = {**params.get(name, {}), **variables.get("params", {})}
-        stats[name] = stats.get(name) or variables.get("batch_stats", {})
+        params[name] = {**params.get(name, {}), **variables["params"]}
+        if variables["batch_stats"]:
+            stats[name] = variables["batch_stats"]
     prefix = "distilled_steps/"
     steps = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     return Finished(Variables(params, stats), stored["students"], collections.Counter(steps))

@@ -1,0 +1,92 @@
+"""A finished run on disk and back: what was trained here is stored, what was imported is refound by digest."""
+import collections
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from asib_jax import build, finished, parallel, pretrained, recipe
+from asib_jax.experiment import Record
+from asib_jax.models.ensemble import Variables
+from configs import l1_ib
+
+SHAPE = (8, 8, 1)
+
+
+def resnet8_weights(path) -> None:
+    """Random weights of a ResNet-8 for grey images and 10 classes, under PyTorch's names."""
+    generator, state = np.random.default_rng(0), {}
+
+    def conv_norm(conv, norm, outputs, inputs, kernel=3):
+        state[f"{conv}.weight"] = generator.normal(size=(outputs, inputs, kernel, kernel))
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{norm}.{leaf}"] = generator.uniform(0.5, 1.5, outputs)
+
+    conv_norm("conv1", "bn1", 16, 1)
+    for layer, inputs, width in ((1, 16, 16), (2, 16, 32), (3, 32, 64)):
+        conv_norm(f"layer{layer}.0.conv1", f"layer{layer}.0.bn1", width, inputs)
+        conv_norm(f"layer{layer}.0.conv2", f"layer{layer}.0.bn2", width, width)
+        if inputs != width:
+            conv_norm(f"layer{layer}.0.downsample.0", f"layer{layer}.0.downsample.1", width, inputs, kernel=1)
+    state |= {"fc.weight": generator.normal(size=(10, 64)), "fc.bias": generator.normal(size=10)}
+    np.savez(path, **{name: value.astype(np.float32) for name, value in state.items()})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, quick_compilation):
+    """A saved run with one teacher trained here and one imported: folder, recipe, networks and what was saved."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    resnet8_weights(tmp_path / "teacher2.npz")
+    config = l1_ib.get_config("digits")
+    config.teacher1.name = "resnet8"
+    config.teacher2.weights, config.teacher2.train_epochs = str(tmp_path / "teacher2.npz"), 0
+    settings = recipe.read(config)
+    nets = build.build_networks(settings, 10, parallel.local_devices(1))
+    student = build.init_student_and_fusion(settings, nets, SHAPE)
+    trained = build.init_network(nets.teachers[0], 5, "teacher1", SHAPE)
+    imported = pretrained.import_weights(pretrained.load_weights(settings.teachers[1].weights),
+                                         build.init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE))
+    imported["params"]["distill_adapter"] = jax.tree.map(lambda leaf: leaf + 1, imported["params"]["distill_adapter"])
+    variables = Variables({**student.params, "teacher1": trained["params"], "teacher2": imported["params"]},
+                          {**student.batch_stats, "teacher1": trained["batch_stats"],
+                           "teacher2": imported["batch_stats"]})
+    done = finished.Finished(variables, {"last": variables.of("student"), "best": variables.of("student")},
+                             collections.Counter({"synergy": 30, "avg (gate shut)": 10}))
+    record = Record.create(tmp_path / "results", "l1_ib", "", config.to_dict())
+    finished.save(record, settings, nets, done)
+    return record.folder, settings, nets, done
+
+
+def test_everything_comes_back(saved):
+    """Bitwise, the imported teacher's adapter included, though its backbone is not in the checkpoint."""
+    folder, settings, nets, done = saved
+    assert finished.read_recipe(folder) == settings
+    back = finished.load(folder, settings, nets, SHAPE)
+    assert jax.tree.structure(back.variables) == jax.tree.structure(done.variables)
+    jax.tree.map(np.testing.assert_array_equal, (back.variables, back.students), (done.variables, done.students))
+    assert back.distilled_steps == done.distilled_steps
+    stored = finished.checkpoint.restore(folder / "checkpoints" / "final")["variables"]
+    assert stored["teacher2"]["params"].keys() == {"distill_adapter"} and "stem" in stored["teacher1"]["params"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["weights/teacher2"] == pretrained.digest(settings.teachers[1].weights)
+
+
+def test_other_weights_are_refused(saved):
+    folder, settings, nets, _ = saved
+    path = settings.teachers[1].weights
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    np.savez(path, **arrays | {"fc.bias": arrays["fc.bias"] + 1})
+    with pytest.raises(ValueError, match=r"teacher2\.npz \(teacher2\.weights\) is not the file this run used"):
+        finished.load(folder, settings, nets, SHAPE)
+    np.savez(path, **arrays)
+
+
+def test_a_run_that_did_not_finish_is_named(saved, tmp_path):
+    _, settings, nets, _ = saved
+    record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
+    with pytest.raises(FileNotFoundError, match="final"):
+        finished.load(record.folder, settings, nets, SHAPE)
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        finished.read_recipe(tmp_path)

@@ -1,0 +1,50 @@
+"""The final table: what it counts, marks and calls things."""
+import pytest
+
+from asib_jax import recipe, results
+from asib_jax.results import Results
+from configs import l1_ib
+
+COUNTS = {"teacher1": 90, "teacher2": 80, "average": 92, "disagreement": 25, "synergy": 85, "without_teachers": 10,
+          "last": 70, "best": 71, "control_last": 60, "control_best": 61}
+
+
+def make(**weights) -> tuple[recipe.Recipe, Results]:
+    config = l1_ib.get_config("digits")
+    for name, (path, saw_val) in weights.items():
+        config[name].weights, config[name].saw_val = path, saw_val
+    validation = {name: count // 2 for name, count in COUNTS.items()}
+    return recipe.read(config), Results({"test": COUNTS, "validation": validation}, {"test": 100, "validation": 50},
+                                        {"avg (gate shut)": 0.25, "synergy": 0.75})
+
+
+def rows(text: str) -> dict[str, str]:
+    return {line.split("  ")[0]: line for line in text.splitlines() if "  test  " in line}
+
+
+def test_rows_stand_in_order_with_their_counts():
+    text = results.render(*make())
+    table = rows(text)
+    assert list(table) == [
+        "teacher1 (resnet14)", "teacher2 (resnet8)", "teachers' average", "synergy ensemble", "synergy, teachers zeroed",
+        "student without teachers, last", "student without teachers, best on validation", "student, last",
+        "student, best on validation"]
+    assert "85/100" in table["synergy ensemble"] and "validation 84.00 %" in table["synergy ensemble"]
+    assert "*" not in text
+    assert "distilled from: avg (gate shut) 25.0 % of B-steps, synergy 75.0 % of B-steps" in text
+    assert "teachers disagree on 25.00 % of test images" in text
+
+
+@pytest.mark.parametrize("saw_val, marked", [
+    (True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}), (False, set())])
+def test_validation_that_given_weights_have_seen_is_marked(saw_val, marked):
+    text = results.render(*make(teacher2=("weights.npz", saw_val)))
+    assert {name for name, line in rows(text).items() if line.endswith("*")} == marked
+    assert ("inflated" in text) == bool(marked)
+
+
+def test_summary_holds_shares_of_each_split():
+    summary = make()[1].summary
+    assert summary["test_acc_best"] == 0.71 and summary["validation_acc_best"] == 35 / 50
+    assert summary["test_disagreement"] == 0.25 and summary["test_count"] == 100
+    assert summary["synergy_steps_share"] == 0.75 and "test_acc_disagreement" not in summary
