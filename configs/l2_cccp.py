@@ -1,9 +1,10 @@
 """L2: L1 plus the CCCP term.
 
+    python launch/main.py --config=configs/l2_cccp.py:digits   # handwritten digits, @DIGITS@ on two CPU cores
+    python launch/main.py --config=configs/l2_cccp.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
     python launch/main.py --config=configs/l2_cccp.py          # CIFAR-100 at full scale
-    python launch/main.py --config=configs/l2_cccp.py:digits   # on a laptop
 
-Differs from `l1_ib` in use_cccp (and cccp_alpha, which is .25 already).
+Differs from `l1_ib` in use_cccp; cccp_alpha is the default written out.
 """
 from configs import l1_ib
 

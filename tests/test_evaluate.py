@@ -8,14 +8,15 @@ import pytest
 
 from asib_jax import parallel
 from asib_jax.evaluate import Evaluator
-from networks import make_networks, make_split, random_variables
+from networks import SHALLOW, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)  # batches of 8 leave three empty places
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache
 def make():
-    nets = make_networks()
+    nets = make_networks(**SHALLOW)
     return nets, random_variables(nets)
 
 
@@ -25,8 +26,9 @@ def evaluator(count):
     return Evaluator(nets, variables, SPLIT, name="test", batch_size=8, devices=parallel.local_devices(count))
 
 
-def predictions_by_hand():
-    nets, variables = make()
+@jax.jit
+def predictions_by_hand(variables):
+    nets, _ = make()
     pixels = jnp.float32(SPLIT.image)
     student = nets.student.apply(variables.of("student"), pixels, train=False)
     teachers = [model.apply(variables.of(name), pixels, train=False)
@@ -38,14 +40,14 @@ def predictions_by_hand():
         return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, mu)
 
     logits = {"student": student.logit, "teacher1": teachers[0].logit, "teacher2": teachers[1].logit,
-              "average": (np.float64(teachers[0].logit) + teachers[1].logit) / 2, "synergy": synergy(read),
+              "average": (teachers[0].logit + teachers[1].logit) / 2, "synergy": synergy(read),
               "without_teachers": synergy(jnp.zeros_like(read))}
-    return {name: np.argmax(value, axis=-1) for name, value in logits.items()}
+    return {name: jnp.argmax(value, axis=-1) for name, value in logits.items()}
 
 
 @pytest.fixture(scope="module")
 def by_hand():
-    predictions = predictions_by_hand()
+    predictions = jax.device_get(predictions_by_hand(make()[1]))
     counts = {name: int((value == SPLIT.label).sum()) for name, value in predictions.items()}
     return counts | {"disagreement": int((predictions["teacher1"] != predictions["teacher2"]).sum())}
 

@@ -109,17 +109,18 @@ def test_begin_splits_and_join_is_its_inverse():
     whole = state.join(current, frozen)
     jax.tree.map(np.testing.assert_array_equal, whole, variables)
     jax.tree.map(lambda leaf: leaf.delete(), current.params)  # as a donating step does
-    np.testing.assert_array_equal(variables.params["ib_mbm"]["code"]["kernel"], np.float32(PARAMS["ib_mbm"]["code"]["kernel"]))
+    kernel = PARAMS["ib_mbm"]["code"]["kernel"]
+    np.testing.assert_array_equal(variables.params["ib_mbm"]["code"]["kernel"], np.float32(kernel))
 
 
 def test_moments_carry_to_leaves_that_still_train():
-    """First the whole of ib_mbm, then its `code` and the student: by the equations, `code` goes on from the old moments and
-    step count; the student starts with none. 5e-5, as float32 rounds 1 - 0.999^2."""
+    """First the whole of ib_mbm, then its `code` and the student: by the equations, `code` goes on from the old moments
+    and step count; the student starts with none. 5e-5, as float32 rounds 1 - 0.999^2."""
     variables = make_variables()
     tx = state.make_optimizer("adamw", weight_decay=0.0, grad_clip_norm=0.0)
     first, _ = state.begin(variables, {"ib_mbm": True, "student": False, "synergy_head": False}, (), tx)
-    pick = lambda grads, params: jax.tree.map(lambda p, g: jnp.float32(g), params, {name: grads[name] for name in params})
-    _, opt_state = tx.update(pick(GRADS[0], first.params), first.opt_state, first.params)
+    grads = {"ib_mbm": jax.tree.map(jnp.float32, GRADS[0]["ib_mbm"])}
+    _, opt_state = tx.update(grads, first.opt_state, first.params)
     mask = {"ib_mbm": {"code": True, "norm": False}, "student": True, "synergy_head": False}
     second, _ = state.begin(variables, mask, (), tx, opt_state)
     grads = {"ib_mbm": {"code": GRADS[1]["ib_mbm"]["code"]}, "student": GRADS[1]["student"]}
@@ -127,7 +128,8 @@ def test_moments_carry_to_leaves_that_still_train():
     assert optax.tree.get(after, "count") == 2
     old, new = GRADS[0]["ib_mbm"]["code"]["kernel"], GRADS[1]["ib_mbm"]["code"]["kernel"]
     m, v = 0.09 * old + 0.1 * new, 0.000999 * old ** 2 + 0.001 * new ** 2
-    np.testing.assert_allclose(directions["ib_mbm"]["code"]["kernel"], m / 0.19 / np.sqrt(v / (1 - 0.999 ** 2)), rtol=5e-5)
+    expected = m / 0.19 / np.sqrt(v / (1 - 0.999 ** 2))
+    np.testing.assert_allclose(directions["ib_mbm"]["code"]["kernel"], expected, rtol=5e-5)
     moments = optax.tree.get(after, "mu")
     np.testing.assert_allclose(moments["student"]["stage0"]["conv"]["kernel"],
                                0.1 * GRADS[1]["student"]["stage0"]["conv"]["kernel"], rtol=1e-5)

@@ -17,13 +17,15 @@ from asib_jax.data.augment import augment, mix
 from asib_jax.models.ensemble import Mode, TeacherOutputs, Variables
 from asib_jax.models.ib_mbm import sample
 from asib_jax.steps import ATerms, BTerms
-from networks import CLASSES, DIM, make_batch, make_networks, random_variables
+from networks import CLASSES, DIM, convolutions, make_batch, make_networks, random_variables
 
 BATCH = {**make_batch(), "label": np.array([0, 1, 0, 3, 4, 0, 1, 3], np.int32)}  # some the teachers know, some not
 ONE_HOT = np.eye(CLASSES)
+THREE_TEACHERS = (convolutions(3, 5), convolutions(4, 5), convolutions(5))
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
                  feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=0)
 B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_controls(**changes):
@@ -97,7 +99,8 @@ def a_reference(nets, variables, controls, terms, trained=None):
     c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
     z, w = out["mu"], np.ones(len(pixels))
     if nets.ib_mbm.use_ib:
-        noise = np.stack([jax.random.normal(jax.random.fold_in(controls["noise_key"], i), (DIM,)) for i in BATCH["index"]])
+        keys = [jax.random.fold_in(controls["noise_key"], index) for index in BATCH["index"]]
+        noise = np.stack([jax.random.normal(key, (DIM,)) for key in keys])
         z = z + np.exp(out["logvar"] / 2) * np.float64(noise)
         w = certainty(out["logvar"], terms.min_cw) if c["certain"] else w
     logits, average = head(nets, variables, z), np.mean(out["teachers"], axis=0)
@@ -108,7 +111,7 @@ def a_reference(nets, variables, controls, terms, trained=None):
         "cccp": c["open"] * terms.cccp_alpha * np.mean(kd(logits, out["student"], terms.cccp_tau)),
         "feat_kd": (terms.feat_kd_alpha * np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1))
                     if terms.feat_kd_alpha else 0),
-        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_square([variables.params["ib_mbm"], variables.params["synergy_head"]]),
+        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_square([variables.params[n] for n in ("ib_mbm", "synergy_head")]),
         "reg": terms.reg_lambda * mean_square(trained) if trained else 0,
     }
     if nets.ib_mbm.use_ib:
@@ -118,8 +121,10 @@ def a_reference(nets, variables, controls, terms, trained=None):
     return parts, logits
 
 
-def run_a(nets, variables, controls, terms, **options):
-    return steps.a_loss(variables, controls, BATCH, nets=nets, terms=terms, trained=options.pop("trained", None), **options)
+def run_a(nets, variables, controls, terms):
+    """`reg_lambda` acts on one teacher's adapter."""
+    return steps.a_loss(variables, controls, BATCH, nets=nets, terms=terms,
+                        trained=lambda params: [params["teacher1"]["distill_adapter"]])
 
 
 @pytest.mark.parametrize("terms, controls, nets", [
@@ -133,13 +138,13 @@ def run_a(nets, variables, controls, terms, **options):
     ({"cccp_alpha": 0.0, "feat_kd_alpha": 0.3}, {}, {}),
     ({"ib_mbm_reg_lambda": 0.1, "reg_lambda": 0.4}, {}, {}),
     ({"data_aug": 1}, {}, {"use_ib": False}),
-    ({}, {}, {"student_feature": "feat_2d"}),
+    ({}, {}, {"adapter_dim": 0, "student_feature": "feat_2d", "teachers": THREE_TEACHERS}),
 ], ids=["all", "schedules", "weights_clipped", "gate_shut", "synergy_only", "smoothed_labels", "cccp", "feature_kd",
-        "regularised", "without_ib", "query_feat_2d"])
+        "regularised", "without_ib", "three_teachers_without_adapters"])
 def test_a_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(A_TERMS, **terms), a_controls(**controls), make(**nets)
     trained = variables.params["teacher1"]["distill_adapter"] if terms.reg_lambda else None
-    loss, (_, metrics) = run_a(nets, variables, controls, terms, trained=lambda params: [params["teacher1"]["distill_adapter"]])
+    loss, (_, metrics) = run_a(nets, variables, controls, terms)
     parts, logits = a_reference(nets, variables, controls, terms, trained)
     for name, value in parts.items():
         np.testing.assert_allclose(metrics.get(name, 0.0), value, rtol=2e-5, err_msg=name)
@@ -149,7 +154,7 @@ def test_a_loss_equals_numpy(terms, controls, nets):
 
 
 def test_a_loss_weighs_samples_by_certainty_without_gradient():
-    """The gradient is that of the same loss with the weights as plain numbers (SPEC 10.4), to 1e-5 of its largest entry."""
+    """The gradient is that of the same loss with the weights as plain numbers (SPEC 10.4), to 1e-5 of its maximum."""
     nets, variables = make()
     terms = replace(A_TERMS, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0)
     controls = a_controls(beta=0.0)
@@ -183,14 +188,18 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
     assert weight.std() > 0.1
 
 
-def test_a_loss_draws_noise_and_dropout_from_its_key():
-    """Sampling happens in the A-Step: another key, another code; the same key, bitwise the same loss."""
+def test_a_loss_draws_noise_and_dropout_from_their_keys():
+    """Sampling and dropout happen in the A-Step: another key, another code; the same keys, bitwise the same loss."""
     nets, variables = make(dropout=0.5)
-    one, again = (run_a(nets, variables, a_controls(), A_TERMS)[1][1] for _ in range(2))
-    other = run_a(nets, variables, a_controls() | {"noise_key": streams.key(1, "noise")}, A_TERMS)[1][1]
-    for name in ("ce", "kd_average"):
-        assert one[name] == again[name] and abs(one[name] - other[name]) > 1e-3
-    assert one["gaussian_kl"] == other["gaussian_kl"]  # of mu and logvar, before any noise
+
+    def metrics(**keys):
+        return run_a(nets, variables, a_controls() | keys, A_TERMS)[1][1]
+
+    one, again = metrics(), metrics()
+    for other in (metrics(noise_key=streams.key(1, "noise")), metrics(dropout_key=streams.key(1, "dropout"))):
+        for name in ("ce", "kd_average"):
+            assert one[name] == again[name] and abs(one[name] - other[name]) > 1e-3
+        assert one["gaussian_kl"] == other["gaussian_kl"]  # of mu and logvar, before any noise
 
 
 # The B-Step ----------------------------------------------------------------------------------------------------------
@@ -250,8 +259,8 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
     ({"mixup_alpha": 1.0, "data_aug": 1}, {}, {}),
     ({"cutmix_alpha": 1.0, "label_smoothing": 0.1, "disagree_mode": "any_wrong", "disagree_lambda_high": 3.0}, {}, {}),
 ], ids=["synergy", "without_ib", "share_of_average", "gate_shut", "avg", "weighted_conf", "teacher", "ramp", "ratio",
-        "ratio_inactive", "pred", "both_wrong", "any_wrong", "feature_kd", "feature_kd_alone", "clamp", "clamp_inactive",
-        "kd_alone", "ce_alone", "mixup", "cutmix"])
+        "ratio_inactive", "pred", "both_wrong", "any_wrong", "feature_kd", "feature_kd_alone", "clamp",
+        "clamp_inactive", "kd_alone", "ce_alone", "mixup", "cutmix"])
 def test_b_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(B_TERMS, **terms), b_controls(**controls), make(**nets)
     loss, (_, metrics) = steps.b_loss(variables, controls, BATCH, nets=nets, terms=terms)
@@ -314,7 +323,7 @@ def test_only_the_student_gets_a_gradient_from_the_b_loss():
 @pytest.mark.parametrize("banked", [False, True])
 @pytest.mark.parametrize("kind", ["a", "b"])
 def test_each_network_runs_once_per_step(kind, banked):
-    """Counted while tracing a whole training step, forward and backward (SPEC 10.9); stored teachers do not run at all."""
+    """Counted while tracing a whole training step (SPEC 10.9); stored teachers do not run at all."""
     nets, variables = make()
     calls = collections.Counter()
 
