@@ -1,6 +1,6 @@
 """L2: L1 plus the CCCP term.
 
-    python launch/main.py --config=configs/l2_cccp.py:digits   # handwritten digits, @DIGITS@ on two CPU cores
+    python launch/main.py --config=configs/l2_cccp.py:digits   # handwritten digits, about a minute on two CPU cores
     python launch/main.py --config=configs/l2_cccp.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
     python launch/main.py --config=configs/l2_cccp.py          # CIFAR-100 at full scale
 

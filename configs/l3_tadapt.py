@@ -1,6 +1,6 @@
 """L3: L2 with the teachers' adapters trained in the A-Step.
 
-    python launch/main.py --config=configs/l3_tadapt.py:digits   # handwritten digits, @DIGITS@ on two CPU cores
+    python launch/main.py --config=configs/l3_tadapt.py:digits   # handwritten digits, about a minute on two CPU cores
     python launch/main.py --config=configs/l3_tadapt.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
     python launch/main.py --config=configs/l3_tadapt.py          # CIFAR-100 at full scale
 

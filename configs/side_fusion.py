@@ -1,6 +1,6 @@
 """The fusion network without a bottleneck: L0 plus the A-Step and the synergy target.
 
-    python launch/main.py --config=configs/side_fusion.py:digits   # handwritten digits, @DIGITS@ on two CPU cores
+    python launch/main.py --config=configs/side_fusion.py:digits   # handwritten digits, about a minute on two CPU cores
     python launch/main.py --config=configs/side_fusion.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
     python launch/main.py --config=configs/side_fusion.py          # CIFAR-100 at full scale
 

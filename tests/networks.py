@@ -55,10 +55,12 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
     pixels = jnp.zeros((1, 8, 8, 3))
     models = {"student": nets.student, **dict(zip(nets.teacher_names, nets.teachers))}
     trees = {name: shapes(model, pixels, train=False) for name, model in models.items()}
-    width = nets.student.adapter_dim if nets.student_feature == "distill_feat" else nets.student.architecture.feat_dim
-    read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
-    trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
-    trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
+    if nets.ib_mbm is not None:
+        adapted = nets.student_feature == "distill_feat"
+        width = nets.student.adapter_dim if adapted else nets.student.architecture.feat_dim
+        read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
+        trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
+        trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
     trees = jax.tree_util.tree_map_with_path(draw, trees)
     variables = Variables({name: tree["params"] for name, tree in trees.items()},
                           {name: trees[name]["batch_stats"] for name in models})

@@ -335,7 +335,7 @@ def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers
     assert changes("student") - {"stage2"} == {"distill_adapter"}
     wanted = [model.apply(after.of(name), jnp.float32(run.data.validation.image), train=False).logit
               for name, model in zip(run.nets.teacher_names, run.nets.teachers)]
-    assert progress.synergy_acc == run.validation.accuracies(after)["synergy"]  # measured with the teachers as they were
+    assert progress.synergy_acc == run.validation.accuracies(after)["synergy"]  # with the teachers of that epoch
     np.testing.assert_allclose(run.validation.bank.logits[0], np.stack(wanted, axis=1), rtol=1e-4, atol=1e-4)
     run.validation.read_teachers(whole.variables)  # the evaluator is everyone's
 
@@ -369,7 +369,8 @@ def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(dat
 def test_stored_teachers_go_with_the_images_of_each_epoch(data_file, tmp_path):
     """teacher_views=2: what a batch brings is what the teachers say of the view its step will see, to 1e-4."""
     run, variables = start(read_recipe("l0_baseline", data_file, teacher_views=2, **{"dataset.data_aug": 1}), tmp_path)
-    read = jax.jit(lambda key, batch: run_teachers(run.nets, variables, augment(key, batch["index"], batch["image"], 1))[0])
+    read = jax.jit(lambda key, batch: run_teachers(
+        run.nets, variables, augment(key, batch["index"], batch["image"], 1))[0])
     seen = []
     for stage, epoch in ((0, 0), (0, 1), (1, 1)):
         batch = next(run.batches("b", stage, epoch, 2 * stage + epoch))
