@@ -87,7 +87,7 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
     """Every epoch-dependent scalar of the step, and its random streams."""
     recipe = run.recipe
     warm = stage == 0 and epoch < recipe.synergy_only_epochs
-    gate = (progress.synergy_acc or 0.0) >= recipe.enable_kd_after_syn_acc and progress.b_epochs > 0
+    gate = progress.gate(recipe.enable_kd_after_syn_acc) and progress.b_epochs > 0  # of a student that has learnt
     beta = schedules.ib_beta(progress.ib_epochs, beta=recipe.ib_beta, warmup_epochs=recipe.ib_beta_warmup_epochs,
                              schedule=recipe.beta_schedule)
     tau = schedules.temperature(epoch, recipe.a_epochs, tau=recipe.tau, schedule=recipe.tau_schedule,

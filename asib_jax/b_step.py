@@ -51,11 +51,11 @@ def terms_of(recipe: Recipe) -> BTerms:
 def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
     """Every epoch-dependent scalar of the step, and its random streams.
 
-    The gate: synergy is distilled once its validation accuracy has been measured and reaches the threshold.
+    While the gate is shut the target is the teachers' average; certainty weights and feature KD act all the same (SPEC 5).
     """
     recipe = run.recipe
     epochs = recipe.b_epochs[stage]
-    gate = progress.synergy_acc is not None and progress.synergy_acc >= recipe.enable_kd_after_syn_acc
+    gate = progress.gate(recipe.enable_kd_after_syn_acc)
     mixing = epoch < recipe.teacher_adapt_kd_warmup
     ramp, ratio_on = schedules.kd_ramp(epoch, stage, recipe.kd_warmup_epochs)
     tau = schedules.temperature(epoch, epochs, tau=recipe.tau, schedule=recipe.tau_schedule,

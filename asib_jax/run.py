@@ -39,6 +39,10 @@ class Progress:
     last_student: dict | None = None  # at the end of the stage before
     distilled_steps: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by target used
 
+    def gate(self, threshold: float) -> bool:
+        """Whether synergy has been measured and is good enough to distil from (SPEC 4 and 5)."""
+        return self.synergy_acc is not None and self.synergy_acc >= threshold
+
 
 @dataclasses.dataclass
 class Run:
