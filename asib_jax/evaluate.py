@@ -42,7 +42,7 @@ class Evaluator:
         self.split, self.name = split, name
         self._nets, self._batch_size, self._devices, self._cache = nets, batch_size, devices, cache
         self._step = _compiled(nets, tuple(devices))
-        self.bank = None
+        self.bank, self._teacher_counts = None, {}
         self.read_teachers(variables)
 
     def student_only(self) -> "Evaluator":
@@ -61,10 +61,11 @@ class Evaluator:
             self.bank = feature_bank.build(
                 self._nets, variables, self.split, keys=[jax.random.key(0)], data_aug=0, batch_size=self._batch_size,
                 devices=self._devices, cache=self._cache, title=f"the {self.name} split")
+            self._teacher_counts = feature_bank.correct_counts(self.bank, self.split.label)
 
     def teacher_counts(self) -> dict[str, int]:
         """As `feature_bank.correct_counts`; empty without teachers."""
-        return feature_bank.correct_counts(self.bank, self.split.label) if self.bank else {}
+        return dict(self._teacher_counts)
 
     def __call__(self, variables: Variables) -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average"."""
@@ -74,7 +75,7 @@ class Evaluator:
                 batch["teachers"] = self.bank.outputs(0, batch["row"])
             counts = jax.device_get(self._step(variables, parallel.shard(batch, self._devices)))
             totals.update({name: int(count) for name, count in counts.items()})
-        return dict(totals) | ({"average": self.teacher_counts()["average"]} if self.bank else {})
+        return dict(totals) | ({"average": self._teacher_counts["average"]} if self.bank else {})
 
     def accuracies(self, variables: Variables) -> dict[str, float]:
         """The same as shares of the split."""

@@ -87,6 +87,7 @@ class Reporter:
         self._profiling, self._profile_steps = False, ()  # once: the control's steps count from 0 again
 
     def close(self) -> None:
+        """End a trace that is still open and flush the curves."""
         if self._profiling:
             self._stop_profile()
         if self._tensorboard:

@@ -203,8 +203,9 @@ def cccp(logits: jax.Array, student_logits: jax.Array, alpha: float, tau: float)
 
 
 def mean_square(params: Any) -> jax.Array:
-    """The mean over tensors of each tensor's mean square: the regulariser of SPEC 4."""
-    return jnp.mean(jnp.stack([jnp.mean(leaf ** 2) for leaf in jax.tree.leaves(params)]))
+    """The mean over tensors of each tensor's mean square: the regulariser of SPEC 4. Of no tensors: 0."""
+    squares = [jnp.mean(leaf ** 2) for leaf in jax.tree.leaves(params)]
+    return jnp.mean(jnp.stack(squares)) if squares else jnp.zeros(())
 
 
 def _teachers(nets: Networks, variables: Variables, pixels: jax.Array, batch: dict, modes: tuple[Mode, ...] = ()

@@ -1,6 +1,6 @@
 """The student alone: cross entropy, no teachers.
 
-    python launch/main.py --config=configs/ce_only.py:digits   # handwritten digits, about a minute on two CPU cores
+    python launch/main.py --config=configs/ce_only.py:digits   # handwritten digits, under a minute on two CPU cores
     python launch/main.py --config=configs/ce_only.py:small    # CIFAR-100 on a CPU; docs/results.md
     python launch/main.py --config=configs/ce_only.py          # CIFAR-100 at full scale
 

@@ -379,3 +379,9 @@ def test_frozen_networks_are_arguments_and_get_no_update():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
                  whole.batch_stats["student"]["stage2"], changed["batch_stats"]["stage2"])
     assert np.any(whole.params["student"]["stage2"]["conv"]["kernel"] != student["stage2"]["conv"]["kernel"])
+
+
+def test_regulariser_is_the_mean_over_tensors_and_zero_of_none():
+    """Fine-tuning at freeze level 0 without adapters trains no teacher tensor."""
+    assert steps.mean_square({"a": jnp.array([1.0, 3.0]), "b": jnp.array([[2.0]])}) == (5.0 + 4.0) / 2
+    assert steps.mean_square([{}, {}]) == 0
