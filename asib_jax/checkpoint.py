@@ -10,7 +10,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 
-def _digest(tree: dict) -> str:
+def _tree_digest(tree: dict) -> str:
     """SHA-256 over the paths, types, shapes and bytes of all leaves; orbax loads flipped bits without complaint."""
     sha = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(tree).items()):
@@ -30,7 +30,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     """
     arrays = jax.device_get(serialization.to_state_dict(tree))
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(os.path.abspath(path), arrays, custom_metadata={"sha256": _digest(arrays)})
+        checkpointer.save(os.path.abspath(path), arrays, custom_metadata={"sha256": _tree_digest(arrays)})
         checkpointer.wait_until_finished()
 
 
@@ -46,7 +46,19 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
     path = os.path.abspath(path)
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(path)
-        saved = checkpointer.metadata(path).custom_metadata["sha256"]
-    if _digest(tree) != saved:
+    if _tree_digest(tree) != digest(path):
         raise ValueError(f"checkpoint {path} is damaged: its contents do not match the digest stored with it")
     return tree
+
+
+def digest(path: str | os.PathLike) -> str:
+    """The SHA-256 stored with the checkpoint at `path`, over its paths, types, shapes and values; reads no arrays.
+
+    Raises ValueError if there is none that `save` wrote.
+    """
+    path = os.path.abspath(path)
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).custom_metadata or {}
+    if "sha256" not in metadata:
+        raise ValueError(f"{path} is not a checkpoint by asib_jax: it holds no digest")
+    return metadata["sha256"]

@@ -1,8 +1,11 @@
 """Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
@@ -40,6 +43,19 @@ def test_existing_checkpoint_is_not_overwritten(tmp_path):
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         checkpoint.restore(tmp_path / "nowhere")
+
+
+def test_digest_is_the_one_stored_and_only_ours_have_it(tmp_path):
+    """Against the definition: the SHA-256 of the one leaf's path, type, shape and bytes."""
+    values = np.float32([[1, 2]])
+    checkpoint.save(tmp_path / "ours", {"fc": {"bias": values}})
+    expected = hashlib.sha256(b"('fc', 'bias') float32 (1, 2)" + values.tobytes()).hexdigest()
+    assert checkpoint.digest(tmp_path / "ours") == expected
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "foreign", {"w": values})
+    for read, path in ((checkpoint.digest, "foreign"), (checkpoint.restore, "foreign"), (checkpoint.digest, "nowhere")):
+        with pytest.raises(ValueError, match=f"{path} is not a checkpoint by asib_jax"):
+            read(tmp_path / path)
 
 
 def test_unsaved_leaf_leaves_nothing_that_could_be_restored(tmp_path):

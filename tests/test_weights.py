@@ -1,0 +1,284 @@
+"""Weights from a hub, which a local server stands for, and from files: right, checked, and clear when missing."""
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from safetensors.numpy import save, save_file
+
+from asib_jax import checkpoint
+from asib_jax.weights import cached, digest, load, locate
+
+ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}
+CONTENT = save(ARRAYS)
+KEY = "teacher1.weights"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """What the hub answers to /OWNER/REPO/resolve/REVISION/FILE, over `files`: "OWNER/REPO/REVISION/FILE" -> content.
+
+    log: methods of the requests so far, with the Range asked for. cut: how many of the next downloads end half-way.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.files, self.log, self.cut, self.etags = {"me/net/main/model.safetensors": CONTENT}, [], 0, {}
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class HubRequest(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        hub, wanted = self.server, self.headers.get("Range")
+        hub.log.append(f"{self.command} {wanted}" if wanted else self.command)
+        name = self.path.lstrip("/").replace("/resolve/", "/")
+        content = hub.files.get(name)
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("X-Repo-Commit", hashlib.sha1(name.split("/")[2].encode()).hexdigest())
+        self.send_header("X-Linked-Etag", f'"{hub.etags.get(name, hashlib.sha256(content).hexdigest())}"')
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("ETag", '"of-the-storage-behind-the-hub"')
+        self.send_header("Content-Length", str(len(content) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if body and hub.cut:
+            hub.cut -= 1
+            self.wfile.write(content[start:len(content) // 2])
+        elif body:
+            self.wfile.write(content[start:])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub and an empty cache, as HF_ENDPOINT and HF_HUB_CACHE would give; these are read once, at import."""
+    hub = Hub()
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.close()
+
+
+def check_arrays(arrays, expected=ARRAYS):
+    assert set(arrays) == set(expected)
+    for name, value in expected.items():
+        assert arrays[name].dtype == value.dtype
+        np.testing.assert_array_equal(arrays[name], value)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_download_once(hub):
+    assert cached("hf:me/net") is None and not hub.log
+    path = locate("hf:me/net", KEY)
+    assert hub.log.count("GET") == 1
+    check_arrays(load(path))
+    hub.log.clear()
+    assert locate("hf:me/net", KEY) == cached("hf:me/net") == cached("hf:me/net@main/model.safetensors") == path
+    assert not hub.log
+    assert digest(path) == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_revision_and_file(hub):
+    other = save({"w": np.float32([3])})
+    hub.files |= {"me/net/v1.0/model.safetensors": other, "me/net/main/sub/a.safetensors": other}
+    locate("hf:me/net", KEY)
+    for reference in ("hf:me/net@v1.0", "hf:me/net/sub/a.safetensors", "hf:me/net@main/sub/a.safetensors"):
+        check_arrays(load(locate(reference, KEY)), {"w": np.float32([3])})
+        assert cached(reference) is not None
+    assert cached("hf:me/net@v2") is None and cached("hf:me/net/b.safetensors") is None
+    for wrong in ("hf:net", "hf:me/net@", "hf:me/net/", "hf:/net", "hf:me/net@a@b", "hf:"):
+        with pytest.raises(ValueError, match=re.escape("is not hf:OWNER/REPO[@REVISION][/FILE]")):
+            locate(wrong, KEY)
+    with pytest.raises(ValueError, match="a..b/c"):
+        locate("hf:a..b/c", KEY)
+
+
+def test_interrupted_download_is_resumed(hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1)  # only whole chunks are kept, and those are of 10 MB
+    hub.cut = 1
+    try:
+        path = locate("hf:me/net", KEY)
+    except OSError:  # huggingface_hub 1.0 resumes at the next call only
+        path = locate("hf:me/net", KEY)
+    check_arrays(load(path))
+    assert hub.log.count("GET") == 1 and f"GET bytes={len(CONTENT) // 2}-" in hub.log and hub.cut == 0
+
+
+def test_wrong_content_is_refused_until_deleted(hub):
+    """As the hub sent it, and as it became in the cache."""
+    name = "me/net/main/model.safetensors"
+    hub.etags[name], hub.files[name] = hashlib.sha256(CONTENT).hexdigest(), CONTENT[:-1] + b"\x01"
+
+    def refused():
+        with pytest.raises(ValueError, match=f"{KEY}='hf:me/net': .* is damaged, its SHA-256 is not") as error:
+            locate("hf:me/net", KEY)
+        return Path(re.search("Delete (.*) and start again", str(error.value))[1])
+
+    blob = refused()
+    assert blob == refused()
+    hub.files[name] = CONTENT
+    blob.unlink()
+    assert cached("hf:me/net") is None
+    check_arrays(load(locate("hf:me/net", KEY)))
+    blob.write_bytes(CONTENT.replace(b"fc.bias", b"fc.bxas"))
+    assert blob == refused()
+
+
+def test_only_a_digest_of_the_content_is_compared(hub):
+    """Not git's SHA-1 of a small file, a name in the store behind the hub's, or the file's own without links."""
+    hub.etags["me/net/main/model.safetensors"] = "0" * 40
+    path = locate("hf:me/net", KEY)
+    blob = path.resolve()
+    assert blob.name == "0" * 40
+    link, store = blob.with_name(hashlib.sha256(CONTENT).hexdigest()), blob.with_name("e" * 64)
+    blob.rename(store)
+    link.symlink_to(store)
+    path.unlink()
+    path.symlink_to(link)
+    assert path.resolve() == store and locate("hf:me/net", KEY) == path
+    path.unlink()
+    store.rename(path)
+    assert locate("hf:me/net", KEY) == path
+
+
+def test_not_cached_and_no_network(hub, monkeypatch):
+    """At once, and with all that is needed to go on: with nothing listening, and with HF_HUB_OFFLINE."""
+    held = locate("hf:me/net", KEY)
+    url = f"{hub.endpoint}/me/net/resolve/v1/b.safetensors"
+    hub.close()
+
+    def refusal(reason):
+        start = time.monotonic()
+        with pytest.raises(OSError, match=reason) as error:
+            locate("hf:me/net@v1/b.safetensors", KEY)
+        assert time.monotonic() - start < 10  # huggingface_hub alone: 23 s
+        return str(error.value)
+
+    message = refusal("refused")
+    for part in (f"{KEY}='hf:me/net@v1/b.safetensors': b.safetensors is not in the cache {constants.HF_HUB_CACHE} ",
+                 "\n  hf download me/net b.safetensors --revision v1\n",
+                 f"\nor download {url} elsewhere and set {KEY} to its path"):
+        assert part in message
+    assert locate("hf:me/net", KEY) == held
+    check_arrays(load(held))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refusal("offline mode is enabled")
+    assert locate("hf:me/net", KEY) == held
+
+
+def test_what_the_hub_does_not_have(hub):
+    with pytest.raises(OSError, match="(?s)absent.bin is not in the cache .*404"):
+        locate("hf:me/net/absent.bin", KEY)
+    assert cached("hf:me/net/absent.bin") is None
+
+
+def test_environment_variables_choose_hub_and_cache(hub, tmp_path):
+    program = ("from asib_jax import weights\n"
+               f"print(weights.locate('hf:me/net', {KEY!r}))")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, text=True,
+                            capture_output=True, cwd=Path(__file__).parents[1]).stdout
+    assert output.startswith(str(tmp_path / "home"))
+    check_arrays(load(output.strip()))
+
+
+# --- files and folders -----------------------------------------------------------------------------------------------
+
+
+def test_local_paths(tmp_path):
+    (tmp_path / "a.npz").touch()
+    for path in (tmp_path, tmp_path / "a.npz"):
+        assert locate(str(path), KEY) == cached(str(path)) == path
+    missing = str(tmp_path / "b.npz")
+    assert cached(missing) is None
+    with pytest.raises(ValueError, match=re.escape(f"{KEY}={missing!r} does not exist")):
+        locate(missing, KEY)
+
+
+def test_formats(tmp_path):
+    save_file(ARRAYS, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "a.npz", **ARRAYS)
+    for name in ("a.safetensors", "a.npz"):
+        check_arrays(load(tmp_path / name))
+        check_arrays(load(str(tmp_path / name)))
+    assert digest(tmp_path / "a.npz") == hashlib.sha256((tmp_path / "a.npz").read_bytes()).hexdigest()
+
+
+def test_bfloat16_of_safetensors(tmp_path):
+    """The file is built from the format's description."""
+    values = np.array([[0.5, -3], [1e30, 7]], ml_dtypes.bfloat16)
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
+    check_arrays(load(tmp_path / "a.safetensors"), {"w": values})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_pytorch_files(tmp_path, suffix):
+    torch = pytest.importorskip("torch")
+    torch.save({key: torch.tensor(value) for key, value in ARRAYS.items()}, tmp_path / f"a{suffix}")
+    check_arrays(load(tmp_path / f"a{suffix}"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", **ARRAYS)
+    np.savez(tmp_path / "pickled.npz", fc=np.array([{"a": 1}]))
+    save_file(ARRAYS, tmp_path / "a.safetensors")
+    refused = {"pickled.npz": "Object arrays cannot be loaded",
+               "a.h5": "expected a file named .safetensors, .npz, .pth, .pt, .bin"}
+    for name in ("a.npz", "a.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        for length in (0, 1, len(content) // 2, len(content) - 1):
+            (tmp_path / f"cut{length}_{name}").write_bytes(content[:length])
+            refused[f"cut{length}_{name}"] = ""
+    for name in ("cut.pth", "cut.pt", "cut.bin"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+        refused[name] = "not a state dict by torch.save, or not all of it"
+    for name, reason in refused.items():
+        with pytest.raises(ValueError, match=re.escape(f"cannot read weights from {tmp_path / name}: {reason}")):
+            load(tmp_path / name)
+    for name in ("absent.safetensors", "absent.npz", "absent.bin"):
+        with pytest.raises(FileNotFoundError, match=re.escape(name)):
+            load(tmp_path / name)
+
+
+def test_folder_is_a_checkpoint(tmp_path):
+    tree = {"params": {"fc": {"bias": np.float32([1, -2])}}, "batch_stats": {}}
+    checkpoint.save(tmp_path / "best", tree)
+    path = locate(str(tmp_path / "best"), KEY)
+    check_arrays(checkpoint.restore(path)["params"]["fc"], tree["params"]["fc"])
+    assert digest(path) == checkpoint.digest(tmp_path / "best") != digest(next(path.glob("_METADATA")))
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        digest(tmp_path)
