@@ -29,3 +29,8 @@ def rng(seed: int, name: str, *position: int) -> np.random.Generator:
 def per_example(stream: jax.Array, index: jax.Array) -> jax.Array:
     """One key per data-set index ([B] integers), so that what an example draws depends on no batch and no device."""
     return jax.vmap(lambda i: jax.random.fold_in(stream, i))(index)
+
+
+def branch(keys: jax.Array, name: str) -> jax.Array:
+    """The streams called `name` below these keys ([B] typed keys), one for each."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, _identity(name)))(keys)

@@ -6,10 +6,11 @@ import pytest
 
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers, create_student_by_name, create_teacher_by_name
 from asib_jax.models.architecture import Architecture
+from asib_jax.models.convnext import convnext
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 
-# (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's own counts;
+# (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's or timm's;
 # the small stem has 64 * 3 * (49 - 9) fewer.
 SIZES = {
     ("resnet8", 100, True): 83_892,
@@ -25,6 +26,18 @@ SIZES = {
     ("resnet101", 1000, False): 44_549_160,
     ("resnet152", 1000, False): 60_192_808,
     ("resnet152", 1000, True): 60_192_808 - 7_680,
+    ("wrn_16_2", 100, True): 703_284,
+    ("wrn_40_1", 100, True): 569_780,
+    ("wrn_40_2", 100, True): 2_255_156,
+    ("vgg8", 100, True): 3_965_028,
+    ("vgg13", 100, True): 9_462_180,
+    ("convnext_s", 1000, False): 50_223_688,
+    ("convnext_l", 1000, False): 197_767_336,
+    ("efficientnet_b0", 1000, False): 5_288_548,
+    ("efficientnet_b2", 1000, False): 9_109_994,
+    ("efficientnet_l2", 1000, False): 480_309_308,
+    ("mobilenet_v2", 1000, False): 3_504_872,
+    ("shufflenet_v2", 1000, False): 2_278_604,
 }
 TINY = cifar_resnet(8, widths=(2, 3, 4), stem=2)
 TWO_STAGES = Architecture(TINY.stages[:2], feat_dim=2)  # where initialisers, slow to compile, are run
@@ -73,8 +86,8 @@ def test_names():
     for name in ("resnet20_scratch", "resnet20_pretrain"):
         suffixed = create_student_by_name(name, 10, **fields)
         assert repr(suffixed) == repr(plain)
-    with pytest.raises(ValueError, match=r"'convnext_l'; teacherK.name must be one of resnet8, .*resnet152"):
-        create_teacher_by_name("convnext_l", 10, **fields)
+    with pytest.raises(ValueError, match=r"'resnet21'; teacherK.name must be one of resnet8, .*resnet152"):
+        create_teacher_by_name("resnet21", 10, **fields)
     with pytest.raises(ValueError, match="'resnet21_scratch'; model.student.name must be"):
         create_student_by_name("resnet21_scratch", 10, **fields)
 
@@ -221,3 +234,27 @@ def test_fusion_for_teachers_of_different_widths():
     ib_mbm, head = build_ib_mbm_from_teachers([narrow.clone(adapter_dim=3), wide.clone(adapter_dim=3)], **fields)
     assert (ib_mbm.dim, ib_mbm.num_heads, ib_mbm.use_ib) == (8, 2, True)
     assert (head.num_classes, head.dim, head.dropout) == (5, 8, 0.1)
+
+
+def test_images_too_small_for_a_network_are_refused():
+    model = tiny(convnext((2, 2, 2, 2), (1, 1, 1, 1), 0.0, False))
+    with pytest.raises(ValueError, match=r"images of 8x8 pixels leave a map of \(0, 0\).* dataset.small_input=True"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), PIXELS, train=False))
+
+
+def test_dropout_acts_in_training_with_keys_alone():
+    """Stages that are frozen have none; what the classifier reads is dropped at the rate, feat_2d is not."""
+    architecture = TINY._replace(dropout=0.5)
+    model = tiny(architecture)
+    variables = random_variables(model)
+    keys = jax.random.split(jax.random.key(0), 4)
+    run = jax.jit(lambda keys: model.apply(variables, PIXELS, train=False, dropout_keys=keys))
+    plain, dropped = run(None), run(keys)
+    np.testing.assert_array_equal(plain.feat_2d, dropped.feat_2d)
+    kernel, bias = (np.asarray(variables["params"]["classifier"][leaf], np.float64) for leaf in ("kernel", "bias"))
+    feats = np.asarray(plain.feat_2d, np.float64)
+    masks = [np.array([mask >> i & 1 for i in range(4)]) for mask in range(16)]
+    for b in range(4):  # every row is the classifier's answer to one of the sixteen ways to drop four features
+        answers = np.stack([2 * mask * feats[b] @ kernel + bias for mask in masks])
+        assert (np.abs(answers - dropped.logit[b]) / np.abs(plain.logit[b])).max(axis=1).min() < 1e-5
+    assert not np.allclose(plain.logit, dropped.logit)

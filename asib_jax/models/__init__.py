@@ -1,12 +1,19 @@
 """Every network by name."""
 from collections.abc import Callable, Sequence
 
+from asib_jax.models import mobilenet
 from asib_jax.models.architecture import Architecture
+from asib_jax.models.convnext import convnext
+from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.ib_mbm import IB_MBM, SynergyHead
 from asib_jax.models.kd_model import KDModel, feature_dim
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+from asib_jax.models.shufflenet import shufflenet_v2
+from asib_jax.models.vgg import vgg
+from asib_jax.models.wide_resnet import wide_resnet
 
-# Name -> function of `small_input`. The CIFAR networks have one stem only and read images of any size with it.
+# Name -> function of `small_input`. The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and read
+# images of any size with it.
 MODELS: dict[str, Callable[[bool], Architecture]] = {
     "resnet8": lambda small_input: cifar_resnet(8),
     "resnet14": lambda small_input: cifar_resnet(14),
@@ -17,9 +24,21 @@ MODELS: dict[str, Callable[[bool], Architecture]] = {
     "resnet110": lambda small_input: cifar_resnet(110),
     "resnet8x4": lambda small_input: cifar_resnet(8, widths=(64, 128, 256), stem=32),
     "resnet32x4": lambda small_input: cifar_resnet(32, widths=(64, 128, 256), stem=32),
+    "wrn_16_2": lambda small_input: wide_resnet(16, 2),
+    "wrn_40_1": lambda small_input: wide_resnet(40, 1),
+    "wrn_40_2": lambda small_input: wide_resnet(40, 2),
+    "vgg8": lambda small_input: vgg(((64,), (128,), (256,), (512,), (512,))),
+    "vgg13": lambda small_input: vgg(((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))),
     "resnet50": lambda small_input: imagenet_resnet((3, 4, 6, 3), small_input),
     "resnet101": lambda small_input: imagenet_resnet((3, 4, 23, 3), small_input),
     "resnet152": lambda small_input: imagenet_resnet((3, 8, 36, 3), small_input),
+    "convnext_s": lambda small_input: convnext((96, 192, 384, 768), (3, 3, 27, 3), 0.4, small_input),
+    "convnext_l": lambda small_input: convnext((192, 384, 768, 1536), (3, 3, 27, 3), 0.5, small_input),
+    "efficientnet_b0": lambda small_input: efficientnet(1.0, 1.0, 0.2, small_input),
+    "efficientnet_b2": lambda small_input: efficientnet(1.1, 1.2, 0.3, small_input),
+    "efficientnet_l2": lambda small_input: efficientnet(4.3, 5.3, 0.5, small_input, tensorflow=True),
+    "mobilenet_v2": lambda small_input: mobilenet.mobilenet_v2(mobilenet.ROWS, small_input),
+    "shufflenet_v2": lambda small_input: shufflenet_v2((4, 8, 4), (116, 232, 464), small_input),
 }
 
 

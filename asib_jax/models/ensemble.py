@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
 from asib_jax.models.kd_model import KDModel, Outputs
 
@@ -62,18 +63,27 @@ class TeacherOutputs(NamedTuple):
     logits: jax.Array
 
 
-def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode) -> tuple[Outputs, Any]:
-    """One forward pass: outputs, and batch statistics (the same ones in evaluation)."""
-    outputs, changed = model.apply(variables, pixels, **dataclasses.asdict(mode), mutable=["batch_stats"])
-    return outputs, changed["batch_stats"]
+def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode,
+                dropout_keys: jax.Array | None = None) -> tuple[Outputs, Any]:
+    """One forward pass: outputs, and batch statistics (the same ones in evaluation).
+
+    dropout_keys: [B] keys, one per example; only training takes them.
+    """
+    outputs, changed = model.apply(variables, pixels, **dataclasses.asdict(mode), mutable=["batch_stats"],
+                                   dropout_keys=dropout_keys if mode.train else None)
+    return outputs, changed.get("batch_stats", {})  # a network without BatchNorm has none
 
 
-def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes: tuple[Mode, ...] = ()
-                 ) -> tuple[TeacherOutputs, dict[str, Any]]:
-    """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise, and its statistics."""
+def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes: tuple[Mode, ...] = (),
+                 dropout_keys: jax.Array | None = None) -> tuple[TeacherOutputs, dict[str, Any]]:
+    """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise, and its statistics.
+
+    dropout_keys: [B] keys, from which each teacher in training takes its own.
+    """
     feats, logits, stats = [], [], {}
     for k, (name, teacher) in enumerate(zip(nets.teacher_names, nets.teachers)):
-        outputs, stats[name] = run_network(teacher, variables.of(name), pixels, modes[k] if modes else EVALUATION)
+        keys = None if dropout_keys is None else streams.branch(dropout_keys, name)
+        outputs, stats[name] = run_network(teacher, variables.of(name), pixels, modes[k] if modes else EVALUATION, keys)
         feats.append(outputs.feat_2d)
         logits.append(outputs.logit)
     return TeacherOutputs(tuple(feats), jnp.stack(logits, axis=1)), stats

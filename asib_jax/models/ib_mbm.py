@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import linear, symmetric_uniform
+from asib_jax.models.architecture import dropout, linear, symmetric_uniform
 
 FEATURE_NORMS = ("none", "l2")
 
@@ -127,10 +127,7 @@ class SynergyHead(nn.Module):
     def __call__(self, z: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
         """dropout_keys: [B] typed keys, one per example, so that a mask depends on no device; None: no dropout."""
         hidden = nn.relu(linear(z, self.dim, name="fc1"))
-        if self.dropout > 0 and dropout_keys is not None:
-            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, (self.dim,)))(dropout_keys)
-            hidden = jnp.where(keep, hidden / (1 - self.dropout), 0)
-        logits = linear(hidden, self.num_classes, name="fc2")
+        logits = linear(dropout(hidden, self.dropout, dropout_keys), self.num_classes, name="fc2")
         if self.learnable_temperature:
             logits /= jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
         return logits

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, linear
+from asib_jax.models.architecture import Architecture, dropout, keys_of, linear
 
 
 class Outputs(NamedTuple):
@@ -45,8 +45,8 @@ class KDModel(nn.Module):
         are float32; the classifier starts as PyTorch's `nn.Linear` (see `linear`).
     axis_name: mapped axis over which training-mode BatchNorm takes its statistics; None: this device's batch.
 
-    Parameters are grouped as one entry per stage, "classifier", "distill_adapter" and "residual_adapter". The
-    initial value of each depends on its name and the key only: adapters do not change the backbone's.
+    Parameters are grouped as one entry per stage, "pooled_norm", "classifier", "distill_adapter" and
+    "residual_adapter". The initial value of each depends on its name and the key only: adapters do not change the backbone's.
     """
 
     architecture: Architecture
@@ -65,24 +65,34 @@ class KDModel(nn.Module):
             self.distill_adapter = DistillationAdapter(hidden, self.adapter_dim)
 
     @nn.compact
-    def __call__(self, pixels: jax.Array, *, train: bool, frozen_stages: int = 0, freeze_bn: bool = False) -> Outputs:
+    def __call__(self, pixels: jax.Array, *, train: bool, frozen_stages: int = 0, freeze_bn: bool = False,
+                 dropout_keys: jax.Array | None = None) -> Outputs:
         """pixels: [B, H, W, channels], uint8 or float32 in 0..255.
 
         train: BatchNorm uses and updates batch statistics, except in the first `frozen_stages` stages and, with
             `freeze_bn`, anywhere: there it uses its running statistics, which stand still.
+        dropout_keys: [B] typed keys, one per example, for dropout and stochastic depth in the stages that are not
+            frozen and before the classifier; None: none.
 
-        Raises ValueError if mean or std have neither one value nor one per channel.
+        Raises ValueError if mean or std have neither one value nor one per channel, or the images are too small.
         """
         x = self._normalise(pixels)
         stages = self.architecture.stages
         for i, (name, factory) in enumerate(stages):
             stage = factory(name=name, dtype=self.dtype, axis_name=self.axis_name)
-            x = stage(x, train=train and not freeze_bn and i >= frozen_stages)
+            x = stage(x, train=train and not freeze_bn and i >= frozen_stages,
+                      dropout_keys=dropout_keys if i >= frozen_stages else None)
             if self.residual_adapter and i == len(stages) - 2:
                 x += nn.Conv(x.shape[-1], (1, 1), use_bias=False, dtype=self.dtype, name="residual_adapter",
                              kernel_init=nn.initializers.zeros)(x)
+        if 0 in x.shape:  # their mean would be nan
+            raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels leave a map of {x.shape[1:3]} after "
+                             "the last stage; set dataset.small_input=True or choose another network")
         feat_2d = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        logit = linear(feat_2d, self.num_classes, name="classifier")
+        if self.architecture.pooled_norm:
+            feat_2d = self.architecture.pooled_norm(name="pooled_norm")(feat_2d)
+        dropped = dropout(feat_2d, self.architecture.dropout, keys_of(self, dropout_keys))
+        logit = linear(dropped, self.num_classes, name="classifier")
         return Outputs(x, feat_2d, self.distill(feat_2d), logit)
 
     def distill(self, feat_2d: jax.Array) -> jax.Array | None:

@@ -1,8 +1,7 @@
 """ResNets: He et al. (2016) for small images, with Tian et al.'s (2020) wider variants, and the ImageNet bottlenecks.
 
-Convolutions have no bias, pad both sides by kernel // 2 (XLA's "SAME" pads only the far side at stride 2, PyTorch and
-its weights do not) and start from He normal over fan-out; BatchNorm starts from scale 1, bias 0. Where a block
-changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B).
+Where a block changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B). There is no
+dropout of any kind.
 """
 from collections.abc import Callable
 from functools import partial
@@ -10,23 +9,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.architecture import Architecture, Names, batch_norm, conv
 
 Convolutions = tuple[tuple[int, int, int], ...]  # (kernel, width, stride) of a block's convolutions in order
 
 
-def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str) -> nn.Conv:
-    """A square convolution without bias; see the module's docstring."""
-    return nn.Conv(width, (kernel, kernel), stride, padding=kernel // 2, use_bias=False, dtype=dtype, name=name,
-                   kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+# torchvision's names, and those of common CIFAR ResNets, which call a shortcut "shortcut" and the classifier "linear".
+def _names(shortcut: str, classifier: str) -> Names:
+    return (
+        (r"stem/(conv|bn)", r"\g<1>1"),
+        (r"(layer\d)/block(\d+)/((?:conv|bn)\d)", r"\1.\2.\3"),
+        (r"(layer\d)/block(\d+)/downsample_conv", rf"\1.\2.{shortcut}.0"),
+        (r"(layer\d)/block(\d+)/downsample_bn", rf"\1.\2.{shortcut}.1"),
+        (r"classifier", classifier),
+    )
 
 
-def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
-    """BatchNorm with float32 statistics. In training they are of the global batch if `axis_name` is given."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name,
-                        name=name)
+NAMES = (_names("downsample", "fc"), _names("shortcut", "linear"))
 
 
 class Stem(nn.Module):
@@ -40,7 +40,7 @@ class Stem(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         x = conv(self.kernel, self.width, self.stride, dtype=self.dtype, name="conv")(x)
         x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
@@ -75,7 +75,7 @@ class Stage(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         for i, convolutions in enumerate(self.blocks):
             x = Block(convolutions, self.dtype, self.axis_name, name=f"block{i}")(x, train=train)
         return x
@@ -107,6 +107,7 @@ def cifar_resnet(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int =
         stages=(("stem", partial(Stem, kernel=3, width=stem, stride=1, pool=False)),
                 *_layers(_basic, widths, (depth // 6,) * 3)),
         feat_dim=widths[-1],
+        names=NAMES,
     )
 
 
@@ -114,10 +115,11 @@ def imagenet_resnet(counts: tuple[int, ...], small_input: bool) -> Architecture:
     """torchvision's bottleneck ResNet with `counts` blocks in its four stages.
 
     small_input: a 3x3 stem of stride 1 without max-pool, for images of about 32 pixels, in place of the 7x7 stem of
-        stride 2 with max-pool. Only the stem's kernel differs in shape.
+        stride 2 with max-pool. Of pretrained weights all fit but the stem's kernel, which starts at random.
     """
     stem = dict(kernel=3, stride=1, pool=False) if small_input else dict(kernel=7, stride=2, pool=True)
     return Architecture(
         stages=(("stem", partial(Stem, width=64, **stem)), *_layers(_bottleneck, (64, 128, 256, 512), counts)),
         feat_dim=4 * 512,
+        names=NAMES,
     )

@@ -1,0 +1,184 @@
+"""EfficientNet (Tan & Le 2019): inverted residuals with squeeze-and-excitation, in widths and depths scaled together.
+
+Convolutions start from He normal over the fan-out of their group, as the original's.
+"""
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.architecture import Architecture, batch_norm, conv, keys_of, stochastic_depth
+
+# (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
+_STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
+           (6, 3, 1, 320, 1))
+_STEM, _HEAD = 32, 1280
+_DEPTH_DROP = 0.2
+
+# PyTorch's names of a block's layers. In the first stage nothing is expanded, which moves the names of what follows.
+_TIMM_FIRST = {"depthwise_conv": "conv_dw", "depthwise_bn": "bn1", "project_conv": "conv_pw", "project_bn": "bn2",
+               "squeeze_excite/reduce": "se.conv_reduce", "squeeze_excite/expand": "se.conv_expand"}
+_TIMM = _TIMM_FIRST | {"expand_conv": "conv_pw", "expand_bn": "bn1", "depthwise_bn": "bn2", "project_conv": "conv_pwl",
+                       "project_bn": "bn3"}
+_TORCHVISION_ORDER = ("expand", "depthwise", "squeeze_excite", "project")
+_TORCHVISION_LAYERS = {"conv": "0", "bn": "1", "reduce": "fc1", "expand": "fc2"}
+
+
+def _timm_block(match) -> str:
+    stage, block, layer = match.groups()
+    return f"blocks.{int(stage) - 1}.{block}.{(_TIMM_FIRST if stage == '1' else _TIMM)[layer]}"
+
+
+def _torchvision_block(match) -> str:
+    stage, block, part, layer = match.groups()
+    position = _TORCHVISION_ORDER.index(part) - (stage == "1")
+    return f"features.{stage}.{block}.block.{position}.{_TORCHVISION_LAYERS[layer]}"
+
+
+NAMES = (
+    (  # timm's
+        (r"stem/conv", "conv_stem"),
+        (r"stem/bn", "bn1"),
+        (r"blocks(\d)/block(\d+)/(.+)", _timm_block),
+        (r"blocks7/head_conv", "conv_head"),
+        (r"blocks7/head_bn", "bn2"),
+        (r"classifier", "classifier"),
+    ),
+    (  # torchvision's
+        (r"stem/conv", "features.0.0"),
+        (r"stem/bn", "features.0.1"),
+        (r"blocks(\d)/block(\d+)/(\w+)[_/]([a-z]+)", _torchvision_block),
+        (r"blocks7/head_conv", "features.8.0"),
+        (r"blocks7/head_bn", "features.8.1"),
+        (r"classifier", "classifier.1"),
+    ),
+)
+
+
+def _norm(module: nn.Module, train: bool):
+    """`batch_norm` of the module's `dtype` and `axis_name`, and of TensorFlow's epsilon with `tensorflow`."""
+    return partial(batch_norm, train, dtype=module.dtype, axis_name=module.axis_name,
+                   epsilon=1e-3 if module.tensorflow else 1e-5)
+
+
+class Stem(nn.Module):
+    """The first 3x3 convolution, BatchNorm and silu. tensorflow: see `efficientnet`."""
+
+    width: int
+    stride: int
+    tensorflow: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        padding = "SAME" if self.tensorflow else 1
+        x = conv(3, self.width, self.stride, padding=padding, dtype=self.dtype, name="conv")(x)
+        return nn.silu(_norm(self, train)(name="bn")(x))
+
+
+class SqueezeExcite(nn.Module):
+    """x scaled per channel by sigmoid(expand(silu(reduce(mean over space)))) (Hu et al. 2018)."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+        y = nn.silu(conv(1, self.width, 1, use_bias=True, dtype=self.dtype, name="reduce")(y))
+        return x * nn.sigmoid(conv(1, x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="expand")(y))
+
+
+class Block(nn.Module):
+    """The inverted residual (Sandler et al. 2018) with squeeze-and-excitation through a quarter of the input's width.
+
+    1x1 to `expansion` times the input's width, depthwise, squeeze-and-excitation, 1x1 to `width`; with a shortcut where
+    that leaves the shape as it was.
+    """
+
+    expansion: int
+    kernel: int
+    stride: int
+    width: int
+    drop_rate: float
+    tensorflow: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None) -> jax.Array:
+        norm, pointwise = _norm(self, train), partial(conv, 1, stride=1, dtype=self.dtype)
+        inputs, hidden, y = x.shape[-1], x.shape[-1] * self.expansion, x
+        if self.expansion > 1:
+            y = nn.silu(norm(name="expand_bn")(pointwise(width=hidden, name="expand_conv")(y)))
+        y = conv(self.kernel, hidden, self.stride, padding="SAME" if self.tensorflow else self.kernel // 2,
+                 feature_group_count=hidden, kernel_init=nn.initializers.normal(2 ** 0.5 / self.kernel),
+                 dtype=self.dtype, name="depthwise_conv")(y)
+        y = nn.silu(norm(name="depthwise_bn")(y))
+        y = SqueezeExcite(inputs // 4, self.dtype, name="squeeze_excite")(y)
+        y = norm(name="project_bn")(pointwise(width=self.width, name="project_conv")(y))
+        if self.stride > 1 or inputs != self.width:
+            return y
+        return x + stochastic_depth(y, self.drop_rate, keys_of(self, dropout_keys))
+
+
+class Stage(nn.Module):
+    """A chain of blocks named block0, block1, ..., one for each of `drop_rates`; only the first has the stride.
+
+    head: the width of a last 1x1 convolution with BatchNorm and silu; 0: there is none.
+    """
+
+    expansion: int
+    kernel: int
+    stride: int
+    width: int
+    drop_rates: tuple[float, ...]
+    head: int
+    tensorflow: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        for i, rate in enumerate(self.drop_rates):
+            x = Block(self.expansion, self.kernel, 1 if i else self.stride, self.width, rate, self.tensorflow,
+                      self.dtype, self.axis_name, name=f"block{i}")(x, train=train, dropout_keys=dropout_keys)
+        if not self.head:
+            return x
+        x = conv(1, self.head, 1, dtype=self.dtype, name="head_conv")(x)
+        return nn.silu(_norm(self, train)(name="head_bn")(x))
+
+
+def _scaled(width: float) -> int:
+    """The multiple of 8 nearest to `width`, or the next one where that loses more than a tenth (Tan & Le)."""
+    nearest = max(8, int(width + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * width else nearest
+
+
+def efficientnet(width: float, depth: float, dropout: float, small_input: bool, tensorflow: bool = False
+                 ) -> Architecture:
+    """B0's widths and numbers of blocks times `width` and `depth`, in stages "stem", "blocks1" ... "blocks7".
+
+    B0 is (width 1, depth 1, dropout 0.2), B2 (1.1, 1.2, 0.3), L2 (4.3, 5.3, 0.5) with `tensorflow`. The last stage
+    includes the 1x1 convolution before pooling. Stochastic depth at block i of n has the rate 0.2 i / n (Tan & Le; for
+    L2 Xie et al. 2020). BatchNorm's momentum is PyTorch's default in all of them, as in timm and torchvision.
+
+    dropout: before the classifier.
+    small_input: the 3x3 stem has stride 1 in place of 2, for images of about 32 pixels. All pretrained weights fit.
+    tensorflow: TensorFlow's padding, at stride 2 of the far side only, and BatchNorm epsilon 1e-3 in place of 1e-5:
+        what weights trained there (timm's "tf_") expect.
+    """
+    counts = [math.ceil(depth * count) for *_, count in _STAGES]
+    stages = [("stem", partial(Stem, width=_scaled(_STEM * width), stride=1 if small_input else 2,
+                               tensorflow=tensorflow))]
+    for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
+        done, head = sum(counts[:i]), _scaled(_HEAD * width) if i == len(_STAGES) - 1 else 0
+        rates = tuple(_DEPTH_DROP * block / sum(counts) for block in range(done, done + counts[i]))
+        stages.append((f"blocks{i + 1}", partial(Stage, expansion=expansion, kernel=kernel, stride=stride,
+                                                 width=_scaled(base * width), drop_rates=rates, head=head,
+                                                 tensorflow=tensorflow)))
+    return Architecture(tuple(stages), feat_dim=_scaled(_HEAD * width), names=NAMES, dropout=dropout)

@@ -1,0 +1,101 @@
+"""ShuffleNetV2 (Ma et al. 2018) as torchvision has it."""
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax.models.architecture import Architecture, batch_norm, conv
+from asib_jax.models.resnet import Stem
+
+_PLACES = {
+    "shortcut_depthwise_conv": "branch1.0", "shortcut_depthwise_bn": "branch1.1",
+    "shortcut_conv": "branch1.2", "shortcut_bn": "branch1.3",
+    "conv1": "branch2.0", "bn1": "branch2.1",
+    "depthwise_conv": "branch2.3", "depthwise_bn": "branch2.4",
+    "conv2": "branch2.5", "bn2": "branch2.6",
+}
+TORCHVISION = (
+    ("stem/conv", "conv1.0"), ("stem/bn", "conv1.1"),
+    *((rf"(stage\d)/block(\d+)/{part}", rf"\1.\2.{place}") for part, place in _PLACES.items()),
+    (r"stage\d/head_conv", "conv5.0"), (r"stage\d/head_bn", "conv5.1"),
+    ("classifier", "fc"),
+)
+
+
+def shuffle(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Two halves [B, h, w, c] with their channels interleaved, [B, h, w, 2c]: a channel shuffle in two groups."""
+    return jnp.stack((left, right), axis=-1).reshape(*left.shape[:-1], -1)
+
+
+class Block(nn.Module):
+    """Half of the output comes from 1x1, 3x3 depthwise, 1x1; the other half passes by. Both halves are shuffled.
+
+    At stride 1 each half of the output has its half of the input; at stride 2 both have all of it, and a 3x3 depthwise
+    and a 1x1 convolution bring the one that passes by to the shape. BatchNorm after each, relu after every 1x1.
+    """
+
+    width: int
+    stride: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
+        half = self.width // 2
+
+        def pointwise(x: jax.Array, conv_name: str, bn_name: str) -> jax.Array:
+            return nn.relu(norm(name=bn_name)(conv(1, half, 1, dtype=self.dtype, name=conv_name)(x)))
+
+        def depthwise(x: jax.Array, prefix: str) -> jax.Array:
+            channels = x.shape[-1]
+            x = conv(3, channels, self.stride, feature_group_count=channels, dtype=self.dtype,
+                     name=f"{prefix}depthwise_conv")(x)
+            return norm(name=f"{prefix}depthwise_bn")(x)
+
+        if self.stride == 1:
+            left, right = jnp.split(x, 2, axis=-1)
+        else:
+            left, right = pointwise(depthwise(x, "shortcut_"), "shortcut_conv", "shortcut_bn"), x
+        right = pointwise(right, "conv1", "bn1")
+        return shuffle(left, pointwise(depthwise(right, ""), "conv2", "bn2"))
+
+
+class Stage(nn.Module):
+    """`count` blocks named block0, block1, ..., the first of stride 2, then with `head_width` 1x1, BatchNorm, relu."""
+
+    width: int
+    count: int
+    head_width: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        for i in range(self.count):
+            x = Block(self.width, 1 if i else 2, self.dtype, self.axis_name, name=f"block{i}")(x, train=train)
+        if self.head_width:
+            x = conv(1, self.head_width, 1, dtype=self.dtype, name="head_conv")(x)
+            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="head_bn")(x))
+        return x
+
+
+def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input: bool) -> Architecture:
+    """ShuffleNetV2 with a stem of 24 channels, stages "stage2", "stage3", "stage4", and 1024 features.
+
+    counts, widths: blocks and channels of these stages; (4, 8, 4) and (116, 232, 464) are the paper's "1x". The 1x1
+        convolution to 1024 channels belongs to the last stage. There is no dropout of any kind. Convolutions start
+        from He normal over fan-out, where torchvision leaves PyTorch's default.
+    small_input: the stem's convolution has stride 1 instead of 2 and its max-pool is left out, for images of about 32
+        pixels. All pretrained weights fit.
+    """
+    heads = (0,) * (len(counts) - 1) + (1024,)
+    return Architecture(
+        stages=(("stem", partial(Stem, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input)),
+                *((f"stage{i}", partial(Stage, width=width, count=count, head_width=head))
+                  for i, (width, count, head) in enumerate(zip(widths, counts, heads, strict=True), start=2))),
+        feat_dim=1024,
+        names=(TORCHVISION,),
+    )

@@ -1,0 +1,51 @@
+"""VGG (Simonyan & Zisserman 2015) with BatchNorm for small images, in the form that Tian et al. (2020) distil."""
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from asib_jax.models.architecture import Architecture, batch_norm, conv
+
+
+class Stage(nn.Module):
+    """3x3 convolutions with bias, each followed by BatchNorm and relu: conv0, bn0, conv1, ...
+
+    With `pool` a 2x2 max-pool of stride 2 comes first where the map has more than 4 pixels on both sides.
+    """
+
+    widths: tuple[int, ...]
+    pool: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        if self.pool and min(x.shape[1:3]) > 4:
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        for i, width in enumerate(self.widths):
+            x = conv(3, width, 1, use_bias=True, dtype=self.dtype, name=f"conv{i}")(x)
+            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name=f"bn{i}")(x))
+        return x
+
+
+def vgg(widths: tuple[tuple[int, ...], ...]) -> Architecture:
+    """VGG: stages "stem", "layer1", "layer2", ... with convolutions of these widths, and one linear classifier.
+
+    All stages but the first halve the resolution while both sides are above 4 pixels, so that no image size gives
+    empty maps. On 32 and 64 pixels this is what Tian et al. do: three halvings, four on exactly 64 pixels. On 16 and
+    fewer they halve further, above 64 less. feat_4d is what the last relu gives, feat_2d its mean over positions.
+    Convolutions start from He normal over fan-out, as theirs, with bias 0. There is no dropout and no other stem for
+    other images.
+    """
+    stages = ["stem", *(f"layer{i}" for i in range(1, len(widths)))]
+    names = [("classifier", "classifier")]
+    for i, (stage, convolutions) in enumerate(zip(stages, widths, strict=True)):
+        for j in range(len(convolutions)):
+            names += [(f"{stage}/conv{j}", f"block{i}.{3 * j}"), (f"{stage}/bn{j}", f"block{i}.{3 * j + 1}")]
+    return Architecture(
+        stages=tuple((stage, partial(Stage, widths=convolutions, pool=stage != "stem"))
+                     for stage, convolutions in zip(stages, widths, strict=True)),
+        feat_dim=widths[-1][-1],
+        names=(tuple(names),),
+    )

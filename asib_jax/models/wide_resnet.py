@@ -1,0 +1,87 @@
+"""Wide ResNets for small images (Zagoruyko & Komodakis 2016), in the form that Tian et al. (2020) distil."""
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from asib_jax.models.architecture import Architecture, batch_norm, conv
+
+# Of the weights of Tian et al. (2020).
+NAMES = (
+    ("stem/conv", "conv1"),
+    (r"layer(\d)/block(\d+)/((?:conv|bn)\d)", r"block\1.layer.\2.\3"),
+    (r"layer(\d)/block(\d+)/shortcut_conv", r"block\1.layer.\2.convShortcut"),
+    (r"layer\d/bn", "bn1"),
+    ("classifier", "fc"),
+)
+
+
+class Stem(nn.Module):
+    """A 3x3 convolution; the first block normalises it."""
+
+    width: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        return conv(3, self.width, 1, dtype=self.dtype, name="conv")(x)
+
+
+class Block(nn.Module):
+    """shortcut + conv(relu(bn(conv(relu(bn(x)))))), with 3x3 convolutions of which the first has the stride.
+
+    The shortcut is x itself, or, where the number of channels changes, a 1x1 convolution of relu(bn(x)).
+    """
+
+    width: int
+    stride: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
+        y = nn.relu(norm(name="bn1")(x))
+        if x.shape[-1] != self.width:
+            x = conv(1, self.width, self.stride, dtype=self.dtype, name="shortcut_conv")(y)
+        y = conv(3, self.width, self.stride, dtype=self.dtype, name="conv1")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        return x + conv(3, self.width, 1, dtype=self.dtype, name="conv2")(y)
+
+
+class Stage(nn.Module):
+    """`count` blocks named block0, block1, ..., the first with the stride; `final_norm`: then BatchNorm and relu."""
+
+    width: int
+    count: int
+    stride: int
+    final_norm: bool
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        for i in range(self.count):
+            x = Block(self.width, 1 if i else self.stride, self.dtype, self.axis_name, name=f"block{i}")(
+                x, train=train)
+        if self.final_norm:
+            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
+        return x
+
+
+def wide_resnet(depth: int, widen: int) -> Architecture:
+    """WRN-depth-widen, of 6n + 4 layers: a 3x3 stem and stages "layer1" to "layer3" of n blocks, without dropout.
+
+    feat_4d is what the final BatchNorm and relu give, which belong to the last stage; feat_2d is its mean over
+    positions, whatever their number. Convolutions start from He normal over fan-out, as theirs. There is no other stem
+    for other images.
+    """
+    return Architecture(
+        stages=(("stem", partial(Stem, width=16)),
+                *((f"layer{i}", partial(Stage, width=2 ** (i + 3) * widen, count=(depth - 4) // 6, stride=min(i, 2),
+                                        final_norm=i == 3)) for i in (1, 2, 3))),
+        feat_dim=64 * widen,
+        names=(NAMES,),
+    )
