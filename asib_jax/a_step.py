@@ -32,7 +32,8 @@ def calibrate(run: Run, variables: Variables) -> Variables:
         key = streams.key(run.recipe.seed, "calibrate", number)
         current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, first_step=0,
                                   batches=run.batches("calibrate", 0, number, 0),
-                                  controls={"augment_key": key, "mix_key": key}, learning_rate=lambda step: 0.0)
+                                  controls={"augment_key": key, "mix_key": key, "dropout_key": key},
+                                  learning_rate=lambda step: 0.0)
     return state.join(current, frozen)
 
 
@@ -113,7 +114,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     mask, modes = trainable(run, variables.params, stage)
     trained_teachers = run.nets.teacher_names if recipe.use_teacher_finetuning else ()
     tx = make_optimizer(recipe)
-    current, frozen = state.begin(variables, mask, trained_teachers, tx, progress.a_opt_state)
+    current, frozen = state.begin(variables, mask, trained_teachers, tx, progress.a_opt_state, recipe.compute_dtype)
     current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
 
@@ -126,7 +127,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
     best = jax.device_get(current)
     rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=recipe.a_epochs * len(recipe.b_epochs))
+                         epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs)
     for epoch in range(recipe.a_epochs):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)

@@ -51,7 +51,8 @@ def terms_of(recipe: Recipe) -> BTerms:
 def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
     """Every epoch-dependent scalar of the step, and its random streams.
 
-    While the gate is shut the target is the teachers' average; certainty weights and feature KD act all the same (SPEC 5).
+    While the gate is shut the target is the teachers' average; certainty weights and feature KD act all the same
+    (SPEC 5).
     """
     recipe = run.recipe
     epochs = recipe.b_epochs[stage]
@@ -64,7 +65,8 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
             "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0), "ramp": np.float32(ramp),
             "ratio_on": np.float32(ratio_on),
             "augment_key": run.augment_key(stage, epoch, sum(recipe.b_epochs[:stage]) + epoch),
-            "mix_key": streams.key(recipe.seed, "mix", stage, epoch)}
+            "mix_key": streams.key(recipe.seed, "mix", stage, epoch),
+            "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch)}
 
 
 def target_name(recipe: Recipe, controls: dict) -> str:
@@ -88,7 +90,7 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     mask, mode = trainable(run, variables.params, stage)
     tx = state.make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
                               grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
-    current, frozen = state.begin(variables, mask, ("student",), tx, progress.b_opt_state)
+    current, frozen = state.begin(variables, mask, ("student",), tx, progress.b_opt_state, recipe.compute_dtype)
     current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
     loss = functools.partial(steps.b_loss, nets=run.nets, terms=terms_of(recipe), mode=mode, axis_name=axis)
@@ -97,7 +99,7 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         watched = run.validation.accuracies(variables)
         run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
     rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=sum(recipe.b_epochs))
+                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs)
     for epoch in range(recipe.b_epochs[stage]):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)

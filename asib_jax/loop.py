@@ -21,14 +21,17 @@ def run_epoch(step: Callable, state: TrainState, frozen: Variables, batches: Ite
     controls: arrays constant over the epoch; learning_rate: of a step of the run, which starts here at `first_step`.
     on_images: told how many images have been done, every few steps; on_step: told each step of the run before it.
 
-    Returns the state, every metric's mean over the steps, and the number of steps.
-    Raises FloatingPointError naming the metrics that are not finite.
+    Returns the state, every metric's mean over the steps, and the number of steps. Steps that a loss scale skipped
+    count as steps, but in no mean; the metric "skipped" is how many they were.
+    Raises FloatingPointError naming the metrics that are not finite, or if every step was skipped.
     """
     totals: dict[str, float] = {}
     pending, images, steps = [], 0, 0
 
     def collect():
         for metrics in jax.device_get(pending):
+            if metrics.get("skipped"):  # the others are of a loss that overflowed
+                metrics = {"skipped": metrics["skipped"]}
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         pending.clear()
@@ -45,7 +48,11 @@ def run_epoch(step: Callable, state: TrainState, frozen: Variables, batches: Ite
             images = 0
     collect()
     on_images(images)
-    means = {name: total / steps for name, total in totals.items()}
+    skipped = totals.get("skipped", 0.0)
+    if 0 < steps == skipped:
+        raise FloatingPointError(f"all {steps} steps from step {first_step} overflow float16 at any loss scale tried; "
+                                 f"set amp_dtype='bfloat16' or lower the learning rate")
+    means = {name: total if name == "skipped" else total / (steps - skipped) for name, total in totals.items()}
     broken = [name for name, value in means.items() if not math.isfinite(value)]
     if broken:
         raise FloatingPointError(f"not finite: {', '.join(broken)} in the {steps} steps from step {first_step}; "

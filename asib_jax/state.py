@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.dynamic_scale import DynamicScale
 
 from asib_jax import freezing
 from asib_jax.models.ensemble import Variables
 
 
 class TrainState(NamedTuple):
-    """The arrays a step changes: trainable parameters, batch statistics of the networks in training, moments."""
+    """The arrays a step changes: trainable parameters, batch statistics of the networks in training, moments; under
+    float16 also the factor of the loss, else None."""
 
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt_state: Any
+    loss_scale: DynamicScale | None
 
 
 def decayed(params: Any) -> Any:
@@ -46,19 +49,31 @@ def make_optimizer(kind: str, *, weight_decay: float, grad_clip_norm: float, mom
     return optax.chain(*parts[kind])
 
 
+def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
+    """The factor that keeps small gradients in float16's range (Micikevicius et al. 2018); None for other types.
+
+    It doubles after 2000 finite steps and halves at every overflow (Flax's `DynamicScale`). It starts at Flax's 65536,
+    where ASIB has 1024: too high costs one step for each halving, too low loses gradients for thousands of steps.
+    """
+    if compute_dtype != "float16":
+        return None
+    return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(65536))  # typed as a step returns them
+
+
 def begin(variables: Variables, mask: Any, trained_stats: tuple[str, ...], tx: optax.GradientTransformation,
-          opt_state: Any = None) -> tuple[TrainState, Variables]:
+          opt_state: Any = None, compute_dtype: str = "float32") -> tuple[TrainState, Variables]:
     """Split the variables into what a step trains and what stands still.
 
     mask: over the parameters, True where a leaf trains (may stop at whole branches); trained_stats: the networks whose
     batch statistics the step updates; opt_state: of the step before, whose moments carry over to leaves that still
-    train.
+    train; compute_dtype: that gradients pass through, for `first_loss_scale`.
     """
     params, frozen_params = freezing.split(variables.params, mask)
     stats = {name: variables.batch_stats[name] for name in trained_stats}
     frozen_stats = {name: value for name, value in variables.batch_stats.items() if name not in trained_stats}
     fresh = tx.init(params)
-    state = TrainState(params, stats, fresh if opt_state is None else freezing.carry(opt_state, fresh))
+    opt_state = fresh if opt_state is None else freezing.carry(opt_state, fresh)
+    state = TrainState(params, stats, opt_state, first_loss_scale(compute_dtype))
     return jax.tree.map(jnp.copy, state), Variables(frozen_params, frozen_stats)
 
 

@@ -67,17 +67,30 @@ class BTerms:
 def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, axis_name: str | None = None) -> Callable:
     """`step(state, frozen, controls, batch) -> (state, metrics)`: one update of `state.params` at controls["lr"].
 
-    Metrics are means over the global batch. Frozen leaves are arguments, never differentiated.
+    Metrics are means over the global batch. Frozen leaves are arguments, never differentiated. With a loss scale, a
+    step whose gradients overflow on any device changes nothing but the scale; the metric "skipped" is then 1, else 0.
     """
     def step(state: TrainState, frozen: Variables, controls: dict, batch: dict) -> tuple[TrainState, dict]:
         def objective(params):
             return loss(join(state._replace(params=params), frozen), controls, batch)
-        (_, (stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+
+        def updated(grads, stats, loss_scale):
+            directions, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, d: p - controls["lr"] * d, state.params, directions)
+            return TrainState(params, {name: stats[name] for name in state.batch_stats}, opt_state, loss_scale)
+
+        if state.loss_scale is None:
+            (_, (stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            if axis_name:
+                grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+            return updated(grads, stats, None), metrics
+        differentiate = state.loss_scale.value_and_grad(objective, has_aux=True, axis_name=axis_name)
+        loss_scale, finite, (_, (stats, metrics)), grads = differentiate(state.params)  # unscaled means over the axis
         if axis_name:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        directions, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - controls["lr"] * d, state.params, directions)
-        return TrainState(params, {name: stats[name] for name in state.batch_stats}, opt_state), metrics
+            metrics = jax.lax.pmean(metrics, axis_name)
+        new, old = updated(grads, stats, loss_scale), state._replace(loss_scale=loss_scale)
+        state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return state, {**metrics, "skipped": 1 - jnp.float32(finite)}
     return step
 
 
@@ -91,7 +104,8 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     """
     mean = parallel.batch_mean(axis_name)
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
-    teachers, stats = _teachers(nets, variables, pixels, batch, teacher_modes)
+    dropout_keys = streams.per_example(controls["dropout_key"], batch["index"])
+    teachers, stats = _teachers(nets, variables, pixels, batch, teacher_modes, dropout_keys)
     student, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
     latent = fuse(nets, variables, query(nets, student), keys_and_values(nets, variables, teachers.feats))
     z, weight = latent.mu, jnp.ones(())
@@ -100,7 +114,7 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
         z = sample(latent, jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys))
         certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
         weight = jnp.where(controls["certain"] > 0, certainty, 1.0)
-    logits = classify(nets, variables, z, streams.per_example(controls["dropout_key"], batch["index"]))
+    logits = classify(nets, variables, z, dropout_keys)
 
     def weighted(per_sample):
         return jnp.mean(weight * per_sample)
@@ -136,7 +150,7 @@ def b_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     """The B-Step loss of the student (SPEC 5). With the default terms: supervised training of any network as "student".
 
     controls: tau, gate (1: distil from synergy, 0: from the average), average_share (of `kd_ens_alpha`), ramp,
-    ratio_on, augment_key, mix_key, step (within the epoch).
+    ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
     """
     mean = parallel.batch_mean(axis_name)
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
@@ -144,7 +158,8 @@ def b_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     mix_key = jax.random.fold_in(controls["mix_key"], controls["step"])
     pixels, labels_b, lam = mix(mix_key, pixels, labels, mixup_alpha=terms.mixup_alpha,
                                 cutmix_alpha=terms.cutmix_alpha, axis_name=axis_name)
-    student, stats = run_network(nets.student, variables.of("student"), pixels, mode)
+    dropout_keys = streams.per_example(controls["dropout_key"], batch["index"])
+    student, stats = run_network(nets.student, variables.of("student"), pixels, mode, dropout_keys)
     ce = lam * losses.cross_entropy(student.logit, labels, terms.label_smoothing)
     if terms.mixup_alpha or terms.cutmix_alpha:
         ce += (1 - lam) * losses.cross_entropy(student.logit, labels_b, terms.label_smoothing)
@@ -208,12 +223,12 @@ def mean_square(params: Any) -> jax.Array:
     return jnp.mean(jnp.stack(squares)) if squares else jnp.zeros(())
 
 
-def _teachers(nets: Networks, variables: Variables, pixels: jax.Array, batch: dict, modes: tuple[Mode, ...] = ()
-              ) -> tuple[TeacherOutputs, dict]:
+def _teachers(nets: Networks, variables: Variables, pixels: jax.Array, batch: dict, modes: tuple[Mode, ...] = (),
+              dropout_keys: jax.Array | None = None) -> tuple[TeacherOutputs, dict]:
     """The teachers' outputs on the batch: stored ones if it brings them, else run now."""
     if "teachers" in batch:
         return batch["teachers"], {}
-    return run_teachers(nets, variables, pixels, modes)
+    return run_teachers(nets, variables, pixels, modes, dropout_keys)
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

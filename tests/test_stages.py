@@ -29,6 +29,7 @@ STEPS = 10  # of an epoch: 80 images in batches of 8
 SMALL = {
     "dataset.name": "npz", "dataset.batch_size": 8, "dataset.data_aug": 0, "dataset.val_fraction": 0.2,
     "model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
+    **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("weights", ""), ("finetune_epochs", 0))},
     "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "num_devices": 1,
     "student_epochs_per_stage": (2, 2), "synergy_only_epochs": 1, "enable_kd_after_syn_acc": 0.22,
     "synergy_kd_alpha": 0.05, "a_step_lr": 1e-3, "student_lr": 0.01, "schedule.lr_warmup_epochs": 0,
@@ -417,3 +418,12 @@ def test_stages_repeat_bitwise(whole, data_file, tmp_path):
                        for metrics in (run.record.metrics, whole.metrics))
     assert metrics == before
     assert (run.record.folder / "checkpoints" / "stage1_last").is_dir()
+
+
+def test_float16_stages_scale_their_losses(data_file, tmp_path):
+    run, variables = start(read_recipe("l3_tadapt", data_file, use_amp=True, amp_dtype="float16",
+                                       student_epochs_per_stage=(1, 1)), tmp_path)
+    train.run_stages(run, variables)
+    for key in ("stage1/a/epoch01", "stage1/b/epoch01", "stage2/b/epoch01"):
+        assert 0 <= run.record.metrics[f"{key}/skipped"] < STEPS
+    assert {step._cache_size() for step in run._compiled.values()} == {1}

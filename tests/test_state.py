@@ -134,3 +134,18 @@ def test_moments_carry_to_leaves_that_still_train():
     np.testing.assert_allclose(moments["student"]["stage0"]["conv"]["kernel"],
                                0.1 * GRADS[1]["student"]["stage0"]["conv"]["kernel"], rtol=1e-5)
     assert "norm" not in moments["ib_mbm"]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
+def test_float16_alone_has_a_loss_scale(compute_dtype):
+    """65536, doubling after 2000 finite steps and halving at an overflow; typed as a step returns it."""
+    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
+    current, _ = state.begin(make_variables(), {name: True for name in SHAPES}, (), tx, compute_dtype=compute_dtype)
+    if compute_dtype != "float16":
+        assert current.loss_scale is None
+        return
+    scale = current.loss_scale
+    assert (scale.scale, scale.fin_steps) == (65536, 0)
+    assert (scale.growth_interval, scale.growth_factor, scale.backoff_factor) == (2000, 2, 0.5)
+    types = jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type), (scale.scale, scale.fin_steps))
+    assert types == ((jnp.float32, False), (jnp.int32, False))

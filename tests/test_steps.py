@@ -37,7 +37,7 @@ def a_controls(**changes):
 def b_controls(**changes):
     values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0} | changes
     return {**jax.tree.map(jnp.float32, values), "step": jnp.int32(5), "augment_key": streams.key(0, "augment"),
-            "mix_key": streams.key(0, "mix")}
+            "mix_key": streams.key(0, "mix"), "dropout_key": streams.key(0, "dropout")}
 
 
 @functools.cache
