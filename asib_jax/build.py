@@ -1,16 +1,19 @@
 """A recipe's data and networks, as they are before anything is trained."""
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from asib_jax import models, parallel, pretrained, streams
+from asib_jax import checkpoint, models, parallel, pretrained, streams, weights
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
 from asib_jax.recipe import Recipe
+
+logger = logging.getLogger("asib_jax")
 
 
 class Data(NamedTuple):
@@ -80,14 +83,30 @@ def _query_dim(nets: Networks) -> int:
 def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict:
     """Random variables of one network, the same for a (seed, name) in every configuration."""
     image = jnp.zeros((1, *image_shape))
-    return jax.jit(functools.partial(model.init, train=False))(streams.key(seed, f"init/{name}"), image)
+    variables = jax.jit(functools.partial(model.init, train=False))(streams.key(seed, f"init/{name}"), image)
+    return {"batch_stats": {}, **variables}  # a network without BatchNorm has none
+
+
+def read_weights(given: str, key: str, model: KDModel, variables: dict) -> pretrained.Imported:
+    """`variables` of `model` with given weights (see `weights.py`; `key` holds them) in their place.
+
+    Of a checkpoint of a finished run its best student. Errors: those of `weights` and `pretrained.import_weights`.
+    """
+    path = weights.locate(given, key)
+    if not path.is_dir():
+        return pretrained.import_weights(weights.load(path), variables, model.architecture)
+    stored = checkpoint.restore(path)
+    stored = stored["students"]["best"] if "students" in stored else stored
+    return pretrained.fit_variables(stored, variables, model.architecture)
 
 
 def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
     """Initial variables of the student (imported where `model.student.weights` says so), IB_MBM and head."""
     student = init_network(nets.student, recipe.seed, "student", image_shape)
     if recipe.model.student.weights:
-        student = pretrained.import_weights(pretrained.load_weights(recipe.model.student.weights), student)
+        student, fresh = read_weights(recipe.model.student.weights, "model.student.weights", nets.student, student)
+        logger.info("student: %s from %s%s", recipe.model.student.name, recipe.model.student.weights,
+                    f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else "")
     params = {"student": student["params"]}
     if nets.ib_mbm is not None:
         q = jnp.zeros((1, _query_dim(nets)))

@@ -1,12 +1,10 @@
-"""What a recipe must satisfy, checked before any work, and which of its keys have no effect."""
+"""What a recipe must satisfy, checked before any work."""
 import math
-import pathlib
-from operator import attrgetter
 
-from asib_jax import freezing, losses, models, parallel, schedules
+from asib_jax import freezing, losses, models, parallel, schedules, weights
 from asib_jax.data.augment import POLICIES
 from asib_jax.data.sources import SOURCES
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, TeacherRecipe
 
 _AT_LEAST = {  # key: smallest value
     "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "teacher_views": 0, "kd_teacher_index": 0,
@@ -24,43 +22,9 @@ _SHARES = ("kd_ens_alpha", "ce_label_smoothing", "label_smoothing", "synergy_hea
            "enable_kd_after_syn_acc")
 _CHOICES = {
     "kd_target": ("synergy", *losses.KD_TARGETS), "disagree_mode": tuple(losses.DISAGREE_MODES),
-    "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"), "amp_dtype": ("bfloat16", "float32"),
+    "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"), "amp_dtype": ("bfloat16", "float16", "float32"),
     "feat_kd_key": ("", "distill_feat", "feat_2d"),
 }
-# Keys that act only where a condition on the recipe holds.
-_ACTIVE = (
-    (lambda r: r.use_ib and not r.beta_schedule, ("ib_beta", "ib_beta_warmup_epochs")),
-    (lambda r: r.use_ib, ("beta_schedule", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw")),
-    (lambda r: r.use_cccp, ("cccp_alpha", "cccp_nt", "cccp_ns")),
-    (lambda r: r.uses_fusion or r.cccp_ns > 1, ("use_cccp",)),
-    (lambda r: bool(r.tau_schedule), ("tau_decay_power",)),
-    (lambda r: not r.tau_schedule or r.use_cccp, ("tau",)),
-    (lambda r: r.teacher_adapt_kd_warmup > 0, ("kd_ens_alpha",)),
-    (lambda r: r.kd_ens_alpha > 0, ("teacher_adapt_kd_warmup",)),
-    (lambda r: r.schedule.type == "cosine", ("schedule.min_lr",)),
-    (lambda r: r.schedule.type == "step", ("schedule.step_size",)),
-    (lambda r: r.schedule.type == "multistep", ("schedule.milestones",)),
-    (lambda r: r.schedule.type != "cosine", ("schedule.gamma",)),
-    (lambda r: r.use_disagree_weight, ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low")),
-    (lambda r: r.disagree_lambda_high != r.disagree_lambda_low, ("use_disagree_weight", "disagree_mode")),
-    (lambda r: r.use_loss_clamp, ("loss_clamp_max",)),
-    (lambda r: r.use_partial_freeze, ("student_freeze_level",)),
-    (lambda r: r.kd_target == "teacher", ("kd_teacher_index",)),
-    (lambda r: r.kd_target == "synergy", ("kd_ens_alpha", "teacher_adapt_kd_warmup")),
-    (lambda r: r.optimizer == "sgd", ("momentum",)),
-    (lambda r: r.use_amp, ("amp_dtype",)),
-    (lambda r: r.use_teacher_finetuning or r.train_distill_adapter_only, ("teacher_lr", "reg_lambda")),
-    (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs", "use_disagree_weight")),
-    (lambda r: r.uses_adapters, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
-    (lambda r: r.uses_fusion, (
-        "use_ib", "cccp_alpha", "cccp_nt", "use_distillation_adapter", "use_teacher_finetuning", "feat_kd_key",
-        "synergy_only_epochs", "enable_kd_after_syn_acc", "synergy_ce_alpha", "synergy_kd_alpha",
-        "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
-        "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
-        "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
-    (lambda r: r.uses_teachers, ("teacher_cache", "tau", "tau_schedule", "train_control")),
-    (lambda r: r.uses_fusion or not r.teacher_adapt_epochs, ("teacher_adapt_epochs",)),
-)
 
 
 def check(recipe: Recipe) -> None:
@@ -81,8 +45,7 @@ def check(recipe: Recipe) -> None:
     _require(not student.name.endswith("_scratch") or not student.weights,
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
-    _require(not student.weights or pathlib.Path(student.weights).is_file(),
-             f"model.student.weights={student.weights!r} does not exist")
+    _check_exists(student.weights, "model.student.weights")
     parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
     _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
     _check_lengths(recipe)
@@ -173,28 +136,49 @@ def _check_teachers(recipe: Recipe) -> None:
              f"which an A-Step fits; set teacher_adapt_epochs, or kd_target='avg' and feat_kd_alpha=0")
     for k, teacher in enumerate(recipe.teachers, 1):
         models.backbone(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
-        _require(bool(teacher.weights) or teacher.train_epochs > 0,
-                 f"teacher{k} ({teacher.name}) has no weights: set teacher{k}.weights to a .safetensors or .npz file, "
-                 f"or teacher{k}.train_epochs to train it here")
-        _require(not teacher.weights or pathlib.Path(teacher.weights).is_file(),
-                 f"teacher{k}.weights={teacher.weights!r} does not exist")
         if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
             _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
-        _require(bool(teacher.weights) or not teacher.name.endswith("_pretrain"),
-                 f"teacher{k}.name={teacher.name!r} needs teacher{k}.weights, or use the name without _pretrain")
-        if not teacher.weights:
-            _check_teacher_training(recipe, k)
-        _require(not (teacher.weights and teacher.train_epochs),
-                 f"teacher{k}.weights and teacher{k}.train_epochs are both set; keep one")
+        _check_weights(teacher, f"teacher{k}")
+        for key in ("train_epochs", "finetune_epochs", "early_stopping_patience", "early_stopping_min_delta"):
+            _require(getattr(teacher, key) >= 0, f"teacher{k}.{key}={getattr(teacher, key)} must be at least 0")
+        if teacher.epochs:
+            _check_teacher_training(recipe, teacher, f"teacher{k}")
 
 
-def _check_teacher_training(recipe: Recipe, k: int) -> None:
-    teacher, schedule = recipe.teachers[k - 1], recipe.schedule
-    _require(schedule.lr_warmup_epochs <= teacher.train_epochs,
-             f"schedule.lr_warmup_epochs={schedule.lr_warmup_epochs} is longer than "
-             f"teacher{k}.train_epochs={teacher.train_epochs}")
-    _require(teacher.train_lr > 0, f"teacher{k}.train_lr={teacher.train_lr} must be positive")
-    _check_min_lr(recipe, f"teacher{k}.train_lr", teacher.train_lr)
+def _check_weights(teacher: TeacherRecipe, key: str) -> None:
+    given = bool(teacher.weights)
+    _require(given or teacher.train_epochs > 0,
+             f"{key} ({teacher.name}) has no weights: set {key}.weights to a file or hf:OWNER/REPO, or "
+             f"{key}.train_epochs to train it here from scratch")
+    _require(given or not teacher.name.endswith("_pretrain"),
+             f"{key}.name={teacher.name!r} needs {key}.weights, or use the name without _pretrain")
+    _require(not (given and teacher.train_epochs),
+             f"{key}.weights and {key}.train_epochs are both set; keep one, or fine-tune with {key}.finetune_epochs")
+    _require(given or not teacher.finetune_epochs,
+             f"{key}.finetune_epochs={teacher.finetune_epochs} needs {key}.weights; to train from scratch set "
+             f"{key}.train_epochs")
+    _check_exists(teacher.weights, f"{key}.weights")
+
+
+def _check_exists(given: str, key: str) -> None:
+    """A file or folder of weights must be here already; one of the hub is fetched, or missed, when the run starts."""
+    _require(not given or weights.cached(given) is not None or given.startswith("hf:"),
+             f"{key}={given!r} does not exist")
+
+
+def _check_teacher_training(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
+    mode = "finetune" if teacher.weights else "train"
+    _require(0 <= teacher.warmup_epochs <= teacher.epochs, f"{key}.warmup_epochs={teacher.warmup_epochs} must lie "
+             f"between 0 and {key}.{mode}_epochs={teacher.epochs}")
+    _require(teacher.lr > 0, f"{key}.{mode}_lr={teacher.lr} must be positive")
+    _require(teacher.weight_decay >= 0, f"{key}.{mode}_weight_decay={teacher.weight_decay} must be at least 0")
+    _check_min_lr(recipe, f"{key}.{mode}_lr", teacher.lr)
+    _require(0 <= teacher.label_smoothing < 1,
+             f"{key}.label_smoothing={teacher.label_smoothing} must lie in [0, 1)")
+    _require(not teacher.finetune_use_cutmix or teacher.finetune_cutmix_alpha > 0,
+             f"{key}.finetune_cutmix_alpha={teacher.finetune_cutmix_alpha} must be positive with finetune_use_cutmix")
+    if teacher.weights:
+        _check_levels(recipe, teacher.name, (teacher.finetune_freeze_level,), f"{key}.finetune_freeze_level")
 
 
 def _check_min_lr(recipe: Recipe, key: str, rate: float) -> None:
@@ -238,11 +222,3 @@ def check_gate(threshold: float, num_classes: int) -> str | None:
     if threshold < 1.5 / num_classes:
         return f"{key} is less than 1.5 times chance ({1 / num_classes:g}): the gate will open almost at once"
     return None
-
-
-def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
-    """Keys set away from `defaults` that no code will act on in this run, sorted."""
-    def same(a, b):
-        return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
-    inactive = {key for active, keys in _ACTIVE if not active(recipe) for key in keys}
-    return sorted(key for key in inactive if not same(attrgetter(key)(recipe), attrgetter(key)(defaults)))

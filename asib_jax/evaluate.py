@@ -29,7 +29,7 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable[[Va
     return step
 
 
-@functools.lru_cache(maxsize=4)  # one compilation for all the splits of a run
+@functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run
 def _compiled(nets: Networks, devices: tuple[jax.Device, ...]) -> Callable[[Variables, dict], dict]:
     return parallel.compile_step(make_eval_step(nets, parallel.axis_name(devices)), devices, arguments=2)
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import jax
 
-from asib_jax import build, checkpoint, pretrained, recipe as recipes
+from asib_jax import build, checkpoint, recipe as recipes, weights
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, TeacherRecipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
     """All variables, the students ({"params", "batch_stats"}), and how many B-steps distilled from each target.
 
-    students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best".
+    students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best";
+        none of a run with teachers_only.
     """
 
     variables: Variables
@@ -31,14 +32,19 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
     trained = {name: variables.of(name) for name in variables.params}
     for name, options in zip(nets.teacher_names, recipe.teachers):
         if options.weights:
-            record.log(f"weights/{name}", pretrained.digest(options.weights))
-        if options.weights and not recipe.use_teacher_finetuning:
+            record.log(f"weights/{name}", weights.digest(weights.locate(options.weights, f"{name}.weights")))
+        if not changed_here(recipe, options):
             adapter = {child: leaves for child, leaves in variables.params[name].items() if child == "distill_adapter"}
             trained[name] = {"params": adapter, "batch_stats": {}}
     for name, steps in finished.distilled_steps.items():
         record.log(f"distilled_steps/{name}", steps)
     record.save()  # before the checkpoint, whose presence says that the run can be evaluated
     checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
+
+
+def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
+    """Whether a teacher's backbone is no longer what its given weights say, or there are none."""
+    return teacher.epochs > 0 or recipe.use_teacher_finetuning
 
 
 def read_recipe(folder: pathlib.Path) -> Recipe:
@@ -60,18 +66,30 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     metrics = json.loads((folder / "metrics.json").read_text())
     params, stats = {}, {}
     for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
-        if not options.weights or recipe.use_teacher_finetuning:
+        if changed_here(recipe, options):
             continue  # stored whole
-        if pretrained.digest(options.weights) != metrics[f"weights/{name}"]:
-            raise ValueError(f"{options.weights} ({name}.weights) is not the file this run used: its SHA-256 is not "
+        key = f"{name}.weights"
+        if weights.digest(weights.locate(options.weights, key)) != metrics[f"weights/{name}"]:
+            raise ValueError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
-        backbone = pretrained.import_weights(pretrained.load_weights(options.weights),
-                                             build.init_network(model, recipe.seed, name, image_shape))
+        random = build.init_network(model, recipe.seed, name, image_shape)
+        backbone = build.read_weights(options.weights, key, model, random).variables
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
         params[name] = {**params.get(name, {}), **variables["params"]}
-        if variables["batch_stats"]:
+        if variables.get("batch_stats"):
             stats[name] = variables["batch_stats"]
+    for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
+        stats[name] = {}  # a network without BatchNorm
     prefix = "distilled_steps/"
     steps = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return Finished(Variables(params, stats), stored["students"], collections.Counter(steps))
+    return Finished(Variables(params, stats), _students(stored), collections.Counter(steps))
+
+
+def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The students alone of the finished run in `folder`. Errors: those of `checkpoint.restore`."""
+    return _students(checkpoint.restore(folder / "checkpoints" / "final"))
+
+
+def _students(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: {"batch_stats": {}, **student} for name, student in stored.get("students", {}).items()}

@@ -48,8 +48,31 @@ class TeacherRecipe:
     train_epochs: int
     train_lr: float
     train_weight_decay: float
+    finetune_epochs: int
+    finetune_lr: float
+    finetune_weight_decay: float
+    finetune_freeze_level: int
+    warmup_epochs: int
+    label_smoothing: float
+    finetune_use_cutmix: bool
+    finetune_cutmix_alpha: float
+    early_stopping_patience: int
+    early_stopping_min_delta: float
     freeze_level: tuple[int, ...]
     freeze_bn: bool
+
+    @property
+    def epochs(self) -> int:
+        """Of supervised training here: fine-tuning of given weights, or from scratch; 0: ready as it is."""
+        return self.finetune_epochs if self.weights else self.train_epochs
+
+    @property
+    def lr(self) -> float:
+        return self.finetune_lr if self.weights else self.train_lr
+
+    @property
+    def weight_decay(self) -> float:
+        return self.finetune_weight_decay if self.weights else self.train_weight_decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +109,7 @@ class Recipe:
     teachers: tuple[TeacherRecipe, ...]
     teacher_views: int
     teacher_cache: str
+    teachers_only: bool
     # distillation
     kd_target: str
     kd_teacher_index: int
@@ -158,8 +182,9 @@ class Recipe:
 
     @property
     def distils_from_fusion(self) -> bool:
-        """Whether a weight of the B-Step asks for the fusion network."""
-        return (self.kd_alpha > 0 and self.kd_target == "synergy") or self.feat_kd_alpha > 0
+        """Whether there is a B-Step with a weight that asks for the fusion network."""
+        asks = (self.kd_alpha > 0 and self.kd_target == "synergy") or self.feat_kd_alpha > 0
+        return asks and not self.teachers_only
 
     @property
     def uses_fusion(self) -> bool:
@@ -168,8 +193,8 @@ class Recipe:
 
     @property
     def uses_teachers(self) -> bool:
-        """Whether anything the student learns from needs a teacher."""
-        return self.uses_fusion or self.kd_alpha > 0 or self.feat_kd_alpha > 0
+        """Whether anything the student learns from needs a teacher, or teachers are all there is to train."""
+        return self.teachers_only or self.uses_fusion or self.kd_alpha > 0 or self.feat_kd_alpha > 0
 
     @property
     def uses_adapters(self) -> bool:

@@ -29,10 +29,12 @@ class Results:
     @property
     def summary(self) -> dict[str, float]:
         """The scalars of the run's row in `summary.csv`."""
-        row = {f"{split}_disagreement" if name == "disagreement" else f"{split}_acc_{name}": count / self.sizes[split] for split, counts in self.counts.items()
-               for name, count in counts.items()}
+        row = {f"{split}_disagreement" if name == "disagreement" else f"{split}_acc_{name}": count / self.sizes[split]
+               for split, counts in self.counts.items() for name, count in counts.items()}
         row |= {f"{split}_count": size for split, size in self.sizes.items()}
-        return row | {"synergy_steps_share": self.shares.get("synergy", 0.0)}  # unmixed synergy
+        if self.shares:
+            row["synergy_steps_share"] = self.shares.get("synergy", 0.0)  # unmixed synergy
+        return row
 
 
 def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
@@ -40,6 +42,8 @@ def final_results(nets: Networks, finished: Finished, *evaluators: Evaluator) ->
     counts = {}
     for evaluator in evaluators:
         row = evaluator.teacher_counts()
+        if len(nets.teachers) == 1:
+            row = {"teacher1": row["teacher1"]}
         if nets.ib_mbm is not None:
             ensemble = evaluator(finished.variables)
             row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
@@ -65,8 +69,9 @@ def render(recipe: Recipe, results: Results) -> str:
     lines = [results_table(rows), ""]
     if inflated and recipe.uses_teachers:
         lines.append("* inflated: the teachers' weights were fitted on these images too")
-    lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
-                                                for name, share in results.shares.items()))
+    if results.shares:
+        lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
+                                                    for name, share in results.shares.items()))
     if "disagreement" in test:
         lines.append(f"teachers disagree on {100 * test['disagreement'] / results.sizes['test']:.2f} % of test images")
     return "\n".join(lines)

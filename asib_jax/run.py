@@ -112,10 +112,11 @@ class Run:
             return loop.run_epoch(step, state, frozen, devices=self.devices, on_images=bar.update, **options)
 
 
-def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
+def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int
+                  ) -> Callable[[int], float]:
     """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs over the run."""
     schedule = recipe.schedule
     return lambda step: schedules.learning_rate(
-        step, base=base, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=schedule.lr_warmup_epochs,
+        step, base=base, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=warmup_epochs,
         kind=schedule.type, min_lr=schedule.min_lr, step_size=schedule.step_size, gamma=schedule.gamma,
         milestones=schedule.milestones)

@@ -1,4 +1,5 @@
 """A whole run: teachers ready, stages of A-Step and B-Step, the final table (SPEC 7)."""
+import collections
 import dataclasses
 import logging
 import pathlib
@@ -45,8 +46,26 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     describe(recipe, data, devices)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
         logger.warning(warning)
+    if recipe.teachers_only:
+        ready, validation = teachers.ready(recipe, nets, data, devices, record, reporter), None
+        done = Finished(ready, {}, collections.Counter())
+    else:
+        done, validation = distil(recipe, nets, data, devices, record, reporter)
+    finished.save(record, recipe, nets, done)
+    results = evaluate_finished(recipe, nets, data, devices, done, validation)
+    minutes = (time.perf_counter() - start) / 60
+    for key, value in results.summary.items():
+        record.log(f"final/{key}", value)
+    record.log("time/total_minutes", minutes)
+    logger.info("\n%s\n\nrecord: %s (%.1f minutes)", render(recipe, results), record.folder, minutes)
+    return {**results.summary, "minutes": minutes}
+
+
+def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
+           reporter: Reporter) -> tuple[Finished, Evaluator]:
+    """Teachers ready, every stage, the control: what is finished then, and the evaluator of the validation split."""
     student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
-    ready = teachers.ready(recipe, nets, data, devices, reporter)
+    ready = teachers.ready(recipe, nets, data, devices, record, reporter)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
     run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
     if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
@@ -57,15 +76,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     students = {"last": progress.last_student, "best": progress.best_student}
     if recipe.train_control and recipe.uses_teachers:
         students |= train_control(run, progress.epochs)
-    done = Finished(variables, students, progress.distilled_steps)
-    finished.save(record, recipe, nets, done)
-    results = evaluate_finished(recipe, nets, data, devices, done, run.validation)
-    minutes = (time.perf_counter() - start) / 60
-    for key, value in results.summary.items():
-        record.log(f"final/{key}", value)
-    record.log("time/total_minutes", minutes)
-    logger.info("\n%s\n\nrecord: %s (%.1f minutes)", render(recipe, results), record.folder, minutes)
-    return {**results.summary, "minutes": minutes}
+    return Finished(variables, students, progress.distilled_steps), run.validation
 
 
 def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> None:
@@ -74,6 +85,8 @@ def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> Non
                 data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
                 len(data.test.label), data.num_classes)
     logger.info("devices: %d x %s, %s", len(devices), devices[0].device_kind, recipe.compute_dtype)
+    if recipe.teachers_only:
+        return
     logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
                 recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
                 recipe.feat_kd_alpha)

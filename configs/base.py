@@ -1,7 +1,7 @@
 """Every key of an ASIB run, with its default: the full-scale setting of the ablation ladder.
 
-An experiment is a short diff of this file, e.g. `configs/l1_ib.py`; what a profile (`:digits`, `:small`) changes stands
-in `configs/profiles.py`. docs/configuration.md maps the original system's keys to these.
+An experiment is a short diff of this file, e.g. `configs/l1_ib.py`; what a profile (`:digits`, `:small`, at full scale
+the teachers' weights) changes stands in `configs/profiles.py`. docs/configuration.md maps the original system's keys to these.
 """
 from ml_collections import ConfigDict, config_dict
 
@@ -10,14 +10,20 @@ from configs import profiles
 
 def get_config(profile: str = "") -> ConfigDict:
     """The defaults under `profile` ("", "small" or "digits"), locked: an unknown key is an error."""
+    config = defaults()
+    profiles.apply(config, profile)
+    return config.lock()
+
+
+def defaults() -> ConfigDict:
+    """Every key, before any profile."""
     config = ConfigDict()
     _run(config)
     _data_and_networks(config)
     _distillation(config)
     _fusion(config)
     _optimisation(config)
-    profiles.apply(config, profile)
-    return config.lock()
+    return config
 
 
 def _run(config: ConfigDict) -> None:
@@ -31,7 +37,7 @@ def _run(config: ConfigDict) -> None:
     config.train_control = False  # also train the same student without teachers, for the same epochs
     config.num_devices = 0  # 0: every local device
     config.use_amp = True  # networks compute in amp_dtype; parameters, statistics and losses stay float32
-    config.amp_dtype = "bfloat16"
+    config.amp_dtype = "bfloat16"  # bfloat16, float16 (scales its loss dynamically), float32
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "": off
     config.profile_steps = ()  # (10, 15): a jax profiler trace of those B-steps
@@ -59,17 +65,28 @@ def _data_and_networks(config: ConfigDict) -> None:
     for name, network in (("teacher1", "convnext_l"), ("teacher2", "resnet152")):
         teacher = config[name] = ConfigDict()
         teacher.name = network
-        teacher.weights = ""  # .safetensors or .npz; "": trained here for train_epochs
+        teacher.weights = ""  # hf:OWNER/REPO, a .safetensors, .npz or .pth file, a checkpoint; "": trained from scratch
         teacher.mean = (0.5071, 0.4865, 0.4409)
         teacher.std = (0.2673, 0.2564, 0.2762)
         teacher.saw_val = True  # the given weights were fitted on our validation images too
-        teacher.train_epochs = 0  # training from scratch on the whole training split, without validation
+        teacher.train_epochs = 0  # from scratch, on the whole training split without validation
         teacher.train_lr = 1e-3
         teacher.train_weight_decay = 3e-4
+        teacher.finetune_epochs = 0  # the same of given weights; 0: they are ready as they are
+        teacher.finetune_lr = 1e-4
+        teacher.finetune_weight_decay = 0.05
+        teacher.finetune_freeze_level = -1  # as student_freeze_level
+        teacher.warmup_epochs = 1  # this and what follows: of either training
+        teacher.label_smoothing = 0.0
+        teacher.finetune_use_cutmix = False
+        teacher.finetune_cutmix_alpha = 1.0
+        teacher.early_stopping_patience = 0  # epochs without a better validation accuracy; 0: never stop early
+        teacher.early_stopping_min_delta = 0.0  # by which it must be better, in [0, 1]
         teacher.freeze_level = (-1,)  # as student_freeze_level; acts in A-Steps with use_teacher_finetuning
         teacher.freeze_bn = True
     config.teacher_views = 0  # V > 0: V fixed views per image, read by the teachers once; 0: a new view each epoch
     config.teacher_cache = ""  # a folder that keeps the frozen teachers' outputs between runs; "": none
+    config.teachers_only = False  # make the teachers ready, measure them, and stop
 
 
 def _distillation(config: ConfigDict) -> None:

@@ -1,9 +1,13 @@
 """What a profile changes: the same experiment on other data, smaller networks and fewer epochs."""
 from ml_collections import ConfigDict
 
+from configs import imagenet_teachers
+
 
 def _full(config: ConfigDict) -> None:
-    """CIFAR-100 at full scale: the defaults of `configs/base.py`."""
+    """CIFAR-100 at full scale: ImageNet's ConvNeXt-L and ResNet-152, fine-tuned once, teach a ResNet-101."""
+    imagenet_teachers.use(config.teacher1, "convnext_l", config.dataset.name)
+    imagenet_teachers.use(config.teacher2, "resnet152", config.dataset.name)
 
 
 def _small(config: ConfigDict) -> None:
@@ -41,6 +45,7 @@ def _digits(config: ConfigDict) -> None:
         network.mean, network.std = (0.305,), (0.376,)
     for teacher in (config.teacher1, config.teacher2):
         teacher.train_epochs = 10
+        teacher.warmup_epochs = 2
     config.use_amp = False
     config.train_control = True
     config.student_epochs_per_stage = (30, 30)

@@ -8,7 +8,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from asib_jax import checks, recipe
+from asib_jax import checks, idle_keys, recipe, teacher_store
 from configs import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +25,8 @@ LADDER = {
     "l4_full": ("l3_tadapt", {"use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
     "side_cccp_ppf": ("side_fusion", {"use_cccp": True, "use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
 }
+FINETUNE = {f"finetune_{name}_{data}": (name, data) for data in ("cifar100", "imagenet32")
+            for name in ("convnext_s", "convnext_l", "efficientnet_l2", "resnet152")}
 # What every rung shares, and the other defaults of the method.
 COMMON = {
     "ce_alpha": 0.65, "kd_alpha": 0.35, "kd_max_ratio": 2.0, "tau_schedule": (2.0, 6.0), "a_step_lr": 1e-4,
@@ -70,7 +72,7 @@ def difference(config: ConfigDict, other: ConfigDict) -> dict:
 
 def test_the_table_is_the_folder():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*LADDER, "base", "profiles", "__init__"}
+    assert files == {*LADDER, *FINETUNE, "base", "profiles", "imagenet_teachers", "finetune", "__init__"}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -80,7 +82,7 @@ def test_readable(name, profile):
     read = recipe.read(config)
     assert read == recipe.read(json.loads(json.dumps(config.to_dict())))  # as a run's folder records it
     assert len(read.teachers) == 2
-    assert checks.without_effect(read, recipe.read(base.get_config(profile))) == []
+    assert idle_keys.without_effect(read, recipe.read(base.get_config(profile))) == []
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -116,8 +118,31 @@ def test_the_small_profile_needs_two_files(name):
 
 @pytest.mark.parametrize("key, value", [*COMMON.items(), *OTHERS.items()])
 def test_defaults(key, value):
-    default = flat(base.get_config())[key]
+    default = flat(base.defaults())[key]
     assert default == value and type(default) is type(value)
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_fine_tuning_configs(name):
+    """One teacher and nothing else; on ImageNet's own images validation flatters it."""
+    teacher, data = FINETUNE[name]
+    read = recipe.read(config_of(name))
+    checks.check(read)
+    assert [one.name for one in read.teachers] == [teacher] and read.dataset.name == data and read.teachers_only
+    assert read.teachers[0].saw_val == (data == "imagenet32") and read.teachers[0].finetune_epochs > 0
+    assert idle_keys.without_effect(read, recipe.read(base.get_config())) == []
+    with pytest.raises(ValueError, match="unknown profile 'small'"):
+        config_of(name, "small")
+
+
+@pytest.mark.parametrize("k, name", [(0, "convnext_l"), (1, "resnet152")])
+def test_the_full_scale_ladder_takes_the_teachers_the_fine_tuning_configs_leave(k, name):
+    """The same key, wherever the teacher stands. This file serves as weights: only its digest is asked for."""
+    alone, ladder = config_of(f"finetune_{name}_cifar100"), config_of("l2_cccp")
+    alone.teacher1.weights = ladder.teacher1.weights = ladder.teacher2.weights = __file__
+    alone, ladder = recipe.read(alone), recipe.read(ladder)
+    assert teacher_store.folder(alone, 0) == teacher_store.folder(ladder, k)
+    assert teacher_store.folder(alone, 0) != teacher_store.folder(ladder, 1 - k)
 
 
 def test_digits_opens_the_gate_above_chance_for_ten_classes():
@@ -147,7 +172,7 @@ def documented() -> tuple[dict[str, str], dict[str, str]]:
 
 def defaults() -> dict:
     """Every leaf of base.py, the first teacher's under `teacherK`."""
-    leaves = flat(base.get_config())
+    leaves = flat(base.defaults())
     return {key.replace("teacher1.", "teacherK."): value for key, value in leaves.items() if "teacher2." not in key}
 
 

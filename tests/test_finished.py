@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, finished, parallel, pretrained, recipe
+from asib_jax import build, finished, parallel, recipe, weights
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Variables
 from configs import l1_ib
@@ -45,8 +45,8 @@ def saved(tmp_path_factory, quick_compilation):
     nets = build.build_networks(settings, 10, parallel.local_devices(1))
     student = build.init_student_and_fusion(settings, nets, SHAPE)
     trained = build.init_network(nets.teachers[0], 5, "teacher1", SHAPE)
-    imported = pretrained.import_weights(pretrained.load_weights(settings.teachers[1].weights),
-                                         build.init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE))
+    imported, _ = build.read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],
+                                     build.init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE))
     imported["params"]["distill_adapter"] = jax.tree.map(lambda leaf: leaf + 1, imported["params"]["distill_adapter"])
     variables = Variables({**student.params, "teacher1": trained["params"], "teacher2": imported["params"]},
                           {**student.batch_stats, "teacher1": trained["batch_stats"],
@@ -69,7 +69,7 @@ def test_everything_comes_back(saved):
     stored = finished.checkpoint.restore(folder / "checkpoints" / "final")["variables"]
     assert stored["teacher2"]["params"].keys() == {"distill_adapter"} and "stem" in stored["teacher1"]["params"]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["weights/teacher2"] == pretrained.digest(settings.teachers[1].weights)
+    assert metrics["weights/teacher2"] == weights.digest(settings.teachers[1].weights)
 
 
 def test_other_weights_are_refused(saved):

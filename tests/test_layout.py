@@ -12,10 +12,11 @@ PACKAGE = ROOT / "asib_jax"
 READING_ORDER = (
     "streams", "losses", "schedules", "freezing", "parallel",
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
-    "models.architecture", "models.resnet", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
-    "pretrained", "recipe", "checks", "state", "steps", "loop", "feature_bank", "evaluate",
-    "checkpoint", "experiment", "reporting", "build", "run", "teachers", "a_step", "b_step",
-    "finished", "results", "train",
+    "models.architecture", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
+    "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
+    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "loop",
+    "feature_bank", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
+    "b_step", "finished", "results", "train",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
@@ -164,23 +165,25 @@ def reads(source: str) -> set[tuple[str, str]]:
     return found
 
 
-def property_reads() -> dict[str, set[str]]:
-    """For every property of Recipe the attributes of `self` it reads."""
+def property_reads() -> dict[tuple[str, str], set[tuple[str, str]]]:
+    """(group, property) -> the (group, attribute) pairs of `self` it reads, for every property of a group's class."""
     tree = ast.parse((PACKAGE / "recipe.py").read_text())
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
-    return {function.name: {node.attr for node in ast.walk(function)
-                            if isinstance(node, ast.Attribute) and last_name(node.value) == "self"}
+    classes = {cls.__name__: group for group, cls in GROUPS.items()}
+    return {(classes[cls.name], function.name): {
+                (classes[cls.name], node.attr) for node in ast.walk(function)
+                if isinstance(node, ast.Attribute) and last_name(node.value) == "self"}
+            for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name in classes
             for function in cls.body if isinstance(function, ast.FunctionDef)}
 
 
 def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
-    """Fields of the groups that no source reads, neither directly nor through a property of Recipe."""
+    """Fields of the groups that no source reads, neither directly nor through a property of their class."""
     live = set().union(*map(reads, sources))
-    properties, todo = property_reads(), [key for group, key in live if group == ""]
+    properties, todo = property_reads(), list(live)
     while todo:
         for key in properties.get(todo.pop(), ()):
-            if ("", key) not in live:
-                live.add(("", key))
+            if key not in live:
+                live.add(key)
                 todo.append(key)
     return [f"{group}.{field.name}".lstrip(".") for group, cls in groups.items() for field in dataclasses.fields(cls)
             if (group, field.name) not in live]
@@ -188,7 +191,7 @@ def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
 
 def consumers() -> list[str]:
     """The code that acts on keys: all but what reads and checks them."""
-    return [path.read_text() for path in files("asib_jax", "launch") if path.name not in ("recipe.py", "checks.py")]
+    return [path.read_text() for path in files("asib_jax", "launch") if path.name not in ("recipe.py", "checks.py", "idle_keys.py")]
 
 
 def test_every_key_is_read_by_the_code():

@@ -1,0 +1,63 @@
+"""Which keys of a recipe have no effect in its run."""
+import math
+from operator import attrgetter
+
+from asib_jax.recipe import Recipe
+
+# Keys that act only where a condition on the recipe holds.
+_ACTIVE = (
+    (lambda r: r.use_ib and not r.beta_schedule, ("ib_beta", "ib_beta_warmup_epochs")),
+    (lambda r: r.use_ib, ("beta_schedule", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw")),
+    (lambda r: r.use_cccp, ("cccp_alpha", "cccp_nt", "cccp_ns")),
+    (lambda r: r.uses_fusion or r.cccp_ns > 1, ("use_cccp",)),
+    (lambda r: bool(r.tau_schedule), ("tau_decay_power",)),
+    (lambda r: not r.tau_schedule or r.use_cccp, ("tau",)),
+    (lambda r: r.teacher_adapt_kd_warmup > 0, ("kd_ens_alpha",)),
+    (lambda r: r.kd_ens_alpha > 0, ("teacher_adapt_kd_warmup",)),
+    (lambda r: r.schedule.type == "cosine", ("schedule.min_lr",)),
+    (lambda r: r.schedule.type == "step", ("schedule.step_size",)),
+    (lambda r: r.schedule.type == "multistep", ("schedule.milestones",)),
+    (lambda r: r.schedule.type != "cosine", ("schedule.gamma",)),
+    (lambda r: r.use_disagree_weight, ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low")),
+    (lambda r: r.disagree_lambda_high != r.disagree_lambda_low, ("use_disagree_weight", "disagree_mode")),
+    (lambda r: r.use_loss_clamp, ("loss_clamp_max",)),
+    (lambda r: r.use_partial_freeze, ("student_freeze_level",)),
+    (lambda r: r.kd_target == "teacher", ("kd_teacher_index",)),
+    (lambda r: r.kd_target == "synergy", ("kd_ens_alpha", "teacher_adapt_kd_warmup")),
+    (lambda r: r.optimizer == "sgd", ("momentum",)),
+    (lambda r: r.use_amp, ("amp_dtype",)),
+    (lambda r: r.use_teacher_finetuning or r.train_distill_adapter_only, ("teacher_lr", "reg_lambda")),
+    (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs", "use_disagree_weight")),
+    (lambda r: r.uses_adapters, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
+    (lambda r: r.uses_fusion, (
+        "use_ib", "cccp_alpha", "cccp_nt", "use_distillation_adapter", "use_teacher_finetuning", "feat_kd_key",
+        "synergy_only_epochs", "enable_kd_after_syn_acc", "synergy_ce_alpha", "synergy_kd_alpha",
+        "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
+        "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
+        "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
+    (lambda r: r.uses_teachers, ("teacher_cache", "tau", "tau_schedule", "train_control")),
+    (lambda r: r.uses_fusion or not r.teacher_adapt_epochs, ("teacher_adapt_epochs",)),
+)
+# The same of a teacher's own keys.
+_TEACHER_ACTIVE = (
+    (lambda t: t.train_epochs > 0, ("train_lr", "train_weight_decay")),
+    (lambda t: t.finetune_epochs > 0, ("finetune_lr", "finetune_weight_decay", "finetune_freeze_level")),
+    (lambda t: t.epochs > 0, ("warmup_epochs", "label_smoothing", "finetune_use_cutmix", "early_stopping_patience")),
+    (lambda t: t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
+    (lambda t: t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
+)
+
+
+def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
+    """Keys set away from `defaults` that no code will act on in this run, sorted; a teacher's where both have it."""
+    idle = _idle(_ACTIVE, recipe, defaults)
+    for k, (teacher, default) in enumerate(zip(recipe.teachers, defaults.teachers), 1):
+        idle += [f"teacher{k}.{key}" for key in _idle(_TEACHER_ACTIVE, teacher, default)]
+    return sorted(idle)
+
+
+def _idle(rules, group, defaults) -> list[str]:
+    def same(a, b):
+        return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
+    inactive = {key for active, keys in rules if not active(group) for key in keys}
+    return [key for key in inactive if not same(attrgetter(key)(group), attrgetter(key)(defaults))]

@@ -1,0 +1,10 @@
+"""Fine-tune ResNet-152 to CIFAR-100 and measure it; `configs/imagenet_teachers.py` has the recipe.
+
+    python launch/main.py --config=configs/finetune_resnet152_cifar100.py
+"""
+from configs.finetune import finetune
+
+
+def get_config(profile: str = ""):
+    """The full-scale defaults with one teacher and no student."""
+    return finetune("resnet152", "cifar100", profile)
