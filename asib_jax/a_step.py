@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
-from asib_jax.models.ensemble import Mode, Variables
+from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.steps import ATerms, BTerms
+from asib_jax.steps import ATerms, BTerms, Training
 
 logger = logging.getLogger("asib_jax")
 
@@ -37,14 +37,13 @@ def calibrate(run: Run, variables: Variables) -> Variables:
     return state.join(current, frozen)
 
 
-def trainable(run: Run, params: dict, stage: int) -> tuple[dict[str, Any], tuple[Mode, ...]]:
+def trainable(recipe: Recipe, nets: Networks, params: dict, stage: int) -> tuple[dict[str, Any], tuple[Mode, ...]]:
     """What the A-Step trains, as a mask over the parameters, and how each teacher runs."""
-    recipe = run.recipe
     mask: dict[str, Any] = {name: name in ("ib_mbm", "synergy_head") for name in params}
     if recipe.student_feature == "distill_feat" and recipe.feat_kd_alpha == 0:
         mask["student"] = {child: child == "distill_adapter" for child in params["student"]}
     modes = []
-    for k, (name, model) in enumerate(zip(run.nets.teacher_names, run.nets.teachers)):
+    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
         options = recipe.teachers[k]
         mode = Mode()
         if recipe.train_distill_adapter_only:
@@ -100,6 +99,18 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
             "dropout_key": streams.key(recipe.seed, "dropout", stage, epoch)}
 
 
+def make_training(recipe: Recipe, nets: Networks, params: dict, stage: int, axis_name: str | None = None) -> Training:
+    """The A-Step of a stage (from 0)."""
+    mask, modes = trainable(recipe, nets, params, stage)
+
+    def trained(params):
+        return [freezing.split(params[name], mask[name])[0] for name in nets.teacher_names]
+
+    loss = functools.partial(steps.a_loss, nets=nets, terms=terms_of(recipe), trained=trained, teacher_modes=modes,
+                             axis_name=axis_name)
+    return Training(loss, mask, nets.teacher_names if recipe.use_teacher_finetuning else (), make_optimizer(recipe))
+
+
 def ema(old: float | None, new: float, alpha: float) -> float:
     """`last_synergy_acc` after a measurement: alpha*new + (1-alpha)*old, the first taken whole (SPEC 4)."""
     return new if old is None else alpha * new + (1 - alpha) * old
@@ -111,19 +122,13 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
     """
     recipe, axis = run.recipe, parallel.axis_name(run.devices)
-    mask, modes = trainable(run, variables.params, stage)
-    trained_teachers = run.nets.teacher_names if recipe.use_teacher_finetuning else ()
-    tx = make_optimizer(recipe)
-    current, frozen = state.begin(variables, mask, trained_teachers, tx, progress.a_opt_state, recipe.compute_dtype)
+    training = make_training(recipe, run.nets, variables.params, stage, axis)
+    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.a_opt_state,
+                                  recipe.compute_dtype)
     current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
-
-    def trained(params):
-        return [freezing.split(params[name], mask[name])[0] for name in run.nets.teacher_names]
-
-    loss = functools.partial(steps.a_loss, nets=run.nets, terms=terms_of(recipe), trained=trained, teacher_modes=modes,
-                             axis_name=axis)
-    step = run.compiled(("a", str(mask), modes), lambda: steps.make_train_step(loss, tx, axis_name=axis))
+    step = run.compiled(("a", str(training.mask)),
+                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis))
     best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
     best = jax.device_get(current)
     rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
@@ -138,7 +143,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         progress.a_steps, progress.epochs = progress.a_steps + done, progress.epochs + 1
         progress.ib_epochs += int(recipe.use_ib and controls["certain"])
         whole = state.join(current, frozen)
-        if trained_teachers:
+        if training.trained_stats:
             run.validation.read_teachers(whole)
         accuracy = run.validation.accuracies(whole)["synergy"]
         progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
@@ -150,7 +155,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
             best_acc, best = accuracy, jax.device_get(current)
     progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state
     variables = state.join(best, frozen)
-    if trained_teachers:
+    if training.trained_stats:
         run.validation.read_teachers(variables)
     logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
     return parallel.replicate(variables, run.devices)

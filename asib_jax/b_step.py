@@ -9,18 +9,18 @@ import numpy as np
 
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
 from asib_jax.a_step import ema
-from asib_jax.models.ensemble import Mode, Variables
+from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.steps import BTerms
+from asib_jax.steps import BTerms, Training
 
 logger = logging.getLogger("asib_jax")
 
 
-def trainable(run: Run, params: dict, stage: int) -> tuple[dict[str, Any], Mode]:
+def trainable(recipe: Recipe, nets: Networks, params: dict, stage: int) -> tuple[dict[str, Any], Mode]:
     """What the B-Step trains, as a mask over the parameters, and how the student runs."""
-    recipe, names = run.recipe, stage_names(run.nets.student)
+    names = stage_names(nets.student)
     level = freezing.level_for_stage(recipe.student_freeze_level, stage) if recipe.use_partial_freeze else -1
     frozen = freezing.frozen_stages(level, len(names), "student_freeze_level")
     student = freezing.trainable(params["student"], names, level, recipe.student_freeze_bn)
@@ -69,6 +69,15 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
             "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch)}
 
 
+def make_training(recipe: Recipe, nets: Networks, params: dict, stage: int, axis_name: str | None = None) -> Training:
+    """The B-Step of a stage (from 0)."""
+    mask, mode = trainable(recipe, nets, params, stage)
+    tx = state.make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
+                              grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
+    loss = functools.partial(steps.b_loss, nets=nets, terms=terms_of(recipe), mode=mode, axis_name=axis_name)
+    return Training(loss, mask, ("student",), tx)
+
+
 def target_name(recipe: Recipe, controls: dict) -> str:
     """What an epoch with these controls distils from."""
     if not recipe.kd_alpha:
@@ -87,14 +96,13 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     With `restore_best` the best one continues, with fresh moments.
     """
     recipe, axis = run.recipe, parallel.axis_name(run.devices)
-    mask, mode = trainable(run, variables.params, stage)
-    tx = state.make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
-                              grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
-    current, frozen = state.begin(variables, mask, ("student",), tx, progress.b_opt_state, recipe.compute_dtype)
+    training = make_training(recipe, run.nets, variables.params, stage, axis)
+    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.b_opt_state,
+                                  recipe.compute_dtype)
     current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
-    loss = functools.partial(steps.b_loss, nets=run.nets, terms=terms_of(recipe), mode=mode, axis_name=axis)
-    step = run.compiled(("b", str(mask), mode), lambda: steps.make_train_step(loss, tx, axis_name=axis))
+    step = run.compiled(("b", str(training.mask)),
+                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis))
     if run.nets.ib_mbm is not None:
         watched = run.validation.accuracies(variables)
         run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})

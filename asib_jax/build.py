@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from asib_jax import checkpoint, models, parallel, pretrained, streams, weights
 from asib_jax.data import sources, splits
@@ -31,19 +32,32 @@ class Data(NamedTuple):
         return self.test.image.shape[1:]
 
 
+class Rows(NamedTuple):
+    """Which rows of the training split are which part of `Data`."""
+
+    train: np.ndarray
+    teacher_train: np.ndarray
+    validation: np.ndarray
+
+
 def load_data(recipe: Recipe) -> Data:
-    """The splits of SPEC 7, fixed by the seed. Errors: those of `sources.load` and `splits`."""
+    """The splits of SPEC 7, fixed by the seed. Errors: those of `sources.load` and `divide`."""
     options = recipe.dataset
     dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
-    train_rows, validation_rows = splits.train_validation(dataset.train.label, options.val_fraction, recipe.seed)
-    train = teacher_train = dataset.train.take(train_rows)
+    parts = [dataset.train.take(rows) for rows in divide(recipe, dataset.train.label)]
+    return Data(*parts, dataset.test, dataset.num_classes, dataset.origin)
+
+
+def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
+    """The training split by its labels [N]. Raises ValueError for too few images, and the errors of `splits`."""
+    options = recipe.dataset
+    teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
+    train = teacher_train
     if options.train_subset:
-        train = teacher_train.take(splits.stratified_subset(teacher_train.label, options.train_subset, recipe.seed))
-    if len(train.label) < options.batch_size:
-        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train.label)} images to "
-                         "train on")
-    return Data(train, teacher_train, dataset.train.take(validation_rows), dataset.test, dataset.num_classes,
-                dataset.origin)
+        train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]
+    if len(train) < options.batch_size:
+        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on")
+    return Rows(train, teacher_train, validation)
 
 
 def build_networks(recipe: Recipe, num_classes: int, devices: list[jax.Device]) -> Networks:

@@ -6,7 +6,7 @@ every scalar that depends on the epoch, as arrays, so that no schedule recompile
 """
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ from asib_jax.models.ib_mbm import sample
 from asib_jax.state import TrainState, join
 
 Loss = Callable[[Variables, dict, dict], tuple[jax.Array, tuple[dict, dict]]]
+
+
+class Training(NamedTuple):
+    """What a training step is made of. mask: what it trains, over all parameters; trained_stats: the networks whose
+    batch statistics it updates; tx: from gradients to directions."""
+
+    loss: Loss
+    mask: dict[str, Any]
+    trained_stats: tuple[str, ...]
+    tx: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)

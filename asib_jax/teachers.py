@@ -16,7 +16,7 @@ from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.run import learning_rate
-from asib_jax.steps import BTerms
+from asib_jax.steps import BTerms, Training
 
 logger = logging.getLogger("asib_jax")
 
@@ -76,7 +76,13 @@ def train(recipe: Recipe, nets: Networks, k: int, variables: dict[str, Any], dat
     """
     options, model, name = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
     split, batch_size = data.teacher_train, recipe.dataset.batch_size
-    current, frozen, step = _begin(recipe, k, model, variables, devices)
+    axis = parallel.axis_name(devices)
+    training = make_training(recipe, k, model, variables["params"], axis)
+    step = parallel.compile_step(steps.make_train_step(training.loss, training.tx, axis_name=axis), devices,
+                                 arguments=4, donate_first=True)
+    whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
+    current, frozen = parallel.replicate(state.begin(whole, training.mask, training.trained_stats, training.tx, None,
+                                                     recipe.compute_dtype), devices)
     validation = Evaluator(Networks(model.clone(adapter_dim=0)), Variables({}, {}), data.validation, name="validation",
                            batch_size=batch_size, devices=devices)
     steps_per_epoch = len(split.label) // batch_size
@@ -114,20 +120,17 @@ def train(recipe: Recipe, nets: Networks, k: int, variables: dict[str, Any], dat
     return best
 
 
-def _begin(recipe: Recipe, k: int, model: KDModel, variables: dict[str, Any], devices: list[jax.Device]):
-    """State, frozen variables and compiled step of teacher `k`, which trains as a "student" of labels alone."""
-    options, axis, names = recipe.teachers[k], parallel.axis_name(devices), stage_names(model)
+def make_training(recipe: Recipe, k: int, model: KDModel, params: dict[str, Any], axis_name: str | None = None
+                  ) -> Training:
+    """The supervised training of teacher `k` (from 0), which is its own "student" of labels alone."""
+    options, names = recipe.teachers[k], stage_names(model)
     level = options.finetune_freeze_level if options.weights else -1
     mode = Mode(train=True, frozen_stages=freezing.frozen_stages(level, len(names), "finetune_freeze_level"))
-    mask = freezing.trainable(variables["params"], names, level)
+    mask = freezing.trainable(params, names, level)
     if "distill_adapter" in mask:  # no label reaches it
         mask["distill_adapter"] = False
     terms = BTerms(recipe.dataset.data_aug, label_smoothing=options.label_smoothing,
                    cutmix_alpha=options.finetune_cutmix_alpha if options.finetune_use_cutmix else 0.0)
     tx = state.make_optimizer("adamw", weight_decay=options.weight_decay, grad_clip_norm=recipe.grad_clip_norm)
-    loss = functools.partial(steps.b_loss, nets=Networks(model), terms=terms, mode=mode, axis_name=axis)
-    step = parallel.compile_step(steps.make_train_step(loss, tx, axis_name=axis), devices, arguments=4,
-                                 donate_first=True)
-    whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
-    current, frozen = state.begin(whole, {"student": mask}, ("student",), tx, None, recipe.compute_dtype)
-    return *parallel.replicate((current, frozen), devices), step
+    loss = functools.partial(steps.b_loss, nets=Networks(model), terms=terms, mode=mode, axis_name=axis_name)
+    return Training(loss, {"student": mask}, ("student",), tx)

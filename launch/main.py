@@ -1,4 +1,4 @@
-"""Train: python launch/main.py --config=configs/l2_cccp.py:digits [--config.KEY=VALUE ...]"""
+"""Train: python launch/main.py --config=configs/l2_cccp.py:digits [--dry_run] [--config.KEY=VALUE ...]"""
 import pathlib
 import sys
 
@@ -8,11 +8,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from asib_jax import checks, recipe as recipes, reporting, train
+from asib_jax import checks, dry_run, idle_keys, plan, recipe as recipes, reporting, train
 from asib_jax.experiment import Record
 from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what the run would do, its sizes and its memory, and stop.")
 
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
@@ -24,12 +25,15 @@ def main(argv: list[str]) -> None:
     try:
         recipe = recipes.read(CONFIG.value)
         checks.check(recipe)
+        if DRY_RUN.value:
+            print(dry_run.text(recipe, plan.make(recipe)))
+            return
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
         record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     logger = reporting.setup_logging(record.folder)
-    idle = checks.without_effect(recipe, recipes.read(base.get_config(profile)))
+    idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
     if idle:
         logger.warning("without effect in this run: %s", ", ".join(idle))
     try:

@@ -63,7 +63,7 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
         trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
     trees = jax.tree_util.tree_map_with_path(draw, trees)
     variables = Variables({name: tree["params"] for name, tree in trees.items()},
-                          {name: trees[name]["batch_stats"] for name in models})
+                          {name: trees[name].get("batch_stats", {}) for name in models})
     for name, model in models.items():  # centred and spread, or one class wins on every image and codes hardly differ
         params, pixels = variables.params[name], jnp.float32(make_split(16).image)
         for layer in [params["classifier"]] + ([params["distill_adapter"]["fc2"]] if model.adapter_dim else []):

@@ -62,9 +62,10 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(launch, tmp_path)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--config=configs/l2_cccp.py"], "unknown model 'convnext_l'; teacher1.name must be one of resnet8"),
+    (["--config=configs/l2_cccp.py", "--config.teacher1.name=convnext_xl"],
+     "unknown model 'convnext_xl'; teacher1.name must be one of resnet8"),
     (["--config=configs/l2_cccp.py:digits", "--config.student_lrr=1"], 'Did you mean "student_lr"'),
-    (["--config=configs/l2_cccp.py:small"], "set teacher1.weights to a .safetensors or .npz file"),
+    (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights"),
     (["--config=configs/l2_cccp.py:digits", "--config.dataset.batch_size=33", "--config.num_devices=7"], "num_devices=7"),
 ])
 def test_errors_come_before_any_work(launch, arguments, message, tmp_path):

@@ -14,9 +14,9 @@ READING_ORDER = (
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
     "models.architecture", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
-    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "loop",
+    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "loop",
     "feature_bank", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
-    "b_step", "finished", "results", "train",
+    "b_step", "finished", "export", "results", "train", "plan", "dry_run",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
@@ -190,8 +190,9 @@ def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
 
 
 def consumers() -> list[str]:
-    """The code that acts on keys: all but what reads and checks them."""
-    return [path.read_text() for path in files("asib_jax", "launch") if path.name not in ("recipe.py", "checks.py", "idle_keys.py")]
+    """The code that acts on keys: all but what reads, checks and describes them."""
+    others = ("recipe.py", "checks.py", "idle_keys.py", "cost.py", "plan.py", "dry_run.py", "export.py")
+    return [path.read_text() for path in files("asib_jax", "launch") if path.name not in others]
 
 
 def test_every_key_is_read_by_the_code():

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from asib_jax.data.sources import SOURCES, load
+from asib_jax.data.sources import SOURCES, load, sizes
 
 TRAIN, TEST = 7, 4  # images of either split
 
@@ -156,3 +156,26 @@ def test_take_keeps_the_index(tmp_path):
     part = train.take(np.array([4, 1])).take(np.array([0]))
     np.testing.assert_array_equal(part.index, [4])
     np.testing.assert_array_equal(part.image[0], train.image[4])
+
+
+@pytest.mark.parametrize("name", ["digits", "npz"])
+def test_sizes_are_those_of_what_is_loaded(tmp_path, name):
+    path = str(write_npz(tmp_path / "own.npz")) if name == "npz" else ""
+    found, data = sizes(name, path=path), load(name, path=path)
+    assert (found.test, found.image_shape) == (len(data.test.label), data.train.image.shape[1:])
+    assert (found.num_classes, found.origin) == (data.num_classes, data.origin)
+    np.testing.assert_array_equal(found.labels, data.train.label)
+
+
+@pytest.mark.parametrize("name, train, test, classes, largest, origin", [
+    ("cifar100", 50_000, 10_000, 100, 500, "cifar100 as published, not read"),
+    ("imagenet32", 1_281_167, 50_000, 1000, 1282, "imagenet32 as published, not read; a run needs dataset.path"),
+])
+def test_sizes_of_published_data_sets(name, train, test, classes, largest, origin, tmp_path):
+    """Nothing of them is here."""
+    found = sizes(name, data_dir=str(tmp_path))
+    counts = np.bincount(found.labels)
+    assert (counts.sum(), len(counts), counts.max()) == (train, classes, largest) and np.ptp(counts) <= 1
+    assert (found.test, found.image_shape, found.num_classes, found.origin) == (test, (32, 32, 3), classes, origin)
+    with pytest.raises(FileNotFoundError, match=r"dataset\.path"):
+        sizes(name, path=str(tmp_path / "absent"))

@@ -1,12 +1,12 @@
 """Every network by name."""
 from collections.abc import Callable, Sequence
 
-from asib_jax.models import mobilenet
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.ib_mbm import IB_MBM, SynergyHead
 from asib_jax.models.kd_model import KDModel, feature_dim
+from asib_jax.models.mobilenet import ROWS as MOBILENET_ROWS, mobilenet_v2
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[bool], Architecture]] = {
     "efficientnet_b0": lambda small_input: efficientnet(1.0, 1.0, 0.2, small_input),
     "efficientnet_b2": lambda small_input: efficientnet(1.1, 1.2, 0.3, small_input),
     "efficientnet_l2": lambda small_input: efficientnet(4.3, 5.3, 0.5, small_input, tensorflow=True),
-    "mobilenet_v2": lambda small_input: mobilenet.mobilenet_v2(mobilenet.ROWS, small_input),
+    "mobilenet_v2": lambda small_input: mobilenet_v2(MOBILENET_ROWS, small_input),
     "shufflenet_v2": lambda small_input: shufflenet_v2((4, 8, 4), (116, 232, 464), small_input),
 }
 

@@ -1,0 +1,30 @@
+"""Write a finished run's student under PyTorch's names: python launch/export.py --run=results/latest"""
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags, logging
+
+from asib_jax import export
+
+RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
+STUDENT = flags.DEFINE_string("student", "best", "Which student: best (on validation), last, control_best, ...")
+FORMAT = flags.DEFINE_enum("format", "safetensors", sorted(export.FORMATS), "The kind of file.")
+OUT = flags.DEFINE_string("out", None, "The file; by default student.FORMAT in the run folder.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a restore
+    out = pathlib.Path(OUT.value) if OUT.value else None
+    try:
+        path, about = export.export(pathlib.Path(RUN.value), STUDENT.value, FORMAT.value, out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(path, *(f"  {key}: {value}" for key, value in about.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

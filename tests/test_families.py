@@ -1,0 +1,93 @@
+"""Every family as student and as teacher: whole A- and B-Steps at a tiny size, and the full-size ones by shape."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax import state, steps, streams
+from asib_jax.models import MODELS
+from asib_jax.models.convnext import convnext
+from asib_jax.models.efficientnet import efficientnet
+from asib_jax.models.ensemble import Mode
+from asib_jax.models.mobilenet import Row, mobilenet_v2
+from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+from asib_jax.models.shufflenet import shufflenet_v2
+from asib_jax.models.vgg import vgg
+from asib_jax.models.wide_resnet import wide_resnet
+from asib_jax.steps import ATerms, BTerms
+from networks import convolutions, make_batch, make_networks, random_variables
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TINY = {
+    "resnet": cifar_resnet(8, widths=(4, 6, 8), stem=4), "resnet50": imagenet_resnet((1, 1, 1, 1), True),
+    "wrn": wide_resnet(10, 1), "vgg": vgg(((4,), (6,), (8,))),
+    "convnext": convnext((4, 6, 8, 10), (1, 1, 1, 1), 0.5, True), "efficientnet": efficientnet(0.1, 0.1, 0.2, True),
+    "mobilenet": mobilenet_v2((Row(1, 8, 1, 1), Row(2, 8, 2, 2)), True),
+    "shufflenet": shufflenet_v2((1, 1, 1), (8, 12, 16), True),
+}
+A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.0, kd_alpha=0.3, cccp_alpha=0.25, cccp_tau=4.0,
+                 feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=1)
+B_TERMS = BTerms(data_aug=1, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
+CONTROLS = {
+    **{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "average_share", "ramp", "ratio_on")},
+    **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")},
+    "lr": jnp.float32(0.01), "step": jnp.int32(0),
+}
+
+
+def one_step(loss, nets, variables, trained, stats):
+    """A step of plain gradient descent: which kernels and statistics of the trained networks stood still."""
+    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+    current, frozen = state.begin(variables, {name: name in trained for name in variables.params}, stats, tx)
+    before = jax.device_get((current.params, current.batch_stats))
+    after, metrics = jax.jit(steps.make_train_step(loss, tx))(current, frozen, CONTROLS, make_batch())
+    assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves((after.params, after.batch_stats)))
+    return {jax.tree_util.keystr(path) for (path, old), new in pairs
+            if path[-1].key in ("kernel", "gamma", "mean", "var") and np.array_equal(old, new)}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_student_learns_from_a_teacher_of_its_family(family):
+    """One B-Step: every kernel moves, but for those of the adapter, which no loss reaches."""
+    nets = make_networks(student=TINY[family], teachers=(TINY[family], convolutions(4)))
+    loss = functools.partial(steps.b_loss, nets=nets, terms=B_TERMS)
+    still = one_step(loss, nets, random_variables(nets), ("student",), ("student",))
+    assert len(still) == 2 and all("distill_adapter" in key for key in still)
+
+
+@pytest.mark.parametrize("family", ["convnext", "efficientnet"])
+def test_a_teacher_is_tuned_in_the_a_step(family):
+    """With BatchNorm and without: every kernel moves but the classifier's, which no loss reaches."""
+    nets = make_networks(student=convolutions(3), teachers=(TINY[family], convolutions(4)))
+    loss = functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=lambda params: [],
+                             teacher_modes=(Mode(train=True), Mode()))
+    still = one_step(loss, nets, random_variables(nets), ("teacher1", "ib_mbm", "synergy_head"), ("teacher1",))
+    assert still == {"[0]['teacher1']['classifier']['kernel']"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_name_goes_through_the_b_step(name):
+    """By shape alone: nothing is compiled. The networks are those of the `:small` profile but for the student."""
+    nets = make_networks(student=MODELS[name](True), teachers=(convolutions(3), convolutions(4)))
+
+    def initial():
+        pixels = jnp.zeros((1, 32, 32, 3))
+        student = nets.student.init(jax.random.key(0), pixels, train=False)
+        return student["params"], student.get("batch_stats", {})
+
+    params, stats = jax.eval_shape(initial)
+    rest = random_variables(make_networks(student=convolutions(3), teachers=(convolutions(3), convolutions(4))))
+    tx = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+    variables = rest._replace(params={**rest.params, "student": params},
+                              batch_stats={**rest.batch_stats, "student": stats})
+    begin = functools.partial(state.begin, mask={name: name == "student" for name in rest.params},
+                              trained_stats=("student",), tx=tx)
+    current, frozen = jax.eval_shape(begin, variables)
+    step = steps.make_train_step(functools.partial(steps.b_loss, nets=nets, terms=B_TERMS), tx)
+    batch = {**make_batch(), "image": np.zeros((8, 32, 32, 3), np.uint8)}
+    after, _ = jax.eval_shape(step, current, frozen, CONTROLS, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), current)
