@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 
-from asib_jax import build, feature_bank, models, pretrained
+from asib_jax import build, feature_bank, models
 from asib_jax.data import sources
 from asib_jax.models.ensemble import Networks, Variables
 
@@ -25,8 +25,8 @@ def main(data: str, weights: str) -> None:
     nets, params, stats = [], {}, {}
     for k, name in enumerate(EXPECTED, 1):
         model = models.create_teacher_by_name(name, 100, small_input=True, mean=MEAN, std=STD)
-        variables = pretrained.import_weights(pretrained.load_weights(f"{weights}/cifar100_{name}.safetensors"),
-                                              build.init_network(model, 0, name, test.image.shape[1:]))
+        variables, _ = build.read_weights(f"{weights}/cifar100_{name}.safetensors", "weights", model,
+                                          build.init_network(model, 0, name, test.image.shape[1:]))
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
     bank = feature_bank.build(Networks(nets[0], tuple(nets)), Variables(params, stats), test, keys=[jax.random.key(0)],
