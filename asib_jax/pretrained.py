@@ -105,8 +105,9 @@ def _torch_name(path: str, names: Names) -> str:
     _, _, path = path.partition("/")  # params or batch_stats
     module, _, leaf = path.rpartition("/")
     for pattern, replacement in names:
-        if re.fullmatch(pattern, module):
-            return f"{re.sub(pattern, replacement, module)}.{_LEAVES.get(leaf, leaf)}"
+        if match := re.fullmatch(pattern, module):
+            name = replacement(match) if callable(replacement) else match.expand(replacement)
+            return f"{name}.{_LEAVES.get(leaf, leaf)}"
     raise LookupError(f"no naming rule of the architecture matches {module!r}")
 
 

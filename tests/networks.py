@@ -10,14 +10,14 @@ from asib_jax.models import build_ib_mbm_from_teachers
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
-from asib_jax.models.resnet import Stem
+from asib_jax.models.layers import ConvNorm
 
 CLASSES, DIM = 5, 8
 
 
 def convolutions(*widths: int) -> Architecture:
     """One convolution, BatchNorm and relu per stage; every stage but the first halves the resolution."""
-    stages = tuple((f"stage{i}", partial(Stem, kernel=3, width=width, stride=min(i + 1, 2), pool=False))
+    stages = tuple((f"stage{i}", partial(ConvNorm, kernel=3, width=width, stride=min(i + 1, 2)))
                    for i, width in enumerate(widths))
     return Architecture(stages, feat_dim=widths[-1])
 

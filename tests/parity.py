@@ -1,7 +1,4 @@
-"""How far a network here is from PyTorch's with the same weights.
-
-    python tests/parity.py            # every family at full size where it fits, as the table of docs/models.md
-"""
+"""How far a network here is from PyTorch's with the same weights."""
 import copy
 
 import jax
@@ -25,9 +22,9 @@ def errors(network: torch.nn.Module, architecture: Architecture, size: int, batc
     the factor before it is compared. Asserts that the weights exported again, under the convention that fits best, are
     PyTorch's own, bit by bit.
     """
-    _randomise(network)
     model = KDModel(architecture, CLASSES, MEAN, STD)
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
+    _randomise(network, pixels)
     labels = np.arange(batch) % CLASSES
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), pixels, train=False))
     old, wide = _state(network), copy.deepcopy(network).double()
@@ -64,20 +61,40 @@ def relative(actual, expected) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def _randomise(network: torch.nn.Module) -> None:
-    """The same values whatever was drawn before, also where initialisers leave constants; no dropout of any kind."""
+def _randomise(network: torch.nn.Module, pixels: np.ndarray) -> None:
+    """The same values whatever was drawn before, also where initialisers leave constants; no dropout of any kind.
+
+    Running statistics are those of the images but for random factors: with any others activations grow from layer to
+    layer, until float32 and float64 disagree in PyTorch, too.
+    """
     torch.manual_seed(0)
     for module in network.modules():
         for name in ("drop_prob", "drop_rate", "p"):  # timm's and torchvision's stochastic depth, dropout
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    for name, leaf in [*network.named_parameters(), *network.named_buffers()]:
+    for name, leaf in network.named_parameters():
         if leaf.ndim > 1:
             torch.nn.init.kaiming_normal_(leaf)
-        elif name.endswith(("weight", "running_var", "gamma")):
+        elif name.endswith(("weight", "gamma")):
             leaf.data.uniform_(0.5, 1.5)
         elif leaf.ndim == 1:
             leaf.data.uniform_(-0.5, 0.5)
+    norms = list(_norms(network).values())
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(_normalised(pixels))
+    for module, momentum in zip(norms, momenta):
+        module.momentum = momentum
+        module.num_batches_tracked.zero_()
+        for leaf in (module.running_mean, module.running_var):
+            leaf.mul_(torch.empty_like(leaf).uniform_(0.8, 1.25))
+
+
+def _norms(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in network.named_modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
 
 
 def _state(network: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -118,8 +135,7 @@ def _torch_evaluation(network, pixels) -> dict[str, np.ndarray]:
 
 def _torch_training(network, pixels) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits of one training pass, and the state after it with variances as if PyTorch took in the biased ones."""
-    norms = {name: module for name, module in network.named_modules()
-             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
+    norms = _norms(network)
     old, counts = _state(network), {}  # counts: how many values a statistic is taken over
     for name, module in norms.items():
         module.register_forward_hook(lambda m, args, out, name=name: counts.update({name: out[:, 0].numel()}))

@@ -64,7 +64,8 @@ def test_stages(small_input, size, heights):
         stage = factory(dtype=jnp.float32, axis_name=None)
         x, _ = jax.eval_shape(lambda x: stage.init_with_output(jax.random.key(0), x, train=False), x)
         assert (name, x.shape) == (expected, (1, height, height, width))
-    rates = [rate for _, factory in architecture.stages[1:] for rate in factory.keywords["drop_rates"]]
+    rates = [block.args[0] for _, factory in architecture.stages[1:] for name, block in factory.keywords["parts"]
+             if name != "downsample"]
     np.testing.assert_allclose(rates, np.linspace(0, 0.4, 36), rtol=1e-12)
 
 
@@ -94,7 +95,7 @@ def test_layer_norm(mean, deviation):
 def test_block_drops_whole_examples():
     """x + branch without keys; with them x or x + 2 branch at rate 1/2. Parameters start as the original's."""
     x = np.random.default_rng(0).normal(size=(64, 3, 3, 8)).astype(np.float32)
-    block = Block(0.5, jnp.float32)
+    block = Block(0.5, jnp.float32, None)
 
     @jax.jit
     def run(keys):

@@ -78,7 +78,8 @@ def test_stages(small_input, size, heights):
         stage = factory(dtype=jnp.float32, axis_name=None)
         x, _ = jax.eval_shape(lambda x: stage.init_with_output(jax.random.key(0), x, train=False), x)
         assert (name, x.shape) == (expected, (1, height, height, width))
-    rates = [rate for _, factory in architecture.stages[1:] for rate in factory.keywords["drop_rates"]]
+    rates = [block.args[4] for _, factory in architecture.stages[1:] for name, block in factory.keywords["parts"]
+             if name != "head"]
     np.testing.assert_allclose(rates, np.arange(16) * 0.2 / 16, rtol=1e-12)
 
 

@@ -31,7 +31,7 @@ A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.0, kd_alpha=0.3, cccp_
                  feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=1)
 B_TERMS = BTerms(data_aug=1, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
 CONTROLS = {
-    **{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "average_share", "ramp", "ratio_on")},
+    **dict.fromkeys(("tau", "beta", "open", "certain", "gate", "average_share", "ramp", "ratio_on"), jnp.float32(1)),
     **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")},
     "lr": jnp.float32(0.01), "step": jnp.int32(0),
 }

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "asib_jax"
 READING_ORDER = (
     "streams", "losses", "schedules", "freezing", "parallel",
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
-    "models.architecture", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
+    "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
     "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "loop",
     "feature_bank", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",

@@ -12,8 +12,8 @@ from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
 from asib_jax.models.wide_resnet import wide_resnet
 
-# Name -> function of `small_input`. The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and read
-# images of any size with it.
+# Name -> function of `small_input`. The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and
+# read images of any size with it.
 MODELS: dict[str, Callable[[bool], Architecture]] = {
     "resnet8": lambda small_input: cifar_resnet(8),
     "resnet14": lambda small_input: cifar_resnet(14),

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, conv, keys_of, stochastic_depth
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Chain, conv, keys_of, stochastic_depth
 
 _INIT = nn.initializers.normal(0.02)
 _conv = partial(conv, use_bias=True, kernel_init=_INIT)
@@ -24,8 +25,8 @@ def _from_zero(rest: str):
 NAMES = ((  # timm's
     (r"stem/conv", "stem.0"),
     (r"stem/norm", "stem.1"),
-    (r"stage(\d)/downsample_norm", _from_zero("downsample.0")),
-    (r"stage(\d)/downsample_conv", _from_zero("downsample.1")),
+    (r"stage(\d)/downsample/norm", _from_zero("downsample.0")),
+    (r"stage(\d)/downsample/conv", _from_zero("downsample.1")),
     (r"stage(\d)/block(\d+)", _from_zero(r"blocks.\2")),  # gamma
     (r"stage(\d)/block(\d+)/depthwise", _from_zero(r"blocks.\2.conv_dw")),
     (r"stage(\d)/block(\d+)/norm", _from_zero(r"blocks.\2.norm")),
@@ -60,9 +61,10 @@ class Block(nn.Module):
 
     drop_rate: float
     dtype: Any
+    axis_name: str | None  # nothing here averages over the batch
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, dropout_keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_INIT)
         y = _conv(7, width, 1, feature_group_count=width, dtype=self.dtype, name="depthwise")(x)
@@ -72,23 +74,16 @@ class Block(nn.Module):
         return x + stochastic_depth(y, self.drop_rate, keys_of(self, dropout_keys))
 
 
-class Stage(nn.Module):
-    """LayerNorm and a 2x2 convolution of stride 2 if `downsample`, then one block for each of `drop_rates`."""
+class Downsample(nn.Module):
+    """LayerNorm and a 2x2 convolution of stride 2."""
 
     width: int
-    downsample: bool
-    drop_rates: tuple[float, ...]
     dtype: Any
     axis_name: str | None  # nothing here averages over the batch
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        if self.downsample:
-            x = _layer_norm(self.dtype, "downsample_norm")(x)
-            x = _conv(2, self.width, 2, padding=0, dtype=self.dtype, name="downsample_conv")(x)
-        for i, rate in enumerate(self.drop_rates):
-            x = Block(rate, self.dtype, name=f"block{i}")(x, dropout_keys=dropout_keys)
-        return x
+        return _conv(2, self.width, 2, padding=0, dtype=self.dtype, name="conv")(_layer_norm(self.dtype, "norm")(x))
 
 
 def convnext(widths: tuple[int, ...], counts: tuple[int, ...], drop_rate: float, small_input: bool) -> Architecture:
@@ -101,11 +96,12 @@ def convnext(widths: tuple[int, ...], counts: tuple[int, ...], drop_rate: float,
     small_input: a 3x3 stem of stride 1 with padding, for images of about 32 pixels, in place of the 4x4 patches of
         stride 4. Of pretrained weights all fit but the stem's kernel, which starts at random.
     """
-    last, stages = sum(counts) - 1, []
+    last, stages, done = sum(counts) - 1, [], 0
     for i, (width, count) in enumerate(zip(widths, counts, strict=True)):
-        done = sum(counts[:i])
-        rates = tuple(drop_rate * block / last for block in range(done, done + count))
-        stages.append((f"stage{i + 1}", partial(Stage, width=width, downsample=i > 0, drop_rates=rates)))
+        blocks = tuple((f"block{j}", partial(Block, drop_rate * (done + j) / last)) for j in range(count))
+        first = (("downsample", partial(Downsample, width)),) if i else ()
+        stages.append((f"stage{i + 1}", partial(Chain, parts=first + blocks)))
+        done += count
     return Architecture(
         stages=(("stem", partial(Stem, width=widths[0], small_input=small_input)), *stages),
         feat_dim=widths[-1],

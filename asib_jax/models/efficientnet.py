@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, batch_norm, conv, keys_of, stochastic_depth
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv, keys_of, stochastic_depth
 
 # (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -43,41 +44,23 @@ NAMES = (
         (r"stem/conv", "conv_stem"),
         (r"stem/bn", "bn1"),
         (r"blocks(\d)/block(\d+)/(.+)", _timm_block),
-        (r"blocks7/head_conv", "conv_head"),
-        (r"blocks7/head_bn", "bn2"),
+        (r"blocks7/head/conv", "conv_head"),
+        (r"blocks7/head/bn", "bn2"),
         (r"classifier", "classifier"),
     ),
     (  # torchvision's
         (r"stem/conv", "features.0.0"),
         (r"stem/bn", "features.0.1"),
         (r"blocks(\d)/block(\d+)/(\w+)[_/]([a-z]+)", _torchvision_block),
-        (r"blocks7/head_conv", "features.8.0"),
-        (r"blocks7/head_bn", "features.8.1"),
+        (r"blocks7/head/conv", "features.8.0"),
+        (r"blocks7/head/bn", "features.8.1"),
         (r"classifier", "classifier.1"),
     ),
 )
 
 
-def _norm(module: nn.Module, train: bool):
-    """`batch_norm` of the module's `dtype` and `axis_name`, and of TensorFlow's epsilon with `tensorflow`."""
-    return partial(batch_norm, train, dtype=module.dtype, axis_name=module.axis_name,
-                   epsilon=1e-3 if module.tensorflow else 1e-5)
-
-
-class Stem(nn.Module):
-    """The first 3x3 convolution, BatchNorm and silu. tensorflow: see `efficientnet`."""
-
-    width: int
-    stride: int
-    tensorflow: bool
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        padding = "SAME" if self.tensorflow else 1
-        x = conv(3, self.width, self.stride, padding=padding, dtype=self.dtype, name="conv")(x)
-        return nn.silu(_norm(self, train)(name="bn")(x))
+def _epsilon(tensorflow: bool) -> float:
+    return 1e-3 if tensorflow else 1e-5
 
 
 class SqueezeExcite(nn.Module):
@@ -110,8 +93,9 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None) -> jax.Array:
-        norm, pointwise = _norm(self, train), partial(conv, 1, stride=1, dtype=self.dtype)
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name, epsilon=_epsilon(self.tensorflow))
+        pointwise = partial(conv, 1, stride=1, dtype=self.dtype)
         inputs, hidden, y = x.shape[-1], x.shape[-1] * self.expansion, x
         if self.expansion > 1:
             y = nn.silu(norm(name="expand_bn")(pointwise(width=hidden, name="expand_conv")(y)))
@@ -124,33 +108,6 @@ class Block(nn.Module):
         if self.stride > 1 or inputs != self.width:
             return y
         return x + stochastic_depth(y, self.drop_rate, keys_of(self, dropout_keys))
-
-
-class Stage(nn.Module):
-    """A chain of blocks named block0, block1, ..., one for each of `drop_rates`; only the first has the stride.
-
-    head: the width of a last 1x1 convolution with BatchNorm and silu; 0: there is none.
-    """
-
-    expansion: int
-    kernel: int
-    stride: int
-    width: int
-    drop_rates: tuple[float, ...]
-    head: int
-    tensorflow: bool
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        for i, rate in enumerate(self.drop_rates):
-            x = Block(self.expansion, self.kernel, 1 if i else self.stride, self.width, rate, self.tensorflow,
-                      self.dtype, self.axis_name, name=f"block{i}")(x, train=train, dropout_keys=dropout_keys)
-        if not self.head:
-            return x
-        x = conv(1, self.head, 1, dtype=self.dtype, name="head_conv")(x)
-        return nn.silu(_norm(self, train)(name="head_bn")(x))
 
 
 def _scaled(width: float) -> int:
@@ -173,12 +130,13 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
         what weights trained there (timm's "tf_") expect.
     """
     counts = [math.ceil(depth * count) for *_, count in _STAGES]
-    stages = [("stem", partial(Stem, width=_scaled(_STEM * width), stride=1 if small_input else 2,
-                               tensorflow=tensorflow))]
+    unit = partial(ConvNorm, activation=nn.silu, padding="SAME" if tensorflow else None, epsilon=_epsilon(tensorflow))
+    stages = [("stem", partial(unit, kernel=3, width=_scaled(_STEM * width), stride=1 if small_input else 2))]
     for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
-        done, head = sum(counts[:i]), _scaled(_HEAD * width) if i == len(_STAGES) - 1 else 0
-        rates = tuple(_DEPTH_DROP * block / sum(counts) for block in range(done, done + counts[i]))
-        stages.append((f"blocks{i + 1}", partial(Stage, expansion=expansion, kernel=kernel, stride=stride,
-                                                 width=_scaled(base * width), drop_rates=rates, head=head,
-                                                 tensorflow=tensorflow)))
+        done = sum(counts[:i])
+        blocks = (partial(Block, expansion, kernel, 1 if j else stride, _scaled(base * width),
+                          _DEPTH_DROP * (done + j) / sum(counts), tensorflow) for j in range(counts[i]))
+        last = i == len(_STAGES) - 1
+        head = {"head": partial(unit, kernel=1, width=_scaled(_HEAD * width), stride=1)} if last else {}
+        stages.append((f"blocks{i + 1}", chain(blocks, **head)))
     return Architecture(tuple(stages), feat_dim=_scaled(_HEAD * width), names=NAMES, dropout=dropout)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import dropout, linear, symmetric_uniform
+from asib_jax.models.layers import dropout, linear, symmetric_uniform
 
 FEATURE_NORMS = ("none", "l2")
 

@@ -5,7 +5,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, dropout, keys_of, linear
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import dropout, keys_of, linear
 
 
 class Outputs(NamedTuple):
@@ -46,7 +47,8 @@ class KDModel(nn.Module):
     axis_name: mapped axis over which training-mode BatchNorm takes its statistics; None: this device's batch.
 
     Parameters are grouped as one entry per stage, "pooled_norm", "classifier", "distill_adapter" and
-    "residual_adapter". The initial value of each depends on its name and the key only: adapters do not change the backbone's.
+    "residual_adapter". The initial value of each depends on its name and the key only: adapters do not change the
+    backbone's.
     """
 
     architecture: Architecture
@@ -86,8 +88,9 @@ class KDModel(nn.Module):
                 x += nn.Conv(x.shape[-1], (1, 1), use_bias=False, dtype=self.dtype, name="residual_adapter",
                              kernel_init=nn.initializers.zeros)(x)
         if 0 in x.shape:  # their mean would be nan
-            raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels leave a map of {x.shape[1:3]} after "
-                             "the last stage; set dataset.small_input=True or choose another network")
+            height, width = pixels.shape[1:3]
+            raise ValueError(f"images of {height}x{width} pixels leave a map of {x.shape[1:3]} after the last stage; "
+                             "take larger ones, dataset.small_input=True, or another network")
         feat_2d = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if self.architecture.pooled_norm:
             feat_2d = self.architecture.pooled_norm(name="pooled_norm")(feat_2d)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, Names, batch_norm, conv
+from asib_jax.models.architecture import Architecture, Names
+from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
 
 
 class Row(NamedTuple):
@@ -30,23 +31,9 @@ _EXPANDED = (("expand_conv", "0.0", "conv_pw"), ("expand_bn", "0.1", "bn1"),
 
 
 def _conv_bn(x: jax.Array, kernel: int, width: int, stride: int = 1, *, train: bool, dtype: Any,
-             axis_name: str | None, prefix: str = "", groups: int = 1) -> jax.Array:
+             axis_name: str | None, prefix: str, groups: int = 1) -> jax.Array:
     x = conv(kernel, width, stride, feature_group_count=groups, dtype=dtype, name=f"{prefix}conv")(x)
     return batch_norm(train, dtype=dtype, axis_name=axis_name, name=f"{prefix}bn")(x)
-
-
-class Stem(nn.Module):
-    """A 3x3 convolution, BatchNorm and relu6."""
-
-    width: int
-    stride: int
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        return nn.relu6(_conv_bn(x, 3, self.width, self.stride, train=train, dtype=self.dtype,
-                                 axis_name=self.axis_name))
 
 
 class Block(nn.Module):
@@ -62,33 +49,13 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         layer = partial(_conv_bn, train=train, dtype=self.dtype, axis_name=self.axis_name)
         hidden = self.expansion * x.shape[-1]
         y = nn.relu6(layer(x, 1, hidden, prefix="expand_")) if self.expansion > 1 else x
         y = nn.relu6(layer(y, 3, hidden, self.stride, prefix="depthwise_", groups=hidden))
         y = layer(y, 1, self.width, prefix="project_")
         return x + y if self.stride == 1 and x.shape[-1] == self.width else y
-
-
-class Stage(nn.Module):
-    """A row's blocks, named block0, block1, ..., then with `head_width` a 1x1 convolution, BatchNorm and relu6."""
-
-    row: Row
-    head_width: int
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        expansion, width, count, stride = self.row
-        for i in range(count):
-            x = Block(expansion, width, 1 if i else stride, self.dtype, self.axis_name, name=f"block{i}")(
-                x, train=train)
-        if self.head_width:
-            x = nn.relu6(_conv_bn(x, 1, self.head_width, train=train, dtype=self.dtype, axis_name=self.axis_name,
-                                  prefix="head_"))
-        return x
 
 
 def _names(rows: tuple[Row, ...]) -> tuple[Names, Names]:
@@ -101,7 +68,7 @@ def _names(rows: tuple[Row, ...]) -> tuple[Names, Names]:
                 ours = f"layer{i + 1}/block{j}/{part}"
                 torchvision.append((ours, f"features.{position}.conv.{place}"))
                 timm.append((ours, f"blocks.{i}.{j}.{name}"))
-    head = rf"layer{len(rows)}/head_"
+    head = rf"layer{len(rows)}/head/"
     torchvision += [("stem/conv", "features.0.0"), ("stem/bn", "features.0.1"), ("classifier", "classifier.1"),
                     (f"{head}conv", f"features.{position + 1}.0"), (f"{head}bn", f"features.{position + 1}.1")]
     timm += [("stem/conv", "conv_stem"), ("stem/bn", "bn1"), ("classifier", "classifier"),
@@ -118,11 +85,14 @@ def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
     small_input: the stem's convolution has stride 1 instead of 2, for images of about 32 pixels. All pretrained
         weights fit.
     """
-    heads = (0,) * (len(rows) - 1) + (1280,)
+    unit = partial(ConvNorm, activation=nn.relu6)
+    stages = [("stem", partial(unit, kernel=3, width=32, stride=1 if small_input else 2))]
+    for i, (expansion, width, count, stride) in enumerate(rows, start=1):
+        blocks = (partial(Block, expansion, width, 1 if j else stride) for j in range(count))
+        head = {"head": partial(unit, kernel=1, width=1280, stride=1)} if i == len(rows) else {}
+        stages.append((f"layer{i}", chain(blocks, **head)))
     return Architecture(
-        stages=(("stem", partial(Stem, width=32, stride=1 if small_input else 2)),
-                *((f"layer{i}", partial(Stage, row=row, head_width=head))
-                  for i, (row, head) in enumerate(zip(rows, heads, strict=True), start=1))),
+        stages=tuple(stages),
         feat_dim=1280,
         names=_names(rows),
         dropout=0.2,

@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, Names, batch_norm, conv
+from asib_jax.models.architecture import Architecture, Names
+from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
 
 Convolutions = tuple[tuple[int, int, int], ...]  # (kernel, width, stride) of a block's convolutions in order
 
@@ -29,23 +30,6 @@ def _names(shortcut: str, classifier: str) -> Names:
 NAMES = (_names("downsample", "fc"), _names("shortcut", "linear"))
 
 
-class Stem(nn.Module):
-    """The first convolution, BatchNorm, relu and, if `pool`, a 3x3 max-pool of stride 2."""
-
-    kernel: int
-    width: int
-    stride: int
-    pool: bool
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        x = conv(self.kernel, self.width, self.stride, dtype=self.dtype, name="conv")(x)
-        x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
-
-
 class Block(nn.Module):
     """relu(shortcut(x) + conv-bn[-relu-conv-bn ...](x)): the basic block and the bottleneck alike."""
 
@@ -54,7 +38,7 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
         y, total_stride = x, 1
         for i, (kernel, width, stride) in enumerate(self.convolutions, start=1):
@@ -67,20 +51,6 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
-class Stage(nn.Module):
-    """A chain of blocks named block0, block1, ..."""
-
-    blocks: tuple[Convolutions, ...]
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        for i, convolutions in enumerate(self.blocks):
-            x = Block(convolutions, self.dtype, self.axis_name, name=f"block{i}")(x, train=train)
-        return x
-
-
 def _basic(width: int, stride: int) -> Convolutions:
     return (3, width, stride), (3, width, 1)
 
@@ -90,11 +60,11 @@ def _bottleneck(width: int, stride: int) -> Convolutions:
     return (1, width, 1), (3, width, stride), (1, 4 * width, 1)
 
 
-def _layers(block: Callable[[int, int], Convolutions], widths: tuple[int, ...], counts: tuple[int, ...]):
+def _layers(convolutions: Callable[[int, int], Convolutions], widths: tuple[int, ...], counts: tuple[int, ...]):
     """Stages "layer1", "layer2", ... of `counts` blocks; every one but the first halves the resolution."""
     return tuple(
-        (f"layer{i + 1}", partial(Stage, blocks=(block(width, min(i + 1, 2)), *[block(width, 1)] * (count - 1))))
-        for i, (width, count) in enumerate(zip(widths, counts, strict=True))
+        (f"layer{i}", chain(partial(Block, convolutions(width, 1 if j else min(i, 2))) for j in range(count)))
+        for i, (width, count) in enumerate(zip(widths, counts, strict=True), start=1)
     )
 
 
@@ -104,7 +74,7 @@ def cifar_resnet(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int =
     widths (64, 128, 256) with stem 32 are the "x4" networks of Tian et al. (2020).
     """
     return Architecture(
-        stages=(("stem", partial(Stem, kernel=3, width=stem, stride=1, pool=False)),
+        stages=(("stem", partial(ConvNorm, kernel=3, width=stem, stride=1)),
                 *_layers(_basic, widths, (depth // 6,) * 3)),
         feat_dim=widths[-1],
         names=NAMES,
@@ -119,7 +89,7 @@ def imagenet_resnet(counts: tuple[int, ...], small_input: bool) -> Architecture:
     """
     stem = dict(kernel=3, stride=1, pool=False) if small_input else dict(kernel=7, stride=2, pool=True)
     return Architecture(
-        stages=(("stem", partial(Stem, width=64, **stem)), *_layers(_bottleneck, (64, 128, 256, 512), counts)),
+        stages=(("stem", partial(ConvNorm, width=64, **stem)), *_layers(_bottleneck, (64, 128, 256, 512), counts)),
         feat_dim=4 * 512,
         names=NAMES,
     )

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, batch_norm, conv
-from asib_jax.models.resnet import Stem
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
 
 _PLACES = {
     "shortcut_depthwise_conv": "branch1.0", "shortcut_depthwise_bn": "branch1.1",
@@ -19,7 +19,7 @@ _PLACES = {
 TORCHVISION = (
     ("stem/conv", "conv1.0"), ("stem/bn", "conv1.1"),
     *((rf"(stage\d)/block(\d+)/{part}", rf"\1.\2.{place}") for part, place in _PLACES.items()),
-    (r"stage\d/head_conv", "conv5.0"), (r"stage\d/head_bn", "conv5.1"),
+    (r"stage\d/head/conv", "conv5.0"), (r"stage\d/head/bn", "conv5.1"),
     ("classifier", "fc"),
 )
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
         half = self.width // 2
 
@@ -63,25 +63,6 @@ class Block(nn.Module):
         return shuffle(left, pointwise(depthwise(right, ""), "conv2", "bn2"))
 
 
-class Stage(nn.Module):
-    """`count` blocks named block0, block1, ..., the first of stride 2, then with `head_width` 1x1, BatchNorm, relu."""
-
-    width: int
-    count: int
-    head_width: int
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        for i in range(self.count):
-            x = Block(self.width, 1 if i else 2, self.dtype, self.axis_name, name=f"block{i}")(x, train=train)
-        if self.head_width:
-            x = conv(1, self.head_width, 1, dtype=self.dtype, name="head_conv")(x)
-            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="head_bn")(x))
-        return x
-
-
 def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input: bool) -> Architecture:
     """ShuffleNetV2 with a stem of 24 channels, stages "stage2", "stage3", "stage4", and 1024 features.
 
@@ -91,11 +72,12 @@ def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input:
     small_input: the stem's convolution has stride 1 instead of 2 and its max-pool is left out, for images of about 32
         pixels. All pretrained weights fit.
     """
-    heads = (0,) * (len(counts) - 1) + (1024,)
+    stages = [("stem", partial(ConvNorm, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input))]
+    for i, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
+        head = {"head": partial(ConvNorm, kernel=1, width=1024, stride=1)} if i == len(counts) else {}
+        stages.append((f"stage{i + 1}", chain((partial(Block, width, 1 if j else 2) for j in range(count)), **head)))
     return Architecture(
-        stages=(("stem", partial(Stem, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input)),
-                *((f"stage{i}", partial(Stage, width=width, count=count, head_width=head))
-                  for i, (width, count, head) in enumerate(zip(widths, counts, heads, strict=True), start=2))),
+        stages=tuple(stages),
         feat_dim=1024,
         names=(TORCHVISION,),
     )

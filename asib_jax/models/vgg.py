@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, batch_norm, conv
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import batch_norm, conv
 
 
 class Stage(nn.Module):

@@ -5,14 +5,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, batch_norm, conv
+from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import batch_norm, chain, conv
 
 # Of the weights of Tian et al. (2020).
 NAMES = (
     ("stem/conv", "conv1"),
     (r"layer(\d)/block(\d+)/((?:conv|bn)\d)", r"block\1.layer.\2.\3"),
     (r"layer(\d)/block(\d+)/shortcut_conv", r"block\1.layer.\2.convShortcut"),
-    (r"layer\d/bn", "bn1"),
+    (r"layer\d/final/bn", "bn1"),
     ("classifier", "fc"),
 )
 
@@ -41,7 +42,7 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
         y = nn.relu(norm(name="bn1")(x))
         if x.shape[-1] != self.width:
@@ -51,24 +52,15 @@ class Block(nn.Module):
         return x + conv(3, self.width, 1, dtype=self.dtype, name="conv2")(y)
 
 
-class Stage(nn.Module):
-    """`count` blocks named block0, block1, ..., the first with the stride; `final_norm`: then BatchNorm and relu."""
+class Norm(nn.Module):
+    """BatchNorm and relu, after the last block."""
 
-    width: int
-    count: int
-    stride: int
-    final_norm: bool
     dtype: Any
     axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        for i in range(self.count):
-            x = Block(self.width, 1 if i else self.stride, self.dtype, self.axis_name, name=f"block{i}")(
-                x, train=train)
-        if self.final_norm:
-            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
-        return x
+        return nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn")(x))
 
 
 def wide_resnet(depth: int, widen: int) -> Architecture:
@@ -78,10 +70,12 @@ def wide_resnet(depth: int, widen: int) -> Architecture:
     positions, whatever their number. Convolutions start from He normal over fan-out, as theirs. There is no other stem
     for other images.
     """
+    def stage(i: int):
+        blocks = (partial(Block, 2 ** (i + 3) * widen, 1 if j else min(i, 2)) for j in range((depth - 4) // 6))
+        return f"layer{i}", chain(blocks, **({"final": Norm} if i == 3 else {}))
+
     return Architecture(
-        stages=(("stem", partial(Stem, width=16)),
-                *((f"layer{i}", partial(Stage, width=2 ** (i + 3) * widen, count=(depth - 4) // 6, stride=min(i, 2),
-                                        final_norm=i == 3)) for i in (1, 2, 3))),
+        stages=(("stem", partial(Stem, width=16)), *(stage(i) for i in (1, 2, 3))),
         feat_dim=64 * widen,
         names=(NAMES,),
     )

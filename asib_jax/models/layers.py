@@ -1,0 +1,118 @@
+"""Layers that several families share. A part of a network, from one block to a whole stage, has the interface that
+`Architecture.stages` describes."""
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asib_jax import streams
+
+
+def symmetric_uniform(bound: float) -> Callable[..., jax.Array]:
+    """An initialiser drawing from U(-bound, bound)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(x: jax.Array, features: int, name: str) -> jax.Array:
+    """A float32 dense layer [..., fan_in] -> [..., features], created in the calling compact method.
+
+    Kernel and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's `nn.Linear` does by default.
+    """
+    init = symmetric_uniform(x.shape[-1] ** -0.5)
+    return nn.Dense(features, kernel_init=init, bias_init=init, dtype=jnp.float32, name=name)(x)
+
+
+def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, **options) -> nn.Conv:
+    """A square convolution without bias that starts from He normal over fan-out; `options` are those of `nn.Conv`.
+
+    Both sides are padded by kernel // 2: at stride 2 XLA's "SAME" pads only the far side, PyTorch and its weights do
+    not. An even kernel is for patches and takes no padding: pass `padding=0`.
+    """
+    options = {"padding": kernel // 2, "use_bias": False,
+               "kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal")} | options
+    return nn.Conv(width, (kernel, kernel), stride, dtype=dtype, name=name, **options)
+
+
+def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str, momentum: float = 0.9,
+               epsilon: float = 1e-5) -> nn.BatchNorm:
+    """BatchNorm with float32 statistics, from scale 1, bias 0. In training they are of the global batch if `axis_name`
+    is given. momentum: the share that the running statistics keep (PyTorch's `momentum` is one minus this)."""
+    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype,
+                        axis_name=axis_name, name=name)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """x [B, ...] with entries zeroed at `rate` and the rest scaled up; as it is where `keys` [B] are None.
+
+    One key per example, so that a mask depends on no batch and no device.
+    """
+    return _drop(x, rate, keys, x.shape[1:])
+
+
+def stochastic_depth(branch: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """A residual branch [B, ...], zeroed for whole examples at `rate` and else scaled up (Huang et al. 2016)."""
+    return _drop(branch, rate, keys, (1,) * (branch.ndim - 1))
+
+
+def _drop(x: jax.Array, rate: float, keys: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    if not rate or keys is None:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def keys_of(module: nn.Module, keys: jax.Array | None) -> jax.Array | None:
+    """The per-example keys [B] of one module, by its place in the network; None stays None."""
+    return None if keys is None else streams.branch(keys, "/".join(module.path))
+
+
+class ConvNorm(nn.Module):
+    """A convolution, BatchNorm, an activation and, if `pool`, a 3x3 max-pool of stride 2: a stem, or a 1x1 head.
+
+    padding: None is kernel // 2 on both sides, see `conv`; epsilon: BatchNorm's.
+    """
+
+    kernel: int
+    width: int
+    stride: int
+    dtype: Any
+    axis_name: str | None
+    pool: bool = False
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    padding: str | None = None
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        padding = self.kernel // 2 if self.padding is None else self.padding
+        x = conv(self.kernel, self.width, self.stride, padding=padding, dtype=self.dtype, name="conv")(x)
+        x = self.activation(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn",
+                                       epsilon=self.epsilon)(x))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
+
+
+class Chain(nn.Module):
+    """Parts (name, factory) one after another."""
+
+    parts: tuple[tuple[str, Callable[..., nn.Module]], ...]
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
+        for name, factory in self.parts:
+            part = factory(name=name, dtype=self.dtype, axis_name=self.axis_name)
+            x = part(x, train=train, dropout_keys=dropout_keys)
+        return x
+
+
+def chain(blocks: Iterable[Callable[..., nn.Module]], **others: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A factory of `blocks`, named block0, block1, ..., followed by `others` under their names."""
+    return partial(Chain, parts=(*((f"block{i}", block) for i, block in enumerate(blocks)), *others.items()))
