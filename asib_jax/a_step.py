@@ -29,11 +29,11 @@ def calibrate(run: Run, variables: Variables) -> Variables:
     step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis))
     current, frozen = state.begin(variables, {name: False for name in variables.params}, ("student",), tx)
     for number in range(math.ceil(50 / run.steps_per_epoch)):
-        key = streams.key(run.recipe.seed, "calibrate", number)
+        controls = {f"{stream}_key": streams.key(run.recipe.seed, f"calibrate/{stream}", number)
+                    for stream in ("augment", "mix", "dropout")}
         current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, first_step=0,
                                   batches=run.batches("calibrate", 0, number, 0),
-                                  controls={"augment_key": key, "mix_key": key, "dropout_key": key},
-                                  learning_rate=lambda step: 0.0)
+                                  controls=controls, learning_rate=lambda step: 0.0)
     return state.join(current, frozen)
 
 

@@ -53,7 +53,7 @@ def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
     options = recipe.dataset
     teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
     train = teacher_train
-    if options.train_subset:
+    if options.train_subset and not recipe.teachers_only:
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]
     if len(train) < options.batch_size:
         raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on")

@@ -1,5 +1,6 @@
 """What a recipe must satisfy, checked before any work."""
 import math
+import re
 
 from asib_jax import freezing, losses, models, parallel, schedules, weights
 from asib_jax.data.augment import POLICIES
@@ -27,6 +28,9 @@ _CHOICES = {
 }
 
 
+_IMAGENET = re.compile(r"in1k|in12k|in21k|in22k")  # in the names of timm's repositories
+
+
 def check(recipe: Recipe) -> None:
     """Raise ValueError, naming the value, the choices and the key, for a recipe that cannot be run as it says."""
     for key, least in _AT_LEAST.items():
@@ -45,7 +49,7 @@ def check(recipe: Recipe) -> None:
     _require(not student.name.endswith("_scratch") or not student.weights,
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
-    _check_exists(student.weights, "model.student.weights")
+    _check_source(student.weights, student.name, "model.student.weights")
     parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
     _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
     _check_lengths(recipe)
@@ -138,32 +142,41 @@ def _check_teachers(recipe: Recipe) -> None:
         models.backbone(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
         if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
             _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
-        _check_weights(teacher, f"teacher{k}")
+        _check_weights(recipe, teacher, f"teacher{k}")
         for key in ("train_epochs", "finetune_epochs", "early_stopping_patience", "early_stopping_min_delta"):
             _require(getattr(teacher, key) >= 0, f"teacher{k}.{key}={getattr(teacher, key)} must be at least 0")
         if teacher.epochs:
             _check_teacher_training(recipe, teacher, f"teacher{k}")
 
 
-def _check_weights(teacher: TeacherRecipe, key: str) -> None:
+def _check_weights(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
     given = bool(teacher.weights)
     _require(given or teacher.train_epochs > 0,
              f"{key} ({teacher.name}) has no weights: set {key}.weights to a file or hf:OWNER/REPO, or "
              f"{key}.train_epochs to train it here from scratch")
     _require(given or not teacher.name.endswith("_pretrain"),
              f"{key}.name={teacher.name!r} needs {key}.weights, or use the name without _pretrain")
+    _require(not given or not teacher.name.endswith("_scratch"),
+             f"{key}.name={teacher.name!r} trains from scratch, but {key}.weights={teacher.weights!r}; use the name "
+             "without _scratch")
     _require(not (given and teacher.train_epochs),
              f"{key}.weights and {key}.train_epochs are both set; keep one, or fine-tune with {key}.finetune_epochs")
     _require(given or not teacher.finetune_epochs,
              f"{key}.finetune_epochs={teacher.finetune_epochs} needs {key}.weights; to train from scratch set "
              f"{key}.train_epochs")
-    _check_exists(teacher.weights, f"{key}.weights")
+    _check_source(teacher.weights, teacher.name, f"{key}.weights")
+    _require(recipe.dataset.name != "imagenet32" or teacher.saw_val or not _IMAGENET.search(teacher.weights),
+             f"{key}.saw_val=False, but {key}.weights={teacher.weights!r} were fitted on ImageNet, of whose training "
+             f"images the validation split of dataset.name='imagenet32' is a part; set {key}.saw_val=True")
 
 
-def _check_exists(given: str, key: str) -> None:
+def _check_source(given: str, network: str, key: str) -> None:
     """A file or folder of weights must be here already; one of the hub is fetched, or missed, when the run starts."""
     _require(not given or weights.cached(given) is not None or given.startswith("hf:"),
              f"{key}={given!r} does not exist")
+    _require("/tf_efficientnet" not in given or network.startswith("efficientnet_l2"),
+             f"{key}={given!r} were trained in TensorFlow, with another padding and BatchNorm epsilon than {network} has: "
+             "take the repository without tf_")
 
 
 def _check_teacher_training(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
@@ -173,6 +186,8 @@ def _check_teacher_training(recipe: Recipe, teacher: TeacherRecipe, key: str) ->
     _require(teacher.lr > 0, f"{key}.{mode}_lr={teacher.lr} must be positive")
     _require(teacher.weight_decay >= 0, f"{key}.{mode}_weight_decay={teacher.weight_decay} must be at least 0")
     _check_min_lr(recipe, f"{key}.{mode}_lr", teacher.lr)
+    _require(teacher.early_stopping_min_delta <= 1,
+             f"{key}.early_stopping_min_delta={teacher.early_stopping_min_delta} must lie in [0, 1]")
     _require(0 <= teacher.label_smoothing < 1,
              f"{key}.label_smoothing={teacher.label_smoothing} must lie in [0, 1)")
     _require(not teacher.finetune_use_cutmix or teacher.finetune_cutmix_alpha > 0,

@@ -42,7 +42,11 @@ def flops(function: Callable, *args: Any) -> float:
 
     A multiply-add is 2, and none where a convolution meets its padding.
     """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # for a GPU it counts compiled code only
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError("operations are counted on the CPU, which JAX_PLATFORMS excludes; add ,cpu to it") from error
+    with jax.default_device(cpu):  # for a GPU jax counts compiled code only
         return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 

@@ -23,8 +23,9 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable[[Va
             q, kv = query(nets, student), keys_and_values(nets, variables, batch["teachers"].feats)
             logits["synergy"] = classify(nets, variables, fuse(nets, variables, q, kv).mu)
             logits["without_teachers"] = classify(nets, variables, fuse(nets, variables, q, jnp.zeros_like(kv)).mu)
-        counts = {name: jnp.sum(batch["mask"] * (jnp.argmax(value, axis=-1) == batch["label"]))
-                  for name, value in logits.items()}
+        # Where a logit is not finite argmax still names a class; it counts as wrong.
+        counts = {name: jnp.sum(batch["mask"] * (jnp.argmax(value, axis=-1) == batch["label"])
+                                * jnp.all(jnp.isfinite(value), axis=-1)) for name, value in logits.items()}
         return counts if axis_name is None else jax.lax.psum(counts, axis_name)
     return step
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -28,10 +29,12 @@ class Record:
 
         Raises:
             FileExistsError: a run called `exp_id` exists.
-            ValueError: `exp_id` is not the name of a folder.
+            ValueError: `exp_id` is not the name of a folder, or that of the teachers.
         """
         if exp_id != Path(exp_id).name:
             raise ValueError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
+        if exp_id == TEACHERS:
+            raise ValueError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
         _write(record.folder / "config.json", text)

@@ -102,8 +102,13 @@ def correct_counts(bank: Bank, labels: np.ndarray) -> dict[str, int]:
     """Correct predictions in the first view of every teacher, "teacher1" ..., and of their averaged logits, "average";
     and the images on which their predictions differ, "disagreement"."""
     logits = bank.logits[0]
-    predictions = logits.argmax(axis=-1)  # [N, T]
+    predictions = _predictions(logits)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
-    counts["average"] = int((logits.mean(axis=1).argmax(axis=-1) == labels).sum())
+    counts["average"] = int((_predictions(logits.mean(axis=1)) == labels).sum())
     counts["disagreement"] = int((predictions != predictions[:, :1]).any(axis=1).sum())
     return counts
+
+
+def _predictions(logits: np.ndarray) -> np.ndarray:
+    """The class of each row of logits [..., C]; -1, which is none, where one is not finite."""
+    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1)

@@ -31,8 +31,6 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
     variables = jax.device_get(finished.variables)
     trained = {name: variables.of(name) for name in variables.params}
     for name, options in zip(nets.teacher_names, recipe.teachers):
-        if options.weights:
-            record.log(f"weights/{name}", weights.digest(weights.locate(options.weights, f"{name}.weights")))
         if not changed_here(recipe, options):
             adapter = {child: leaves for child, leaves in variables.params[name].items() if child == "distill_adapter"}
             trained[name] = {"params": adapter, "batch_stats": {}}
@@ -40,6 +38,11 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
         record.log(f"distilled_steps/{name}", steps)
     record.save()  # before the checkpoint, whose presence says that the run can be evaluated
     checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
+
+
+def save_control(record: Record, students: dict[str, dict[str, Any]]) -> None:
+    """The control's students, which are trained after all else is saved."""
+    checkpoint.save(record.folder / "checkpoints" / "control", students)
 
 
 def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
@@ -83,13 +86,16 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
         stats[name] = {}  # a network without BatchNorm
     prefix = "distilled_steps/"
     steps = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return Finished(Variables(params, stats), _students(stored), collections.Counter(steps))
+    return Finished(Variables(params, stats), _students(folder, stored), collections.Counter(steps))
 
 
 def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The students alone of the finished run in `folder`. Errors: those of `checkpoint.restore`."""
-    return _students(checkpoint.restore(folder / "checkpoints" / "final"))
+    return _students(folder, checkpoint.restore(folder / "checkpoints" / "final"))
 
 
-def _students(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: {"batch_stats": {}, **student} for name, student in stored.get("students", {}).items()}
+def _students(folder: pathlib.Path, stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    students, control = stored.get("students", {}), folder / "checkpoints" / "control"
+    if control.exists():
+        students = students | checkpoint.restore(control)
+    return {name: {"batch_stats": {}, **student} for name, student in students.items()}

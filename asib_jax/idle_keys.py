@@ -1,4 +1,5 @@
 """Which keys of a recipe have no effect in its run."""
+import dataclasses
 import math
 from operator import attrgetter
 
@@ -35,29 +36,50 @@ _ACTIVE = (
         "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
         "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
         "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
-    (lambda r: r.uses_teachers, ("teacher_cache", "tau", "tau_schedule", "train_control")),
+    (lambda r: r.uses_teachers, ("teacher_cache", "teacher_views", "tau", "tau_schedule", "train_control")),
     (lambda r: r.uses_fusion or not r.teacher_adapt_epochs, ("teacher_adapt_epochs",)),
 )
-# The same of a teacher's own keys.
+# The same of a teacher's own keys; conditions on the teacher and the recipe.
 _TEACHER_ACTIVE = (
-    (lambda t: t.train_epochs > 0, ("train_lr", "train_weight_decay")),
-    (lambda t: t.finetune_epochs > 0, ("finetune_lr", "finetune_weight_decay", "finetune_freeze_level")),
-    (lambda t: t.epochs > 0, ("warmup_epochs", "label_smoothing", "finetune_use_cutmix", "early_stopping_patience")),
-    (lambda t: t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
-    (lambda t: t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
+    (lambda t, r: bool(t.weights), ("saw_val",)),
+    (lambda t, r: t.train_epochs > 0, ("train_lr", "train_weight_decay")),
+    (lambda t, r: t.finetune_epochs > 0, ("finetune_lr", "finetune_weight_decay", "finetune_freeze_level")),
+    (lambda t, r: t.epochs > 0, ("warmup_epochs", "label_smoothing", "finetune_use_cutmix",
+                                 "early_stopping_patience")),
+    (lambda t, r: t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
+    (lambda t, r: t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
+    (lambda t, r: r.use_teacher_finetuning and r.use_partial_freeze, ("freeze_level",)),
+    (lambda t, r: r.use_teacher_finetuning, ("freeze_bn",)),
 )
+# With teachers_only nothing else acts.
+_ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "use_amp", "amp_dtype", "tensorboard", "wandb",
+                        "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm", "schedule"}
+
+
+def inactive(recipe: Recipe) -> set[str]:
+    """Every key, e.g. "tau" or "teacher1.train_lr", that no code acts on under this recipe."""
+    idle = {key for active, keys in _ACTIVE if not active(recipe) for key in keys}
+    if recipe.teachers_only:
+        idle |= {field.name for field in dataclasses.fields(recipe)} - _ACTIVE_FOR_TEACHERS
+        idle |= {"dataset.train_subset", "schedule.lr_warmup_epochs"}
+    for k, teacher in enumerate(recipe.teachers, 1):
+        names = {key for active, keys in _TEACHER_ACTIVE if not active(teacher, recipe) for key in keys}
+        if not recipe.uses_teachers:
+            names = {field.name for field in dataclasses.fields(teacher)}
+        idle |= {f"teacher{k}.{name}" for name in names}
+    return idle
 
 
 def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
-    """Keys set away from `defaults` that no code will act on in this run, sorted; a teacher's where both have it."""
-    idle = _idle(_ACTIVE, recipe, defaults)
-    for k, (teacher, default) in enumerate(zip(recipe.teachers, defaults.teachers), 1):
-        idle += [f"teacher{k}.{key}" for key in _idle(_TEACHER_ACTIVE, teacher, default)]
-    return sorted(idle)
-
-
-def _idle(rules, group, defaults) -> list[str]:
+    """Keys set away from `defaults` that have no effect in this run, sorted; a teacher's where both have it."""
     def same(a, b):
         return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
-    inactive = {key for active, keys in rules if not active(group) for key in keys}
-    return [key for key in inactive if not same(attrgetter(key)(group), attrgetter(key)(defaults))]
+
+    def value(of: Recipe, key: str):
+        group, _, name = key.rpartition(".")
+        return getattr(of.teachers[int(group[7:]) - 1], name) if group.startswith("teacher") else attrgetter(key)(of)
+
+    shared = min(len(recipe.teachers), len(defaults.teachers))
+    known = {key for key in inactive(recipe) if not key.startswith("teacher") or "." not in key
+             or int(key.partition(".")[0][7:]) <= shared}
+    return sorted(key for key in known if not same(value(recipe, key), value(defaults, key)))

@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
 class Plan(NamedTuple):
     """images: of each split, named as the fields of `build.Data`; batch: what one device sees of it; resident: bytes of
-    the variables of all networks."""
+    the variables of all networks; warning: of the gate."""
 
     sizes: sources.Sizes
     images: dict[str, int]
@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     resident: int
     networks: list[Network]
     steps: list[Step]
+    warning: str | None
 
 
 def make(recipe: Recipe) -> Plan:
@@ -58,15 +59,14 @@ def make(recipe: Recipe) -> Plan:
     sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir)
     rows = build.divide(recipe, sizes.labels)
     images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
-    if recipe.uses_fusion:
-        checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes)
+    warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes, jax.local_devices()[:1])
     variables = shapes(recipe, nets, sizes.image_shape)
     batch = options.batch_size // len(parallel.local_devices(recipe.num_devices))
     kept = [kept_folder(recipe, k) for k in range(len(nets.teachers))]
     return Plan(sizes, images, batch, cost.tree_bytes(variables),
                 networks(recipe, nets, variables, sizes.image_shape, kept),
-                list(run_steps(recipe, nets, variables, sizes, images, batch, kept)))
+                list(run_steps(recipe, nets, variables, sizes, images, batch, kept)), warning)
 
 
 def shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
@@ -119,8 +119,8 @@ def given(reference: str) -> str:
 
 def kept_folder(recipe: Recipe, k: int) -> str:
     """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
-    folder = teacher_store.folder(recipe, k) if recipe.teachers[k].epochs else None
-    return str(folder) if folder and (folder / "checkpoint").exists() else ""
+    place = teacher_store.find(recipe, k) if recipe.teachers[k].epochs else None
+    return str(place.folder) if place and place.folder.exists() else ""
 
 
 def origin(options: TeacherRecipe, kept: str) -> str:

@@ -7,23 +7,28 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
-from typing import Any
+import tempfile
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from asib_jax import checkpoint, weights
+from asib_jax import checkpoint, idle_keys, weights
 from asib_jax.data.sources import Split
+from asib_jax.experiment import TEACHERS
 from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
-# A teacher's own keys that act only after it is ready, only from scratch, and only on given weights.
-_LATER = {"saw_val", "freeze_level", "freeze_bn"}
-_SCRATCH = {"train_epochs", "train_lr", "train_weight_decay"}
-_FINETUNING = {"finetune_epochs", "finetune_lr", "finetune_weight_decay", "finetune_freeze_level"}
+_LATER = ("saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that act only after it is ready
+
+
+class Place(NamedTuple):
+    """A teacher's folder in the store, and the key that its name is made of."""
+
+    folder: pathlib.Path
+    key: dict[str, Any]
 
 
 def streams_name(recipe: Recipe, k: int) -> str:
@@ -36,70 +41,86 @@ def streams_name(recipe: Recipe, k: int) -> str:
     return f"teacher/{name}" + (f"/{earlier + 1}" if earlier else "")
 
 
-def key(recipe: Recipe, k: int) -> dict[str, Any] | None:
-    """All that decides the variables of teacher `k` (from 0) after its training here, as plain values.
+def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
+    """Where teacher `k` (from 0) is kept once trained from weights of that SHA-256; "" from scratch.
 
-    None if it cannot be told, because its given weights have not been downloaded.
+    The key holds all that decides its variables then, as plain values; of the configuration only what has an effect.
     """
-    teacher, data = recipe.teachers[k], recipe.dataset
-    given = weights.cached(teacher.weights) if teacher.weights else None
-    if teacher.weights and given is None:
-        return None
-    idle = _LATER | (_SCRATCH if teacher.weights else _FINETUNING)
-    own = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in idle}
-    return {
-        "teacher": own | {"weights": f"sha256:{weights.digest(given)}" if given else ""},
+    teacher, data, idle = recipe.teachers[k], recipe.dataset, idle_keys.inactive(recipe)
+    own = {name: value for name, value in dataclasses.asdict(teacher).items()
+           if name not in _LATER and f"teacher{k + 1}.{name}" not in idle}
+    schedule = {name: value for name, value in dataclasses.asdict(recipe.schedule).items()
+                if name != "lr_warmup_epochs" and f"schedule.{name}" not in idle}
+    source = str(pathlib.Path(data.path).expanduser().resolve()) if data.name in ("npz", "folder") else ""
+    key = {
+        "teacher": own | {"weights": f"sha256:{weights_digest}" if teacher.weights else ""},
         "streams": streams_name(recipe, k), "seed": recipe.seed, "dtype": recipe.compute_dtype,
-        "dataset": {"name": data.name, "path": data.path if data.name in ("npz", "folder") else "",
-                    "val_fraction": data.val_fraction, "data_aug": data.data_aug, "batch_size": data.batch_size,
-                    "small_input": data.small_input},
-        "schedule": dataclasses.asdict(recipe.schedule) | {"lr_warmup_epochs": teacher.warmup_epochs},
-        "grad_clip_norm": recipe.grad_clip_norm,
+        "dataset": {"name": data.name, "path": source, "val_fraction": data.val_fraction, "data_aug": data.data_aug,
+                    "batch_size": data.batch_size, "small_input": data.small_input},
+        "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm,
     }
+    key = json.loads(json.dumps(key))  # as it will be read back
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"{teacher.name}_{data.name}_seed{recipe.seed}_{digest}"
+    return Place(pathlib.Path(recipe.results_dir) / TEACHERS / name, key)
 
 
-def folder(recipe: Recipe, k: int) -> pathlib.Path | None:
-    """Where teacher `k` (from 0) is kept; None as for `key`."""
-    made_of = key(recipe, k)
-    if made_of is None:
-        return None
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    name = f"{recipe.teachers[k].name}_{recipe.dataset.name}_seed{recipe.seed}_{digest}"
-    return pathlib.Path(recipe.results_dir) / "teachers" / name
+def find(recipe: Recipe, k: int) -> Place | None:
+    """The place of teacher `k` (from 0) as far as it can be told without a download.
 
-
-def load(path: pathlib.Path, train: Split) -> dict[str, Any] | None:
-    """The variables kept in `path`; None if there is no such teacher.
-
-    Raises ValueError if it was trained on other images than `train`, or the checkpoint is damaged.
+    Where its given weights are not here it is that of the one kept teacher made from weights of the same reference, and
+    alike otherwise; None if there is not exactly one.
     """
-    if not (path / "checkpoint").exists():
+    given = recipe.teachers[k].weights
+    path = weights.cached(given) if given else None
+    if path or not given:
+        return place(recipe, k, weights.digest(path) if path else "")
+    alike = []
+    for file in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("*/key.json"):
+        kept = json.loads(file.read_text())
+        candidate = place(recipe, k, kept["key"]["teacher"]["weights"].removeprefix("sha256:"))
+        if candidate.folder == file.parent and kept["reference"] == given and candidate.key == kept["key"]:
+            alike.append(candidate)
+    return alike[0] if len(alike) == 1 else None
+
+
+def load(place: Place, train: Split) -> dict[str, Any] | None:
+    """The variables kept at `place`; None if there is no such teacher.
+
+    Raises ValueError if it was trained on other images than `train`, or the folder is damaged.
+    """
+    if not place.folder.exists():
         return None
-    trained_on = json.loads((path / "key.json").read_text())["images"]
-    if trained_on != images_digest(train):
-        raise ValueError(f"the teacher in {path} was trained on other images of the same dataset.name: use another "
-                         "results_dir, or move that folder away")
-    stored = checkpoint.restore(path / "checkpoint")
-    return {"params": stored["params"], "batch_stats": stored.get("batch_stats", {})}
+    if not (place.folder / "key.json").exists() or not (place.folder / "checkpoint").exists():
+        raise ValueError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
+    if json.loads((place.folder / "key.json").read_text())["images"] != images_digest(train):
+        raise ValueError(f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
+                         "another results_dir, or move that folder away")
+    return checkpoint.restore(place.folder / "checkpoint")
 
 
-def save(recipe: Recipe, k: int, variables: dict[str, Any], train: Split, measured: dict[str, float]) -> None:
+def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, float]) -> None:
     """Keep a trained teacher; its folder appears complete or not at all.
 
-    A run that trained the same one at the same time may have been first: then that one stays.
+    reference: the `weights` it was given, as the configuration names them. A run that trained the same teacher at the
+    same time may have been first: then that one stays. Raises OSError naming where the teacher lies if it cannot be
+    moved to its place.
     """
-    path = folder(recipe, k)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.mkdir(parents=True)
+    place.folder.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
     backbone = {name: leaves for name, leaves in variables["params"].items() if name != "distill_adapter"}
     checkpoint.save(part / "checkpoint", {"params": backbone, "batch_stats": variables["batch_stats"]})
-    text = json.dumps({**key(recipe, k), "images": images_digest(train), "measured": measured}, indent=2)
+    text = json.dumps({"key": place.key, "reference": reference, "images": images_digest(train), "measured": measured},
+                      indent=2)
     (part / "key.json").write_text(text, encoding="utf-8")
+    part.chmod(0o755)  # mkdtemp's are for their owner alone
     try:
-        part.rename(path)
-    except OSError:
+        part.rename(place.folder)
+    except OSError as error:
+        if not (place.folder / "checkpoint").exists():
+            raise OSError(f"the trained teacher lies in {part}: it could not be moved to {place.folder}") from error
         shutil.rmtree(part)
-        logger.warning("%s was there already; this run goes on with the teacher it trained itself", path)
+        logger.warning("%s was there already; this run goes on with the teacher it trained itself", place.folder)
 
 
 def images_digest(split: Split) -> str:

@@ -1,22 +1,26 @@
 """Ready teachers: kept from an earlier run, imported, fine-tuned or trained from scratch."""
 import functools
 import logging
+import pathlib
+import shutil
 import time
 from typing import Any
 
 import jax
 
-from asib_jax import build, freezing, parallel, state, steps, streams, teacher_store, weights
+from asib_jax import build, checkpoint, freezing, parallel, pretrained, state, steps, streams, teacher_store, weights
 from asib_jax.data.batches import training_batches
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.loop import run_epoch
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
-from asib_jax.recipe import Recipe
+from asib_jax.pretrained import Imported
+from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.reporting import Reporter
 from asib_jax.run import learning_rate
 from asib_jax.steps import BTerms, Training
+from asib_jax.teacher_store import Place
 
 logger = logging.getLogger("asib_jax")
 
@@ -34,49 +38,65 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.De
 
     Raises ValueError for weights that do not fit, or that fit only once fine-tuned.
     """
-    start, done = {}, {}
+    start, done, places = {}, {}, {}
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers)):
-        if options.weights:
-            weights.locate(options.weights, f"{name}.weights")  # downloaded first: the store's key is of what it holds
-        path = teacher_store.folder(recipe, k) if options.epochs else None
-        kept = teacher_store.load(path, data.teacher_train) if path else None
-        start[name] = _initial(recipe, nets, k, data.image_shape, imported=kept is None)
+        model = nets.teachers[k]
+        start[name] = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
+        places[name] = _place(recipe, k, name, record)
+        kept = teacher_store.load(places[name], data.teacher_train) if options.epochs else None
         if kept is not None:
-            logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, path)
-            params = {**start[name]["params"], **kept["params"]}
-            done[name] = {"params": params, "batch_stats": kept["batch_stats"]}
+            done[name] = _whole(pretrained.fit_variables(kept, start[name], model.architecture), places[name].folder)
+            logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, places[name].folder)
+        elif options.weights:
+            start[name] = _given(options, name, model, start[name])
     for k, name in enumerate(nets.teacher_names):  # after every file has been read: their errors come early
         if name not in done:
             done[name] = start[name]
             if recipe.teachers[k].epochs:
-                done[name] = train(recipe, nets, k, start[name], data, devices, record, reporter)
+                done[name] = train(recipe, nets, k, places[name], start[name], data, devices, record, reporter)
     return Variables({name: variables["params"] for name, variables in done.items()},
                      {name: variables["batch_stats"] for name, variables in done.items()})
 
 
-def _initial(recipe: Recipe, nets: Networks, k: int, image_shape: tuple[int, ...], imported: bool) -> dict[str, Any]:
-    """Teacher `k` at random or, where `imported`, with the weights it is given."""
-    options, model, name = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
-    variables = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), image_shape)
-    if not options.weights or not imported:
-        return variables
+def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
+    """Where teacher `k` is kept. Its weights are downloaded for that, unless a kept teacher was made from them."""
+    given = recipe.teachers[k].weights
+    if not given:
+        return teacher_store.place(recipe, k, "")
+    found = teacher_store.find(recipe, k)
+    if found is None or weights.cached(given):
+        digest = weights.digest(weights.locate(given, f"{name}.weights"))
+        record.log(f"weights/{name}", digest)
+        found = teacher_store.place(recipe, k, digest)
+    return found
+
+
+def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables with the teacher's given weights in their place."""
     variables, fresh = build.read_weights(options.weights, f"{name}.weights", model, variables)
+    differ = f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else ""
     if fresh and not options.finetune_epochs:
-        raise ValueError(f"{name}.weights={options.weights!r} fit {options.name} only in part: {'; '.join(fresh)}. "
-                         f"What differs would stay random; set {name}.finetune_epochs, or take weights fitted to the "
-                         "classes and the size of these images")
+        raise ValueError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "
+                         f"{name}.finetune_epochs, or take weights fitted to the classes and the size of these images")
+    logger.info("%s: %s from %s%s", name, options.name, options.weights, differ)
     return variables
 
 
-def train(recipe: Recipe, nets: Networks, k: int, variables: dict[str, Any], data: build.Data,
-          devices: list[jax.Device], record: Record, reporter: Reporter) -> dict[str, Any]:
-    """Supervised training of teacher `k` with AdamW, kept in `teacher_store`: its best epoch on validation.
+def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
+    if imported.fresh:
+        raise ValueError(f"the teacher in {folder} is not this network: {'; '.join(imported.fresh)}")
+    return imported.variables
 
-    It ends early after `early_stopping_patience` epochs of which none was better by `early_stopping_min_delta`.
+
+def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[str, Any], data: build.Data,
+          devices: list[jax.Device], record: Record, reporter: Reporter) -> dict[str, Any]:
+    """Supervised training of teacher `k` with AdamW, kept at `place`: its best epoch on validation.
+
+    It ends early after `early_stopping_patience` epochs of which none was better by `early_stopping_min_delta`. While
+    it goes on, the best epoch so far is a checkpoint of the run.
     """
     options, model, name = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
-    split, batch_size = data.teacher_train, recipe.dataset.batch_size
-    axis = parallel.axis_name(devices)
+    split, batch_size, axis = data.teacher_train, recipe.dataset.batch_size, parallel.axis_name(devices)
     training = make_training(recipe, k, model, variables["params"], axis)
     step = parallel.compile_step(steps.make_train_step(training.loss, training.tx, axis_name=axis), devices,
                                  arguments=4, donate_first=True)
@@ -88,36 +108,69 @@ def train(recipe: Recipe, nets: Networks, k: int, variables: dict[str, Any], dat
     steps_per_epoch = len(split.label) // batch_size
     rate = learning_rate(recipe, base=options.lr, steps_per_epoch=steps_per_epoch, epochs=options.epochs,
                          warmup_epochs=options.warmup_epochs)
-    own, start, done = teacher_store.streams_name(recipe, k), time.perf_counter(), 0
-    best_acc, best, waited_from, waited = -1.0, None, -1.0, 0
+    best, start, done = _Best(record.folder / "checkpoints" / f"{name}_best"), time.perf_counter(), 0
     for epoch in range(options.epochs):
-        key, dropout_key = (streams.key(recipe.seed, f"{stream}/{own}", epoch) for stream in ("augment", "dropout"))
-        order = streams.rng(recipe.seed, f"order/{own}", epoch)
+        began = time.perf_counter()
         with reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}") as bar:
+            order = streams.rng(recipe.seed, f"order/{teacher_store.streams_name(recipe, k)}", epoch)
             current, metrics, count = run_epoch(
                 step, current, frozen, training_batches(split, batch_size, order), learning_rate=rate, first_step=done,
-                controls={"augment_key": key, "mix_key": key, "dropout_key": dropout_key}, devices=devices,
-                on_images=bar.update)
+                controls=controls_of(recipe, k, epoch), devices=devices, on_images=bar.update)
         done += count
         whole = state.join(current, frozen)
-        accuracy = validation.accuracies(whole)["student"]
-        for metric, value in {**metrics, "val_acc": accuracy}.items():
-            record.log(f"{name}/epoch{epoch + 1:02d}/{metric}", value)
-        logger.info("%s epoch %d/%d: loss %.4f, training accuracy %.2f %%, validation accuracy %.2f %%", name,
-                    epoch + 1, options.epochs, metrics["loss"], 100 * metrics["acc"], 100 * accuracy)
-        if accuracy > best_acc:
-            best_acc, best, best_epoch = accuracy, jax.device_get(whole.of("student")), epoch + 1
-        better = accuracy > waited_from + options.early_stopping_min_delta
-        waited_from, waited = (accuracy, 0) if better else (waited_from, waited + 1)
-        if options.early_stopping_patience and waited >= options.early_stopping_patience:
-            logger.info("%s: stopped early, %d epochs without a better validation accuracy", name, waited)
+        metrics |= {"lr": rate(done - 1), "val_acc": validation.accuracies(whole)["student"]}
+        _log_epoch(record, name, epoch, metrics, time.perf_counter() - began)
+        if metrics["val_acc"] > best.accuracy:
+            best.keep(metrics["val_acc"], epoch, jax.device_get(whole.of("student")))
+        if best.waited(metrics["val_acc"], options.early_stopping_min_delta) == options.early_stopping_patience > 0:
+            logger.info("%s: stopped early, %d epochs without a better validation accuracy", name,
+                        options.early_stopping_patience)
             break
-    record.log(f"time/{name}/seconds", time.perf_counter() - start)
-    record.save()
     logger.info("%s: %s trained on %d images in %.0f s, best in epoch %d: %.2f %% on validation", name, options.name,
-                len(split.label), time.perf_counter() - start, best_epoch, 100 * best_acc)
-    teacher_store.save(recipe, k, best, split, {"validation_accuracy": best_acc, "epoch": best_epoch})
-    return best
+                len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
+    teacher_store.save(place, options.weights, best.variables, split,
+                       {"validation_accuracy": best.accuracy, "epoch": best.epoch + 1})
+    shutil.rmtree(best.folder)
+    return best.variables
+
+
+def controls_of(recipe: Recipe, k: int, epoch: int) -> dict[str, jax.Array]:
+    """The random streams of an epoch of teacher `k` (from 0)."""
+    name = teacher_store.streams_name(recipe, k)
+    return {f"{stream}_key": streams.key(recipe.seed, f"{stream}/{name}", epoch)
+            for stream in ("augment", "mix", "dropout")}
+
+
+def _log_epoch(record: Record, name: str, epoch: int, metrics: dict[str, float], seconds: float) -> None:
+    """Record an epoch's scalars under `teacher1/epoch01/name`, and write the record."""
+    for metric, value in metrics.items():
+        record.log(f"{name}/epoch{epoch + 1:02d}/{metric}", value)
+    record.log(f"time/{name}/epoch{epoch + 1:02d}/seconds", seconds)
+    record.save()
+    logger.info("%s epoch %d: loss %.4f, training accuracy %.2f %%, validation accuracy %.2f %%  %.1f s", name,
+                epoch + 1, metrics["loss"], 100 * metrics["acc"], 100 * metrics["val_acc"], seconds)
+
+
+class _Best:
+    """The best epoch on validation so far, in memory and on disk, and how long ago it was clearly better."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.accuracy, self.epoch, self.variables = folder, -1.0, -1, None
+        self._mark, self._waited = -1.0, 0
+
+    def keep(self, accuracy: float, epoch: int, variables: dict[str, Any]) -> None:
+        """Replace what was best; the checkpoint before is removed only once the new one is complete."""
+        earlier = [path for path in self.folder.iterdir()] if self.folder.exists() else []
+        checkpoint.save(self.folder / f"epoch{epoch + 1:02d}", variables)
+        for path in earlier:
+            shutil.rmtree(path)
+        self.accuracy, self.epoch, self.variables = accuracy, epoch, variables
+
+    def waited(self, accuracy: float, min_delta: float) -> int:
+        """How many epochs have passed since one was better than the last of these by more than `min_delta`."""
+        better = accuracy > self._mark + min_delta
+        self._mark, self._waited = (accuracy, 0) if better else (self._mark, self._waited + 1)
+        return self._waited
 
 
 def make_training(recipe: Recipe, k: int, model: KDModel, params: dict[str, Any], axis_name: str | None = None

@@ -49,9 +49,9 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     if recipe.teachers_only:
         ready, validation = teachers.ready(recipe, nets, data, devices, record, reporter), None
         done = Finished(ready, {}, collections.Counter())
+        finished.save(record, recipe, nets, done)
     else:
         done, validation = distil(recipe, nets, data, devices, record, reporter)
-    finished.save(record, recipe, nets, done)
     results = evaluate_finished(recipe, nets, data, devices, done, validation)
     minutes = (time.perf_counter() - start) / 60
     for key, value in results.summary.items():
@@ -63,7 +63,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
 
 def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
            reporter: Reporter) -> tuple[Finished, Evaluator]:
-    """Teachers ready, every stage, the control: what is finished then, and the evaluator of the validation split."""
+    """Teachers ready, every stage, the control: what is finished then, and saved, and the evaluator of validation."""
     student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
     ready = teachers.ready(recipe, nets, data, devices, record, reporter)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
@@ -74,9 +74,13 @@ def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.D
                                    for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
+    done = Finished(variables, students, progress.distilled_steps)
+    finished.save(record, recipe, nets, done)  # before the control, so that it cannot take the run down with it
     if recipe.train_control and recipe.uses_teachers:
-        students |= train_control(run, progress.epochs)
-    return Finished(variables, students, progress.distilled_steps), run.validation
+        control = train_control(run, progress.epochs)
+        finished.save_control(record, control)
+        done = dataclasses.replace(done, students=students | control)
+    return done, run.validation
 
 
 def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> None:
@@ -115,7 +119,7 @@ def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.
 
 
 def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[Variables, Progress]:
-    """Every stage's A-Step and B-Step. Each stage's last student is saved before the best one continues."""
+    """Every stage's A-Step and B-Step. Each stage's last student, and the best of the run so far, are saved."""
     progress = Progress(epochs=epochs_before)
     if run.recipe.uses_fusion and not run.recipe.model.student.weights:
         variables = a_step.calibrate(run, variables)
@@ -123,8 +127,9 @@ def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[
         if run.recipe.uses_fusion:
             variables = a_step.run_a_step(run, variables, progress, stage)
         variables = b_step.run_b_step(run, variables, progress, stage)
-        folder = run.record.folder / "checkpoints" / f"{run.prefix.replace('/', '_')}stage{stage + 1}_last"
-        checkpoint.save(folder, progress.last_student)
+        folder, name = run.record.folder / "checkpoints", f"{run.prefix.replace('/', '_')}stage{stage + 1}"
+        checkpoint.save(folder / f"{name}_last", progress.last_student)
+        checkpoint.save(folder / f"{name}_best", progress.best_student)
     return variables, progress
 
 

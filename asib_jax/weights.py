@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from asib_jax import checkpoint, torch_pickle
 
-_HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<filename>.+))?")
+_HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
 
 
 def cached(weights: str) -> Path | None:
@@ -28,7 +28,8 @@ def cached(weights: str) -> Path | None:
     """
     reference = _reference(weights)
     if reference is None:
-        return Path(weights) if Path(weights).exists() else None
+        path = Path(weights).expanduser()
+        return path if path.exists() else None
     found = try_to_load_from_cache(**reference)
     return Path(found) if isinstance(found, str) else None  # else None, or a mark that the hub had no such file
 

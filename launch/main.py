@@ -25,17 +25,18 @@ def main(argv: list[str]) -> None:
     try:
         recipe = recipes.read(CONFIG.value)
         checks.check(recipe)
+        idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
+        warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
         if DRY_RUN.value:
-            print(dry_run.text(recipe, plan.make(recipe)))
+            print(dry_run.text(recipe, plan.make(recipe)), warning, sep="\n")
             return
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
         record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     logger = reporting.setup_logging(record.folder)
-    idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
-    if idle:
-        logger.warning("without effect in this run: %s", ", ".join(idle))
+    if warning:
+        logger.warning(warning)
     try:
         train.recorded(recipe, record)
     except Exception:  # told already; the traceback is in log.txt

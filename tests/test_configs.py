@@ -141,8 +141,8 @@ def test_the_full_scale_ladder_takes_the_teachers_the_fine_tuning_configs_leave(
     alone, ladder = config_of(f"finetune_{name}_cifar100"), config_of("l2_cccp")
     alone.teacher1.weights = ladder.teacher1.weights = ladder.teacher2.weights = __file__
     alone, ladder = recipe.read(alone), recipe.read(ladder)
-    assert teacher_store.folder(alone, 0) == teacher_store.folder(ladder, k)
-    assert teacher_store.folder(alone, 0) != teacher_store.folder(ladder, 1 - k)
+    assert teacher_store.find(alone, 0).folder == teacher_store.find(ladder, k).folder
+    assert teacher_store.find(alone, 0).folder != teacher_store.find(ladder, 1 - k).folder
 
 
 def test_digits_opens_the_gate_above_chance_for_ten_classes():

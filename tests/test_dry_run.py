@@ -118,10 +118,10 @@ def test_text(digits):
 
 def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):
     recipe = read_recipe("l0_baseline", "digits", results_dir=str(tmp_path), teachers_only=True)
-    (teacher_store.folder(recipe, 0) / "checkpoint").mkdir(parents=True)
+    (teacher_store.find(recipe, 0).folder / "checkpoint").mkdir(parents=True)
     plan = plans.make(recipe)
     assert [row.role for row in plan.networks] == ["teacher1", "teacher2"]
-    assert plan.networks[0].origin == f"kept by an earlier run: {teacher_store.folder(recipe, 0)}"
+    assert plan.networks[0].origin == f"kept by an earlier run: {teacher_store.find(recipe, 0).folder}"
     assert [step[:3] for step in plan.steps] == [("teacher2", 10, 310)]
 
 

@@ -54,6 +54,7 @@ def saved(tmp_path_factory, quick_compilation):
     done = finished.Finished(variables, {"last": variables.of("student"), "best": variables.of("student")},
                              collections.Counter({"synergy": 30, "avg (gate shut)": 10}))
     record = Record.create(tmp_path / "results", "l1_ib", "", config.to_dict())
+    record.log("weights/teacher2", weights.digest(settings.teachers[1].weights))  # as `teachers.ready` does
     finished.save(record, settings, nets, done)
     return record.folder, settings, nets, done
 
