@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+from clu.parameter_overview import count_parameters
 
 from asib_jax import build, checkpoint, freezing, parallel, pretrained, state, steps, streams, teacher_store, weights
 from asib_jax.data.batches import training_batches
@@ -103,6 +104,8 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
     whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
     current, frozen = parallel.replicate(state.begin(whole, training.mask, training.trained_stats, training.tx, None,
                                                      recipe.compute_dtype), devices)
+    logger.info("%s: %s %s, trainable/total parameters %s/%s", name, "fine-tuning" if options.weights else "training",
+                options.name, f"{count_parameters(current.params):,}", f"{count_parameters(variables['params']):,}")
     validation = Evaluator(Networks(model.clone(adapter_dim=0)), Variables({}, {}), data.validation, name="validation",
                            batch_size=batch_size, devices=devices)
     steps_per_epoch = len(split.label) // batch_size

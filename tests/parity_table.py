@@ -1,6 +1,6 @@
 """Every family at full size against PyTorch, as the table of docs/models.md:
 
-    python tests/parity_table.py [NAME ...]     # half an hour on two cores, and up to 12 GB; needs torchvision and timm
+    python tests/parity_table.py [NAME ...]     # a quarter of an hour on one core; needs torchvision and timm
 """
 import pathlib
 import sys
@@ -116,7 +116,7 @@ def main(names: list[str]) -> None:
         for small_input in (False, True) if case.stem else (False,):
             errors = measure(name, small_input)
             size = "32, small stem" if small_input else case.size
-            cells = " | ".join(f"{errors[key]:.0e}" for key in parity.BOUNDS)
+            cells = " | ".join(f"{errors[key]:.0e}" if errors[key] else "none" for key in parity.BOUNDS)
             print(f"| {name} | {size} | {cells} |", flush=True)
             outside += [] if parity.within_bounds(errors) else [f"{name} at {size}"]
     if outside:
