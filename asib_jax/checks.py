@@ -181,8 +181,9 @@ def _check_source(given: str, network: str, key: str) -> None:
 
 def _check_teacher_training(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
     mode = "finetune" if teacher.weights else "train"
-    _require(0 <= teacher.warmup_epochs <= teacher.epochs, f"{key}.warmup_epochs={teacher.warmup_epochs} must lie "
-             f"between 0 and {key}.{mode}_epochs={teacher.epochs}")
+    _require(0 <= teacher.warmup_epochs <= teacher.epochs,
+             f"{key}.warmup_epochs={teacher.warmup_epochs} must lie between 0 and {key}.{mode}_epochs={teacher.epochs}; "
+             f"set --config.{key}.warmup_epochs={min(1, teacher.epochs)}")
     _require(teacher.lr > 0, f"{key}.{mode}_lr={teacher.lr} must be positive")
     _require(teacher.weight_decay >= 0, f"{key}.{mode}_weight_decay={teacher.weight_decay} must be at least 0")
     _check_min_lr(recipe, f"{key}.{mode}_lr", teacher.lr)

@@ -31,8 +31,8 @@ def level_for_stage(levels: Sequence[int], stage: int) -> int:
 def trainable(params: Tree, model_stage_names: Sequence[str], level: int, freeze_bn: bool = False) -> dict:
     """Mask over one model's parameters (nested like them): true where a leaf trains at this freeze level.
 
-    What is no stage (classifier, adapters) always trains. `freeze_bn` also freezes the normalisation layers of the
-    trainable stages; Flax gives them, and only them, a parameter called `scale`.
+    What is no stage (classifier, adapters and the normalisation after pooling) trains at every level. `freeze_bn` also
+    freezes every normalisation layer that would train; Flax gives them, and only them, a parameter called `scale`.
 
     Raises:
         ValueError: the level is out of range, or a declared stage has no parameters (a stale declaration would freeze
@@ -45,7 +45,7 @@ def trainable(params: Tree, model_stage_names: Sequence[str], level: int, freeze
     leaves = flatten_dict(params)
 
     def trains(path: tuple[str, ...]) -> bool:
-        normalisation = path[0] in model_stage_names and (*path[:-1], "scale") in leaves
+        normalisation = (*path[:-1], "scale") in leaves
         return path[0] not in frozen and not (freeze_bn and normalisation)
 
     return unflatten_dict({path: trains(path) for path in leaves})

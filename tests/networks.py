@@ -1,12 +1,12 @@
 """Networks of three convolutions and data they can learn: what several test files run steps and stages on."""
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from asib_jax.data.sources import Split
-from asib_jax.models import build_ib_mbm_from_teachers
+from asib_jax.models import MODELS, build_ib_mbm_from_teachers
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
@@ -39,7 +39,30 @@ def make_networks(*, adapter_dim: int = DIM, student_feature: str = "distill_fea
     return Networks(student, models, ib_mbm, head, student_feature)
 
 
-def random_variables(nets: Networks, seed: int = 3) -> Variables:
+def variable_shapes(model: KDModel, size: int = 8):
+    """The variables by shape alone, for colour images of this many pixels."""
+    return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+@cache
+def full_size_shapes(name: str, classes: int, small_input: bool):
+    """The variables of a network of MODELS, by shape alone."""
+    return variable_shapes(KDModel(MODELS[name](small_input), classes, (0.5,), (0.25,)), 32)
+
+
+def stage_shapes(architecture: Architecture, size: int) -> list[tuple[str, int, int]]:
+    """(name, height, channels) of each stage's square output, in order, for colour images of this many pixels."""
+    shapes, x = [], jnp.zeros((1, size, size, 3))
+    for name, factory in architecture.stages:
+        stage = factory(dtype=jnp.float32, axis_name=None)
+        x, _ = jax.eval_shape(partial(stage.init_with_output, train=False), jax.random.key(0), x)
+        batch, height, width, channels = x.shape
+        assert (batch, height) == (1, width)
+        shapes.append((name, height, channels))
+    return shapes
+
+
+def random_values(shapes, seed: int = 3):
     """Values no initialiser gives, of a size at which networks with different weights disagree."""
     generator = np.random.default_rng(seed)
 
@@ -49,19 +72,23 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
         spread = 1.5 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.3
         return (spread * generator.normal(size=leaf.shape)).astype(np.float32)
 
-    def shapes(module, *inputs, **options):
-        return jax.eval_shape(partial(module.init, **options), jax.random.key(0), *inputs)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
-    pixels = jnp.zeros((1, 8, 8, 3))
+
+def random_variables(nets: Networks, seed: int = 3) -> Variables:
+    """`random_values` of all networks, centred as said below."""
+    def shapes(module, *inputs):
+        return jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
     models = {"student": nets.student, **dict(zip(nets.teacher_names, nets.teachers))}
-    trees = {name: shapes(model, pixels, train=False) for name, model in models.items()}
+    trees = {name: variable_shapes(model) for name, model in models.items()}
     if nets.ib_mbm is not None:
         adapted = nets.student_feature == "distill_feat"
         width = nets.student.adapter_dim if adapted else nets.student.architecture.feat_dim
         read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
         trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
         trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
-    trees = jax.tree_util.tree_map_with_path(draw, trees)
+    trees = random_values(trees, seed)
     variables = Variables({name: tree["params"] for name, tree in trees.items()},
                           {name: trees[name].get("batch_stats", {}) for name in models})
     for name, model in models.items():  # centred and spread, or one class wins on every image and codes hardly differ

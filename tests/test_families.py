@@ -11,22 +11,26 @@ from asib_jax.models import MODELS
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.ensemble import Mode
+from asib_jax.models.kd_model import KDModel
 from asib_jax.models.mobilenet import Row, mobilenet_v2
-from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+from asib_jax.models.resnet import cifar_resnet
 from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
 from asib_jax.models.wide_resnet import wide_resnet
+from asib_jax.pretrained import export_weights
 from asib_jax.steps import ATerms, BTerms
-from networks import convolutions, make_batch, make_networks, random_variables
+from networks import (convolutions, full_size_shapes, make_batch, make_networks, random_values, random_variables,
+                      variable_shapes)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
-    "resnet": cifar_resnet(8, widths=(4, 6, 8), stem=4), "resnet50": imagenet_resnet((1, 1, 1, 1), True),
-    "wrn": wide_resnet(10, 1), "vgg": vgg(((4,), (6,), (8,))),
-    "convnext": convnext((4, 6, 8, 10), (1, 1, 1, 1), 0.5, True), "efficientnet": efficientnet(0.1, 0.1, 0.2, True),
+    "resnet": cifar_resnet(8, widths=(4, 6, 8), stem=4), "wrn": wide_resnet(10, 1), "vgg": vgg(((4,), (6,), (8,))),
+    "convnext": convnext((4, 6, 8, 10), (1, 1, 1, 1), 0.5, True), "efficientnet": efficientnet(0.1, 0.3, 0.2, True),
     "mobilenet": mobilenet_v2((Row(1, 8, 1, 1), Row(2, 8, 2, 2)), True),
     "shufflenet": shufflenet_v2((1, 1, 1), (8, 12, 16), True),
 }
+FULL_SIZE = ("resnet20", "resnet50", "wrn_16_2", "vgg13", "convnext_s", "efficientnet_b0", "mobilenet_v2",
+             "shufflenet_v2")
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.0, kd_alpha=0.3, cccp_alpha=0.25, cccp_tau=4.0,
                  feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=1)
 B_TERMS = BTerms(data_aug=1, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
@@ -68,8 +72,57 @@ def test_a_teacher_is_tuned_in_the_a_step(family):
     assert still == {"[0]['teacher1']['classifier']['kernel']"}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_name_goes_through_the_b_step(name):
+@pytest.mark.parametrize("family", TINY)
+def test_bfloat16_is_float32_to_its_precision(family):
+    """In training with dropout, on statistics at rest: a batch's own magnify rounding where maps are of one pixel.
+
+    Parameters, feat_2d and logits stay float32; keys alone bring dropout.
+    """
+    model, pixels = KDModel(TINY[family], 5, (0.5,), (0.25,)), make_batch(8)["image"]
+    half = model.clone(dtype=jnp.bfloat16)
+    variables = random_values(variable_shapes(model))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variable_shapes(half))} == {jnp.dtype("float32")}
+
+    @jax.jit
+    def run(variables, keys):
+        return [network.apply(variables, pixels, train=True, freeze_bn=True, dropout_keys=own)
+                for network, own in ((model, keys), (half, keys), (half, None))]
+
+    exact, outputs, plain = run(variables, jax.random.split(jax.random.key(0), 8))
+    assert (outputs.feat_4d.dtype, outputs.feat_2d.dtype, outputs.logit.dtype) == ("bfloat16", "float32", "float32")
+    error = np.abs(outputs.feat_2d - exact.feat_2d).max() / np.abs(exact.feat_2d).max()
+    assert error < 0.02, error
+    dropped = [name for name in ("feat_2d", "logit") if (getattr(outputs, name) != getattr(plain, name)).any()]
+    assert dropped == {"convnext": ["feat_2d", "logit"], "efficientnet": ["feat_2d", "logit"],
+                       "mobilenet": ["logit"]}.get(family, [])
+
+
+LIBRARIES = (
+    *(("torchvision", name, name, 0) for name in ("resnet50", "resnet101", "resnet152", "mobilenet_v2")),
+    ("timm", "mobilenetv2_100", "mobilenet_v2", 1), ("torchvision", "shufflenet_v2_x1_0", "shufflenet_v2", 0),
+    *((library, name, name, i) for name in ("efficientnet_b0", "efficientnet_b2")
+      for i, library in enumerate(("timm", "torchvision"))),
+    ("timm", "tf_efficientnet_l2", "efficientnet_l2", 0),
+    ("timm", "convnext_small", "convnext_s", 0), ("timm", "convnext_large", "convnext_l", 0),
+)
+
+
+@pytest.mark.parametrize(("library", "theirs", "name", "convention"), LIBRARIES, ids=lambda value: str(value))
+def test_full_size_weights_are_called_and_shaped_as_the_librarys(library, theirs, name, convention):
+    """With values of no bytes in place of the weights: the largest network has 480 million."""
+    torch = pytest.importorskip("torch")
+    create = {"torchvision": pytest.importorskip("torchvision_cpu").torchvision.models.get_model,
+              "timm": pytest.importorskip("timm").create_model}[library]
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in create(theirs).state_dict().items()}
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "V0"), full_size_shapes(name, 1000, False))
+    architecture = MODELS[name](False)
+    exported = export_weights(empty, architecture._replace(names=architecture.names[convention:]))
+    assert {key: value.shape for key, value in exported.items()} == expected
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_family_goes_through_the_b_step_at_full_size(name):
     """By shape alone: nothing is compiled. The networks are those of the `:small` profile but for the student."""
     nets = make_networks(student=MODELS[name](True), teachers=(convolutions(3), convolutions(4)))
 

@@ -54,6 +54,15 @@ def test_freeze_bn_extends_to_trainable_stages():
     assert mask["classifier"]["fc"] == {"kernel": True, "bias": True}
 
 
+@pytest.mark.parametrize("level", [-1, 0, 1])
+def test_normalisation_after_pooling_trains_unless_freeze_bn(level):
+    """It belongs to no stage."""
+    params = make_params() | {"pooled_norm": {"scale": np.ones(2), "bias": np.ones(2)}}
+    assert freezing.trainable(params, STAGES, level)["pooled_norm"] == {"scale": True, "bias": True}
+    mask = freezing.trainable(params, STAGES, level, freeze_bn=True)
+    assert mask["pooled_norm"] == {"scale": False, "bias": False}
+
+
 def test_one_level_or_one_per_training_stage():
     assert [freezing.level_for_stage((2,), stage) for stage in range(3)] == [2, 2, 2]
     assert [freezing.level_for_stage((-1, 2), stage) for stage in range(2)] == [-1, 2]

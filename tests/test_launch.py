@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
 TINY = ("--config.student_epochs_per_stage=(1,1)", "--config.teacher_adapt_epochs=1", "--config.teacher1.name=resnet8",
-        "--config.teacher1.train_epochs=1", "--config.teacher2.train_epochs=1", "--config.schedule.lr_warmup_epochs=1")
+        "--config.teacher1.train_epochs=1", "--config.teacher1.warmup_epochs=1", "--config.teacher2.train_epochs=1",
+        "--config.teacher2.warmup_epochs=1", "--config.schedule.lr_warmup_epochs=1")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from asib_jax.models.architecture import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+from networks import full_size_shapes, variable_shapes
 
 # (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's or timm's;
-# the small stem has 64 * 3 * (49 - 9) fewer.
+# small stems have 64 * 3 * (49 - 9) and 96 * 3 * (16 - 9) fewer, those not listed as many.
 SIZES = {
     ("resnet8", 100, True): 83_892,
     ("resnet14", 100, True): 181_108,
@@ -32,6 +33,7 @@ SIZES = {
     ("vgg8", 100, True): 3_965_028,
     ("vgg13", 100, True): 9_462_180,
     ("convnext_s", 1000, False): 50_223_688,
+    ("convnext_s", 1000, True): 50_223_688 - 2_016,
     ("convnext_l", 1000, False): 197_767_336,
     ("efficientnet_b0", 1000, False): 5_288_548,
     ("efficientnet_b2", 1000, False): 9_109_994,
@@ -44,11 +46,10 @@ TWO_STAGES = Architecture(TINY.stages[:2], feat_dim=2)  # where initialisers, sl
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 
 
-def random_variables(model, pixels=PIXELS, seed=0):
+def random_variables(model):
     """Variables of the model's shapes with values no initialiser gives, positive so that variances are valid."""
-    generator = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: model.init(key, pixels, train=False), jax.random.key(0))
-    return jax.tree.map(lambda leaf: generator.uniform(0.1, 0.9, leaf.shape).astype(np.float32), shapes)
+    generator = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: generator.uniform(0.1, 0.9, leaf.shape).astype(np.float32), variable_shapes(model))
 
 
 def tiny(architecture=TINY, **fields):
@@ -68,10 +69,8 @@ def changed_stages(before, after):
 def test_every_model_has_its_exact_size():
     assert {name for name, _, _ in SIZES} == set(MODELS)
     for (name, classes, small_input), expected in SIZES.items():
-        model = create_teacher_by_name(name, classes, small_input=small_input, mean=(0.5,), std=(0.25,))
-        pixels = np.zeros((1, 32, 32, 3))
-        shapes = jax.eval_shape(lambda key: model.init(key, pixels, train=False)["params"], jax.random.key(0))
-        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected, name
+        params = full_size_shapes(name, classes, small_input)["params"]
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected, name
 
 
 def test_stages_are_declared_in_order():
@@ -88,8 +87,9 @@ def test_names():
         assert repr(suffixed) == repr(plain)
     with pytest.raises(ValueError, match=r"'resnet21'; teacherK.name must be one of resnet8, .*resnet152"):
         create_teacher_by_name("resnet21", 10, **fields)
-    with pytest.raises(ValueError, match="'resnet21_scratch'; model.student.name must be"):
-        create_student_by_name("resnet21_scratch", 10, **fields)
+    for name in ("resnet21_scratch", "resnet20_pretrain_scratch", "resnet20_scratch_scratch", "_scratch"):
+        with pytest.raises(ValueError, match=f"'{name}'; model.student.name must be"):
+            create_student_by_name(name, 10, **fields)
 
 
 def test_forward_equals_its_parts_by_hand():
@@ -140,7 +140,7 @@ def test_adapters_leave_the_initial_network_as_it_is():
 def test_default_hidden_width_of_the_adapter(adapter_dim, hidden):
     """max(F // 2, D) with F = 4."""
     model = tiny(adapter_dim=adapter_dim)
-    shapes = jax.eval_shape(lambda key: model.init(key, PIXELS, train=False), jax.random.key(0))
+    shapes = variable_shapes(model)
     assert shapes["params"]["distill_adapter"]["fc1"]["kernel"].shape == (4, hidden)
 
 
@@ -204,7 +204,7 @@ def test_bfloat16_keeps_float32_where_it_matters():
     variables = random_variables(model)
 
     outputs, updates = jax.jit(lambda v: model.apply(v, PIXELS, train=True, mutable=["batch_stats"]))(variables)
-    fresh = jax.eval_shape(lambda key: model.init(key, PIXELS, train=False), jax.random.key(0))
+    fresh = variable_shapes(model)
     assert outputs.feat_4d.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((updates, fresh, outputs[1:]))} == {jnp.dtype("float32")}
     # The mean and the classifier are float32 computations on what the bfloat16 stages gave.
@@ -239,11 +239,11 @@ def test_fusion_for_teachers_of_different_widths():
 def test_images_too_small_for_a_network_are_refused():
     model = tiny(convnext((2, 2, 2, 2), (1, 1, 1, 1), 0.0, False))
     with pytest.raises(ValueError, match=r"images of 8x8 pixels leave a map of \(0, 0\).* dataset.small_input=True"):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), PIXELS, train=False))
+        variable_shapes(model)
 
 
-def test_dropout_acts_in_training_with_keys_alone():
-    """Stages that are frozen have none; what the classifier reads is dropped at the rate, feat_2d is not."""
+def test_the_classifier_reads_features_with_dropout():
+    """Where keys are given, what it reads is dropped at the rate and else scaled up; feat_2d is not."""
     architecture = TINY._replace(dropout=0.5)
     model = tiny(architecture)
     variables = random_variables(model)

@@ -8,19 +8,15 @@ import pytest
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.pretrained import export_weights, fit_variables, import_weights
+from networks import variable_shapes
 
 CLASSES = 5
 SMALL = KDModel(cifar_resnet(8, widths=(2, 3, 4), stem=2), CLASSES, (0.5,), (0.25,), adapter_dim=3,
                 residual_adapter=True)
-SHAPE = (1, 8, 8, 3)
 
 
-def shapes_of(model, shape=SHAPE):
-    return jax.eval_shape(lambda key: model.init(key, np.zeros(shape, np.float32), train=False), jax.random.key(0))
-
-
-def zeros_of(model, shape=SHAPE):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes_of(model, shape))
+def zeros_of(model):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
 
 
 def state_for(model):

@@ -1,4 +1,5 @@
 """Every network by name."""
+import re
 from collections.abc import Callable, Sequence
 
 from asib_jax.models.architecture import Architecture
@@ -49,7 +50,7 @@ def backbone(name: str, small_input: bool, key: str) -> Architecture:
 
     Raises ValueError for an unknown name, which the configuration `key` holds.
     """
-    plain = name.removesuffix("_scratch").removesuffix("_pretrain")
+    plain = re.sub(r"_(scratch|pretrain)$", "", name)
     if plain not in MODELS:
         raise ValueError(f"unknown model {name!r}; {key} must be one of {', '.join(MODELS)}")
     return MODELS[plain](small_input)

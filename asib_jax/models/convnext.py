@@ -1,7 +1,8 @@
 """ConvNeXt (Liu et al. 2022). Every normalisation is a LayerNorm over channels: there are no batch statistics.
 
-Convolutions and dense layers start from a normal distribution of standard deviation 0.02, biases at zero, layer scales
-at 1e-6, as the original's. (It truncates at +-2, a hundred deviations.)
+Convolutions and dense layers of the stages start from a normal distribution of standard deviation 0.02, biases at zero,
+layer scales at 1e-6, as the original's. (It truncates at +-2, a hundred deviations.) The classifier starts as that of
+every `KDModel`.
 """
 from functools import partial
 from typing import Any

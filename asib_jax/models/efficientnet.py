@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv, keys_of, stochastic_depth
+from asib_jax.models.layers import ConvNorm, chain, conv, conv_norm, keys_of, stochastic_depth
 
 # (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -39,28 +39,22 @@ def _torchvision_block(match) -> str:
     return f"features.{stage}.{block}.block.{position}.{_TORCHVISION_LAYERS[layer]}"
 
 
-NAMES = (
-    (  # timm's
-        (r"stem/conv", "conv_stem"),
-        (r"stem/bn", "bn1"),
-        (r"blocks(\d)/block(\d+)/(.+)", _timm_block),
-        (r"blocks7/head/conv", "conv_head"),
-        (r"blocks7/head/bn", "bn2"),
-        (r"classifier", "classifier"),
-    ),
-    (  # torchvision's
-        (r"stem/conv", "features.0.0"),
-        (r"stem/bn", "features.0.1"),
-        (r"blocks(\d)/block(\d+)/(\w+)[_/]([a-z]+)", _torchvision_block),
-        (r"blocks7/head/conv", "features.8.0"),
-        (r"blocks7/head/bn", "features.8.1"),
-        (r"classifier", "classifier.1"),
-    ),
+TIMM = (  # of MobileNetV2, too
+    (r"stem/conv", "conv_stem"),
+    (r"stem/bn", "bn1"),
+    (r"[a-z]+(\d)/block(\d+)/(.+)", _timm_block),
+    (r"[a-z]+\d/head/conv", "conv_head"),
+    (r"[a-z]+\d/head/bn", "bn2"),
+    (r"classifier", "classifier"),
 )
-
-
-def _epsilon(tensorflow: bool) -> float:
-    return 1e-3 if tensorflow else 1e-5
+TORCHVISION = (
+    (r"stem/conv", "features.0.0"),
+    (r"stem/bn", "features.0.1"),
+    (r"blocks(\d)/block(\d+)/(\w+)[_/]([a-z]+)", _torchvision_block),
+    (r"blocks7/head/conv", "features.8.0"),
+    (r"blocks7/head/bn", "features.8.1"),
+    (r"classifier", "classifier.1"),
+)
 
 
 class SqueezeExcite(nn.Module):
@@ -88,23 +82,20 @@ class Block(nn.Module):
     stride: int
     width: int
     drop_rate: float
-    tensorflow: bool
+    padding: str | None
+    epsilon: float
     dtype: Any
     axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name, epsilon=_epsilon(self.tensorflow))
-        pointwise = partial(conv, 1, stride=1, dtype=self.dtype)
-        inputs, hidden, y = x.shape[-1], x.shape[-1] * self.expansion, x
-        if self.expansion > 1:
-            y = nn.silu(norm(name="expand_bn")(pointwise(width=hidden, name="expand_conv")(y)))
-        y = conv(self.kernel, hidden, self.stride, padding="SAME" if self.tensorflow else self.kernel // 2,
-                 feature_group_count=hidden, kernel_init=nn.initializers.normal(2 ** 0.5 / self.kernel),
-                 dtype=self.dtype, name="depthwise_conv")(y)
-        y = nn.silu(norm(name="depthwise_bn")(y))
+        layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name, epsilon=self.epsilon)
+        inputs, hidden = x.shape[-1], x.shape[-1] * self.expansion
+        y = nn.silu(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
+        y = nn.silu(layer(y, self.kernel, hidden, self.stride, padding=self.padding, feature_group_count=hidden,
+                          kernel_init=nn.initializers.normal(2 ** 0.5 / self.kernel), name="depthwise_conv"))
         y = SqueezeExcite(inputs // 4, self.dtype, name="squeeze_excite")(y)
-        y = norm(name="project_bn")(pointwise(width=self.width, name="project_conv")(y))
+        y = layer(y, 1, self.width, 1, name="project_conv")
         if self.stride > 1 or inputs != self.width:
             return y
         return x + stochastic_depth(y, self.drop_rate, keys_of(self, dropout_keys))
@@ -127,16 +118,19 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
     dropout: before the classifier.
     small_input: the 3x3 stem has stride 1 in place of 2, for images of about 32 pixels. All pretrained weights fit.
     tensorflow: TensorFlow's padding, at stride 2 of the far side only, and BatchNorm epsilon 1e-3 in place of 1e-5:
-        what weights trained there (timm's "tf_") expect.
+        what weights trained there expect. Those are timm's "tf_efficientnet_...", of which L2 has no others. Without
+        it weights must be timm's "efficientnet_..." or torchvision's. Names and shapes are the same, so that weights of
+        the other kind can be imported, but the network computes something else.
     """
     counts = [math.ceil(depth * count) for *_, count in _STAGES]
-    unit = partial(ConvNorm, activation=nn.silu, padding="SAME" if tensorflow else None, epsilon=_epsilon(tensorflow))
+    padding, epsilon = ("SAME", 1e-3) if tensorflow else (None, 1e-5)
+    unit = partial(ConvNorm, activation=nn.silu, padding=padding, epsilon=epsilon)
     stages = [("stem", partial(unit, kernel=3, width=_scaled(_STEM * width), stride=1 if small_input else 2))]
     for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
         done = sum(counts[:i])
         blocks = (partial(Block, expansion, kernel, 1 if j else stride, _scaled(base * width),
-                          _DEPTH_DROP * (done + j) / sum(counts), tensorflow) for j in range(counts[i]))
+                          _DEPTH_DROP * (done + j) / sum(counts), padding, epsilon) for j in range(counts[i]))
         last = i == len(_STAGES) - 1
         head = {"head": partial(unit, kernel=1, width=_scaled(_HEAD * width), stride=1)} if last else {}
         stages.append((f"blocks{i + 1}", chain(blocks, **head)))
-    return Architecture(tuple(stages), feat_dim=_scaled(_HEAD * width), names=NAMES, dropout=dropout)
+    return Architecture(tuple(stages), feat_dim=_scaled(_HEAD * width), names=(TIMM, TORCHVISION), dropout=dropout)

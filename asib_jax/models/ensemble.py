@@ -107,5 +107,8 @@ def fuse(nets: Networks, variables: Variables, q: jax.Array, kv: jax.Array) -> L
 
 
 def classify(nets: Networks, variables: Variables, z: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-    """Synergy logits [B, C] of a code z [B, d]; with dropout only where keys are given."""
+    """Synergy logits [B, C] of a code z [B, d]. dropout_keys: [B] keys, from which the head takes its own; None: no
+    dropout."""
+    if dropout_keys is not None:
+        dropout_keys = streams.branch(dropout_keys, "synergy_head")
     return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, z, dropout_keys=dropout_keys)

@@ -29,23 +29,33 @@ def linear(x: jax.Array, features: int, name: str) -> jax.Array:
     return nn.Dense(features, kernel_init=init, bias_init=init, dtype=jnp.float32, name=name)(x)
 
 
-def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, **options) -> nn.Conv:
+def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, padding: int | str | None = None,
+         **options) -> nn.Conv:
     """A square convolution without bias that starts from He normal over fan-out; `options` are those of `nn.Conv`.
 
-    Both sides are padded by kernel // 2: at stride 2 XLA's "SAME" pads only the far side, PyTorch and its weights do
-    not. An even kernel is for patches and takes no padding: pass `padding=0`.
+    padding: None is kernel // 2 on both sides. At stride 2 XLA's "SAME" pads only the far side, PyTorch and its weights
+        do not. An even kernel is for patches and takes 0.
     """
-    options = {"padding": kernel // 2, "use_bias": False,
-               "kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal")} | options
-    return nn.Conv(width, (kernel, kernel), stride, dtype=dtype, name=name, **options)
+    options = {"use_bias": False, "kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal")} | options
+    padding = kernel // 2 if padding is None else padding
+    return nn.Conv(width, (kernel, kernel), stride, padding, dtype=dtype, name=name, **options)
 
 
-def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str, momentum: float = 0.9,
-               epsilon: float = 1e-5) -> nn.BatchNorm:
+def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """BatchNorm with float32 statistics, from scale 1, bias 0. In training they are of the global batch if `axis_name`
-    is given. momentum: the share that the running statistics keep (PyTorch's `momentum` is one minus this)."""
-    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype,
+    is given, and the running ones keep 0.9 of what they are (PyTorch's `momentum` of 0.1)."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype,
                         axis_name=axis_name, name=name)
+
+
+def conv_norm(x: jax.Array, kernel: int, width: int, stride: int, *, train: bool, dtype: Any, axis_name: str | None,
+              name: str, epsilon: float = 1e-5, **options) -> jax.Array:
+    """A convolution and its BatchNorm, created in the calling compact method; `options` are those of `conv`.
+
+    name: the convolution's, e.g. "conv1"; BatchNorm has "bn" there in place of "conv".
+    """
+    x = conv(kernel, width, stride, dtype=dtype, name=name, **options)(x)
+    return batch_norm(train, dtype=dtype, axis_name=axis_name, name=name.replace("conv", "bn"), epsilon=epsilon)(x)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
@@ -76,7 +86,7 @@ def keys_of(module: nn.Module, keys: jax.Array | None) -> jax.Array | None:
 class ConvNorm(nn.Module):
     """A convolution, BatchNorm, an activation and, if `pool`, a 3x3 max-pool of stride 2: a stem, or a 1x1 head.
 
-    padding: None is kernel // 2 on both sides, see `conv`; epsilon: BatchNorm's.
+    padding: as of `conv`; epsilon: BatchNorm's.
     """
 
     kernel: int
@@ -91,10 +101,9 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        padding = self.kernel // 2 if self.padding is None else self.padding
-        x = conv(self.kernel, self.width, self.stride, padding=padding, dtype=self.dtype, name="conv")(x)
-        x = self.activation(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name="bn",
-                                       epsilon=self.epsilon)(x))
+        x = self.activation(conv_norm(x, self.kernel, self.width, self.stride, train=train, dtype=self.dtype,
+                                      axis_name=self.axis_name, name="conv", padding=self.padding,
+                                      epsilon=self.epsilon))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
 
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 
 from asib_jax.models.architecture import Architecture, Names
-from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
+from asib_jax.models.efficientnet import TIMM
+from asib_jax.models.layers import ConvNorm, chain, conv_norm
 
 
 class Row(NamedTuple):
@@ -21,19 +22,10 @@ class Row(NamedTuple):
 ROWS = (Row(1, 16, 1, 1), Row(6, 24, 2, 2), Row(6, 32, 3, 2), Row(6, 64, 4, 2), Row(6, 96, 3, 1), Row(6, 160, 3, 2),
         Row(6, 320, 1, 1))
 
-# (our module of a block, its place in torchvision's `conv`, timm's name): a block that does not expand counts from its
-# depthwise convolution there.
-_PLAIN = (("depthwise_conv", "0.0", "conv_dw"), ("depthwise_bn", "0.1", "bn1"),
-          ("project_conv", "1", "conv_pw"), ("project_bn", "2", "bn2"))
-_EXPANDED = (("expand_conv", "0.0", "conv_pw"), ("expand_bn", "0.1", "bn1"),
-             ("depthwise_conv", "1.0", "conv_dw"), ("depthwise_bn", "1.1", "bn2"),
-             ("project_conv", "2", "conv_pwl"), ("project_bn", "3", "bn3"))
-
-
-def _conv_bn(x: jax.Array, kernel: int, width: int, stride: int = 1, *, train: bool, dtype: Any,
-             axis_name: str | None, prefix: str, groups: int = 1) -> jax.Array:
-    x = conv(kernel, width, stride, feature_group_count=groups, dtype=dtype, name=f"{prefix}conv")(x)
-    return batch_norm(train, dtype=dtype, axis_name=axis_name, name=f"{prefix}bn")(x)
+# Our layers of a block and their places in torchvision's. In the first row nothing is expanded.
+_FIRST = {"depthwise_conv": "0.0", "depthwise_bn": "0.1", "project_conv": "1", "project_bn": "2"}
+_OTHERS = {"expand_conv": "0.0", "expand_bn": "0.1", "depthwise_conv": "1.0", "depthwise_bn": "1.1",
+           "project_conv": "2", "project_bn": "3"}
 
 
 class Block(nn.Module):
@@ -50,38 +42,35 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        layer = partial(_conv_bn, train=train, dtype=self.dtype, axis_name=self.axis_name)
+        layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
         hidden = self.expansion * x.shape[-1]
-        y = nn.relu6(layer(x, 1, hidden, prefix="expand_")) if self.expansion > 1 else x
-        y = nn.relu6(layer(y, 3, hidden, self.stride, prefix="depthwise_", groups=hidden))
-        y = layer(y, 1, self.width, prefix="project_")
+        y = nn.relu6(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
+        y = nn.relu6(layer(y, 3, hidden, self.stride, feature_group_count=hidden, name="depthwise_conv"))
+        y = layer(y, 1, self.width, 1, name="project_conv")
         return x + y if self.stride == 1 and x.shape[-1] == self.width else y
 
 
-def _names(rows: tuple[Row, ...]) -> tuple[Names, Names]:
-    """torchvision's names, which number the blocks through all rows, and timm's."""
-    torchvision, timm, position = [], [], 0
-    for i, row in enumerate(rows):
-        for j in range(row.count):
-            position += 1
-            for part, place, name in _EXPANDED if row.expansion > 1 else _PLAIN:
-                ours = f"layer{i + 1}/block{j}/{part}"
-                torchvision.append((ours, f"features.{position}.conv.{place}"))
-                timm.append((ours, f"blocks.{i}.{j}.{name}"))
-    head = rf"layer{len(rows)}/head/"
-    torchvision += [("stem/conv", "features.0.0"), ("stem/bn", "features.0.1"), ("classifier", "classifier.1"),
-                    (f"{head}conv", f"features.{position + 1}.0"), (f"{head}bn", f"features.{position + 1}.1")]
-    timm += [("stem/conv", "conv_stem"), ("stem/bn", "bn1"), ("classifier", "classifier"),
-             (f"{head}conv", "conv_head"), (f"{head}bn", "bn2")]
-    return tuple(torchvision), tuple(timm)
+def _torchvision(rows: tuple[Row, ...]) -> Names:
+    """torchvision's names, which number the blocks through all rows."""
+    blocks = [(i, j) for i, row in enumerate(rows, start=1) for j in range(row.count)]
+    head = len(blocks) + 1
+    return (
+        ("stem/conv", "features.0.0"), ("stem/bn", "features.0.1"),
+        *((f"layer{i}/block{j}/{layer}", f"features.{position}.conv.{place}")
+          for position, (i, j) in enumerate(blocks, start=1)
+          for layer, place in (_FIRST if i == 1 else _OTHERS).items()),
+        (r"layer\d/head/conv", f"features.{head}.0"), (r"layer\d/head/bn", f"features.{head}.1"),
+        ("classifier", "classifier.1"),
+    )
 
 
 def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
     """MobileNetV2 of width 1: a stem of 32 channels, stages "layer1", "layer2", ... of one row each, 1280 features.
 
-    The 1x1 convolution to 1280 channels belongs to the last stage. Dropout before the classifier at the paper's
-    rate of .2 (torchvision's too). Convolutions start from He normal over fan-out, as torchvision's.
+    The 1x1 convolution to 1280 channels belongs to the last stage. Dropout before the classifier is at torchvision's
+    rate of 0.2. Convolutions start from He normal over fan-out, as torchvision's.
 
+    rows: the first must have expansion 1 and the others a larger one, as PyTorch's names suppose.
     small_input: the stem's convolution has stride 1 instead of 2, for images of about 32 pixels. All pretrained
         weights fit.
     """
@@ -94,6 +83,6 @@ def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
     return Architecture(
         stages=tuple(stages),
         feat_dim=1280,
-        names=_names(rows),
+        names=(_torchvision(rows), TIMM),
         dropout=0.2,
     )

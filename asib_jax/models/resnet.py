@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from asib_jax.models.architecture import Architecture, Names
-from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
+from asib_jax.models.layers import ConvNorm, chain, conv_norm
 
 Convolutions = tuple[tuple[int, int, int], ...]  # (kernel, width, stride) of a block's convolutions in order
 
@@ -39,15 +39,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
+        layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
         y, total_stride = x, 1
         for i, (kernel, width, stride) in enumerate(self.convolutions, start=1):
-            y = nn.relu(y) if i > 1 else y
-            y = norm(name=f"bn{i}")(conv(kernel, width, stride, dtype=self.dtype, name=f"conv{i}")(y))
+            y = layer(nn.relu(y) if i > 1 else y, kernel, width, stride, name=f"conv{i}")
             total_stride *= stride
         if total_stride > 1 or x.shape[-1] != y.shape[-1]:
-            x = conv(1, y.shape[-1], total_stride, dtype=self.dtype, name="downsample_conv")(x)
-            x = norm(name="downsample_bn")(x)
+            x = layer(x, 1, y.shape[-1], total_stride, name="downsample_conv")
         return nn.relu(x + y)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import ConvNorm, batch_norm, chain, conv
+from asib_jax.models.layers import ConvNorm, chain, conv_norm
 
 _PLACES = {
     "shortcut_depthwise_conv": "branch1.0", "shortcut_depthwise_bn": "branch1.1",
@@ -43,24 +43,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        norm = partial(batch_norm, train, dtype=self.dtype, axis_name=self.axis_name)
-        half = self.width // 2
+        layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
 
-        def pointwise(x: jax.Array, conv_name: str, bn_name: str) -> jax.Array:
-            return nn.relu(norm(name=bn_name)(conv(1, half, 1, dtype=self.dtype, name=conv_name)(x)))
+        def pointwise(x: jax.Array, name: str) -> jax.Array:
+            return nn.relu(layer(x, 1, self.width // 2, 1, name=name))
 
-        def depthwise(x: jax.Array, prefix: str) -> jax.Array:
-            channels = x.shape[-1]
-            x = conv(3, channels, self.stride, feature_group_count=channels, dtype=self.dtype,
-                     name=f"{prefix}depthwise_conv")(x)
-            return norm(name=f"{prefix}depthwise_bn")(x)
+        def depthwise(x: jax.Array, name: str) -> jax.Array:
+            return layer(x, 3, x.shape[-1], self.stride, feature_group_count=x.shape[-1], name=name)
 
         if self.stride == 1:
             left, right = jnp.split(x, 2, axis=-1)
         else:
-            left, right = pointwise(depthwise(x, "shortcut_"), "shortcut_conv", "shortcut_bn"), x
-        right = pointwise(right, "conv1", "bn1")
-        return shuffle(left, pointwise(depthwise(right, ""), "conv2", "bn2"))
+            left, right = pointwise(depthwise(x, "shortcut_depthwise_conv"), "shortcut_conv"), x
+        right = depthwise(pointwise(right, "conv1"), "depthwise_conv")
+        return shuffle(left, pointwise(right, "conv2"))
 
 
 def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input: bool) -> Architecture:

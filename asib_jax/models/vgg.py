@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import batch_norm, conv
+from asib_jax.models.layers import conv_norm
 
 
 class Stage(nn.Module):
@@ -25,8 +25,8 @@ class Stage(nn.Module):
         if self.pool and min(x.shape[1:3]) > 4:
             x = nn.max_pool(x, (2, 2), (2, 2))
         for i, width in enumerate(self.widths):
-            x = conv(3, width, 1, use_bias=True, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(batch_norm(train, dtype=self.dtype, axis_name=self.axis_name, name=f"bn{i}")(x))
+            x = nn.relu(conv_norm(x, 3, width, 1, use_bias=True, train=train, dtype=self.dtype,
+                                  axis_name=self.axis_name, name=f"conv{i}"))
         return x
 
 
@@ -34,10 +34,10 @@ def vgg(widths: tuple[tuple[int, ...], ...]) -> Architecture:
     """VGG: stages "stem", "layer1", "layer2", ... with convolutions of these widths, and one linear classifier.
 
     All stages but the first halve the resolution while both sides are above 4 pixels, so that no image size gives
-    empty maps. On 32 and 64 pixels this is what Tian et al. do: three halvings, four on exactly 64 pixels. On 16 and
-    fewer they halve further, above 64 less. feat_4d is what the last relu gives, feat_2d its mean over positions.
-    Convolutions start from He normal over fan-out, as theirs, with bias 0. There is no dropout and no other stem for
-    other images.
+    empty maps. Tian et al. halve three times, and four times on exactly 64 pixels: that is the same on 20 to 39 and on
+    64 pixels. Below 20 they halve more often than this, on all other sizes less often. feat_4d is what the last relu
+    gives, feat_2d its mean over positions. Convolutions start from He normal over fan-out, as theirs, with bias 0.
+    There is no dropout and no other stem for other images.
     """
     stages = ["stem", *(f"layer{i}" for i in range(1, len(widths)))]
     names = [("classifier", "classifier")]
