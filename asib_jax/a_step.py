@@ -29,8 +29,8 @@ def calibrate(run: Run, variables: Variables) -> Variables:
     step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis))
     current, frozen = state.begin(variables, {name: False for name in variables.params}, ("student",), tx)
     for number in range(math.ceil(50 / run.steps_per_epoch)):
-        controls = {f"{stream}_key": streams.key(run.recipe.seed, f"calibrate/{stream}", number)
-                    for stream in ("augment", "mix", "dropout")}
+        names = {"augment": "calibrate", "mix": "calibrate/mix", "dropout": "calibrate/dropout"}
+        controls = {f"{stream}_key": streams.key(run.recipe.seed, name, number) for stream, name in names.items()}
         current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, first_step=0,
                                   batches=run.batches("calibrate", 0, number, 0),
                                   controls=controls, learning_rate=lambda step: 0.0)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     print(path, *(f"  {key}: {value}" for key, value in about.items()), sep="\n")
     if about["small_input"]:
-        print("  docs/models.md says how small_input changes the stem: change PyTorch's before it loads these weights")
+        print("  where small_input changes the stem (docs/models.md), change PyTorch's before it loads these weights")
 
 
 if __name__ == "__main__":
