@@ -1,4 +1,6 @@
-"""Partial freezing on a hand-made parameter tree, up to an AdamW update."""
+"""Partial freezing on a hand-made parameter tree, up to an AdamW update; and what it saves in a B-Step."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,12 @@ import optax
 from clu.parameter_overview import count_parameters
 import pytest
 
-from asib_jax import freezing
+from asib_jax import b_step, freezing, recipe, state, steps, streams
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.kd_model import KDModel
+from asib_jax.models.resnet import cifar_resnet
+from configs import l0_baseline
+from networks import CLASSES, convolutions
 
 STAGES = ("stem", "layer1", "layer2", "layer3")
 HEADS = ("classifier", "distill_adapter", "residual_adapter")
@@ -140,3 +147,45 @@ def test_carry_drops_leaves_whose_shape_changed():
     mu = optax.tree.get(freezing.carry(old, tx.init({"fc": jnp.ones(4), "bias": jnp.ones(3)})), "mu")
     np.testing.assert_array_equal(mu["fc"], np.zeros(4))
     np.testing.assert_array_equal(mu["bias"], np.ones(3))
+
+
+@pytest.fixture(scope="module")
+def distillation():
+    """A ResNet-8 that learns from the average of two networks of one convolution; 4 images of 16x16, as shapes."""
+    model = functools.partial(KDModel, num_classes=CLASSES, mean=(0.5,), std=(0.3,))
+    student, *teachers = map(model, (cifar_resnet(8, (4, 6, 8), 4), convolutions(3), convolutions(4)))
+    trees = [jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+             for net in (student, *teachers)]
+    variables = Variables(*({name: tree[kind] for name, tree in zip(("student", "teacher1", "teacher2"), trees)}
+                            for kind in ("params", "batch_stats")))
+    batch = {"image": jnp.zeros((4, 16, 16, 3), jnp.uint8), "label": jnp.arange(4), "index": jnp.arange(4)}
+    controls = {**{name: jnp.float32(1) for name in ("tau", "ramp", "ratio_on", "lr")}, "step": jnp.int32(0),
+                **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "dropout")}}
+    return Networks(student, tuple(teachers)), variables, controls, batch
+
+
+def test_frozen_stages_cost_no_gradient_work(distillation, quick_compilation):
+    """Operations of the compiled B-Step, as XLA counts them: every stage that trains adds its own.
+
+    At level 0 there remain the forward passes and the classifier's gradient, to 1 %: one kernel of the last stage alone
+    would add 51,200 operations (100 meetings of entry and pixel, 8 x 8 channels, 4 images, a multiply-add each), 3 %.
+    """
+    nets, variables, controls, batch = distillation
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    step_flops = {}
+    for level in (0, 1, 2, -1):
+        config = l0_baseline.get_config("digits")
+        config.use_partial_freeze, config.student_freeze_level = True, (level,)
+        training = b_step.make_training(recipe.read(config), nets, variables.params, 0)
+        begin = functools.partial(state.begin, mask=training.mask, trained_stats=training.trained_stats, tx=training.tx)
+        current, frozen = jax.eval_shape(begin, variables)
+        step_flops[level] = flops(steps.make_train_step(training.loss, training.tx), current, frozen, controls, batch)
+        if level == 0:
+            forward = flops(lambda current, frozen, *args: training.loss(state.join(current, frozen), *args)[0],
+                            current, frozen, controls, batch)
+    assert step_flops[0] < step_flops[1] < step_flops[2] < step_flops[-1]
+    classifier = 2 * 4 * 8 * CLASSES + 4 * CLASSES  # its kernel and bias, of 4 images with 8 features
+    assert forward + classifier < step_flops[0] < 1.01 * (forward + classifier)
