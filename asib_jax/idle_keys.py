@@ -53,7 +53,8 @@ _TEACHER_ACTIVE = (
 )
 # With teachers_only nothing else acts.
 _ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "use_amp", "amp_dtype", "tensorboard", "wandb",
-                        "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm", "schedule"}
+                        "compilation_cache", "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm",
+                        "schedule"}
 
 
 def inactive(recipe: Recipe) -> set[str]:

@@ -4,6 +4,10 @@ pmap is the engine for several devices. The state has no device axis: arguments 
 the batch is split over its leading axis, and every output is the same on all devices (`out_axes=None`), which a step
 guarantees by reducing over the axis before anything nonlinear.
 """
+import logging
+import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+logger = logging.getLogger("asib_jax")
 
 AXIS = "devices"
 
@@ -45,6 +51,25 @@ def compile_step(step: Callable, devices: Sequence[jax.Device], *, arguments: in
         return jax.jit(step, donate_argnums=donate)
     return jax.pmap(step, AXIS, in_axes=(None,) * (arguments - 1) + (0,), out_axes=None, donate_argnums=donate,
                     devices=devices)
+
+
+def keep_compiled(folder: str) -> None:
+    """Keep what took 0.3 s or more to compile in `folder`, and take it from there in later runs; "": neither.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, jax's own variables decide instead. Warns where `folder` cannot be written;
+    every program is then compiled anew.
+    """
+    if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        path = pathlib.Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
+        logger.warning("compilation_cache=%r cannot be written, so nothing compiled is kept: %s", folder, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)  # jax's 1 misses some; 0 gains no more
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

@@ -102,6 +102,7 @@ class Recipe:
     amp_dtype: str
     tensorboard: bool
     wandb: str
+    compilation_cache: str
     profile_steps: tuple[int, ...]
     # data and networks
     dataset: DatasetRecipe

@@ -40,6 +40,7 @@ def _run(config: ConfigDict) -> None:
     config.amp_dtype = "bfloat16"  # bfloat16, float16 (scales its loss dynamically), float32
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "": off
+    config.compilation_cache = "~/.cache/asib_jax/xla"  # keeps compiled programs between runs; "": off
     config.profile_steps = ()  # (10, 15): a jax profiler trace of those B-steps
 
 

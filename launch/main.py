@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from asib_jax import checks, dry_run, idle_keys, plan, recipe as recipes, reporting, train
+from asib_jax import checks, dry_run, idle_keys, parallel, plan, recipe as recipes, reporting, train
 from asib_jax.experiment import Record
 from configs import base
 
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     logger = reporting.setup_logging(record.folder)
     if warning:
         logger.warning(warning)
+    parallel.keep_compiled(recipe.compilation_cache)
     try:
         train.recorded(recipe, record)
     except Exception:  # told already; the traceback is in log.txt

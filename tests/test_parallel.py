@@ -1,8 +1,11 @@
 """Devices: choosing, replicating, sharding, and what a compiled step may donate and must reduce."""
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from asib_jax import parallel
 
@@ -52,3 +55,43 @@ def test_step_gets_its_shard_and_reduces_to_one_result(count):
     np.testing.assert_allclose(metrics["mean"], np.mean(batch ** 2), rtol=1e-6)
     assert metrics["size"] == 8 // count
     assert len(state["w"].sharding.device_set) == count
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """What jax keeps of compiled programs, reset before and after; without the environment's say."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in settings]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(settings, before):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_compiled_programs_are_kept_in_the_folder(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parallel.keep_compiled("~/new/xla")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # here 0.3 s would keep nothing
+    assert int(jax.jit(lambda x: x + 41)(1)) == 42
+    assert [path.name.split("-")[0] for path in (tmp_path / "new" / "xla").glob("*-cache")] == ["jit__lambda"]
+
+
+def test_no_folder_and_the_environments_own(compiler, monkeypatch, tmp_path):
+    parallel.keep_compiled("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "another")
+    parallel.keep_compiled(str(tmp_path / "xla"))
+    assert jax.config.jax_compilation_cache_dir is None and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(compiler, caplog, monkeypatch, tmp_path):
+    """Below a file; and below a home that does not exist."""
+    monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
+    (tmp_path / "file").touch()
+    parallel.keep_compiled(str(tmp_path / "file" / "xla"))
+    parallel.keep_compiled("~nobody-of-this-name/xla")
+    assert ["compilation_cache=" in message for message in caplog.messages] == [True, True]
+    assert "file/xla" in caplog.messages[0] and jax.config.jax_compilation_cache_dir is None
+    assert int(jax.jit(lambda x: x + 41)(1)) == 42

@@ -105,7 +105,8 @@ def test_a_second_run_takes_them_up_and_says_so(first, data_file, caplog, monkey
     ({"dataset.small_input": False}, {"teacher1", "teacher2"}), ({"schedule.min_lr": 1e-6}, {"teacher1", "teacher2"}),
     # what has no effect makes no other teacher
     ({"schedule.milestones": (3,), "teacher1.finetune_lr": 1.0, "teacher2.finetune_cutmix_alpha": 0.5}, set()),
-    ({"teacher1.early_stopping_min_delta": 0.1, "schedule.lr_warmup_epochs": 0, "use_partial_freeze": True}, set()),
+    ({"teacher1.early_stopping_min_delta": 0.1, "schedule.lr_warmup_epochs": 0, "use_partial_freeze": True,
+      "compilation_cache": "elsewhere"}, set()),
 ])
 def test_a_changed_recipe_is_another_teacher(first, data_file, changes, anew):
     """Compared by the folders alone: what has none yet is trained."""
