@@ -80,6 +80,15 @@ def test_evaluate_refuses_what_is_no_run(launch, tmp_path):
     assert result.returncode != 0 and "is no run folder" in result.stderr
 
 
+def test_check_devices(launch):
+    passed = launch("check_devices", "--expect=1")
+    assert passed.returncode == 0, passed.stderr
+    assert "TFLOP/s" in passed.stdout and passed.stdout.endswith("no fault found\n")
+    failed = launch("check_devices", "--expect=64")
+    assert failed.returncode == 1 and "no fault" not in failed.stdout
+    assert failed.stderr.startswith("error: --expect=64, but jax sees ") and failed.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_runs_to_the_end(launch, config, tmp_path):
