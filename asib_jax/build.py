@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import checkpoint, models, parallel, pretrained, streams, weights
+from asib_jax import checkpoint, freezing, models, parallel, pretrained, streams, weights
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.kd_model import KDModel
+from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
@@ -101,24 +101,39 @@ def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, .
     return {"batch_stats": {}, **variables}  # a network without BatchNorm has none
 
 
-def read_weights(given: str, key: str, model: KDModel, variables: dict) -> pretrained.Imported:
+def read_weights(given: str, key: str, model: KDModel, variables: dict, level: int = -1) -> pretrained.Imported:
     """`variables` of `model` with given weights (see `weights.py`; `key` holds them) in their place.
 
-    Of a checkpoint of a finished run its best student. Errors: those of `weights` and `pretrained.import_weights`.
+    Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
+
+    Raises ValueError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
+    errors of `weights` and `pretrained.import_weights`.
     """
     path = weights.locate(given, key)
-    if not path.is_dir():
-        return pretrained.import_weights(weights.load(path), variables, model.architecture)
-    stored = checkpoint.restore(path)
-    stored = stored["students"]["best"] if "students" in stored else stored
-    return pretrained.fit_variables(stored, variables, model.architecture)
+    if path.is_dir():
+        stored = checkpoint.restore(path)
+        if "params" not in stored and "best" not in stored.get("students", {}):
+            raise ValueError(f"{key}={given!r} is no checkpoint of one network, nor of a run with a student; kept "
+                             "teachers are results_dir/teachers/NAME/checkpoint")
+        stored = stored if "params" in stored else stored["students"]["best"]
+        imported = pretrained.fit_variables(stored, variables, model.architecture)
+    else:
+        imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
+    stem, *others = stage_names(model)
+    random = [leaf for leaf in imported.fresh if f"params/{stem}/" in leaf]
+    if random and 0 <= level <= len(others):
+        raise ValueError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
+                         f"{level}; train all stages first (-1)")
+    return imported
 
 
 def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
     """Initial variables of the student (imported where `model.student.weights` says so), IB_MBM and head."""
     student = init_network(nets.student, recipe.seed, "student", image_shape)
     if recipe.model.student.weights:
-        student, fresh = read_weights(recipe.model.student.weights, "model.student.weights", nets.student, student)
+        level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
+        student, fresh = read_weights(recipe.model.student.weights, "model.student.weights", nets.student, student,
+                                      level)
         logger.info("student: %s from %s%s", recipe.model.student.name, recipe.model.student.weights,
                     f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else "")
     params = {"student": student["params"]}

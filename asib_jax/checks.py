@@ -28,7 +28,7 @@ _CHOICES = {
 }
 
 
-_IMAGENET = re.compile(r"in1k|in12k|in21k|in22k")  # in the names of timm's repositories
+_IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are named so
 
 
 def check(recipe: Recipe) -> None:
@@ -165,7 +165,7 @@ def _check_weights(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
              f"{key}.finetune_epochs={teacher.finetune_epochs} needs {key}.weights; to train from scratch set "
              f"{key}.train_epochs")
     _check_source(teacher.weights, teacher.name, f"{key}.weights")
-    _require(recipe.dataset.name != "imagenet32" or teacher.saw_val or not _IMAGENET.search(teacher.weights),
+    _require(recipe.dataset.name != "imagenet32" or teacher.saw_val or not _IMAGENET.match(teacher.weights),
              f"{key}.saw_val=False, but {key}.weights={teacher.weights!r} were fitted on ImageNet, of whose training "
              f"images the validation split of dataset.name='imagenet32' is a part; set {key}.saw_val=True")
 
@@ -174,16 +174,17 @@ def _check_source(given: str, network: str, key: str) -> None:
     """A file or folder of weights must be here already; one of the hub is fetched, or missed, when the run starts."""
     _require(not given or weights.cached(given) is not None or given.startswith("hf:"),
              f"{key}={given!r} does not exist")
-    _require("/tf_efficientnet" not in given or network.startswith("efficientnet_l2"),
-             f"{key}={given!r} were trained in TensorFlow, with another padding and BatchNorm epsilon than {network} has: "
-             "take the repository without tf_")
+    tensorflow = any(part.startswith("tf_efficientnet") for part in given.split("/"))
+    _require(not tensorflow or network.startswith("efficientnet_l2"),
+             f"{key}={given!r} were trained in TensorFlow, with another padding and BatchNorm epsilon than {network} "
+             "has: take the repository without tf_")
 
 
 def _check_teacher_training(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
     mode = "finetune" if teacher.weights else "train"
     _require(0 <= teacher.warmup_epochs <= teacher.epochs,
-             f"{key}.warmup_epochs={teacher.warmup_epochs} must lie between 0 and {key}.{mode}_epochs={teacher.epochs}; "
-             f"set --config.{key}.warmup_epochs={min(1, teacher.epochs)}")
+             f"{key}.warmup_epochs={teacher.warmup_epochs} must lie between 0 and {key}.{mode}_epochs="
+             f"{teacher.epochs}; set --config.{key}.warmup_epochs={min(1, teacher.epochs)}")
     _require(teacher.lr > 0, f"{key}.{mode}_lr={teacher.lr} must be positive")
     _require(teacher.weight_decay >= 0, f"{key}.{mode}_weight_decay={teacher.weight_decay} must be at least 0")
     _check_min_lr(recipe, f"{key}.{mode}_lr", teacher.lr)

@@ -46,10 +46,10 @@ _TEACHER_ACTIVE = (
     (lambda t, r: t.finetune_epochs > 0, ("finetune_lr", "finetune_weight_decay", "finetune_freeze_level")),
     (lambda t, r: t.epochs > 0, ("warmup_epochs", "label_smoothing", "finetune_use_cutmix",
                                  "early_stopping_patience")),
-    (lambda t, r: t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
-    (lambda t, r: t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
-    (lambda t, r: r.use_teacher_finetuning and r.use_partial_freeze, ("freeze_level",)),
-    (lambda t, r: r.use_teacher_finetuning, ("freeze_bn",)),
+    (lambda t, r: t.epochs > 0 and t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
+    (lambda t, r: t.epochs > 0 and t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
+    (lambda t, r: r.uses_fusion and r.use_teacher_finetuning and r.use_partial_freeze, ("freeze_level",)),
+    (lambda t, r: r.uses_fusion and r.use_teacher_finetuning, ("freeze_bn",)),
 )
 # With teachers_only nothing else acts.
 _ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "use_amp", "amp_dtype", "tensorboard", "wandb",

@@ -120,7 +120,7 @@ def given(reference: str) -> str:
 def kept_folder(recipe: Recipe, k: int) -> str:
     """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
     place = teacher_store.find(recipe, k) if recipe.teachers[k].epochs else None
-    return str(place.folder) if place and place.folder.exists() else ""
+    return str(place.folder) if place and teacher_store.is_whole(place.folder) else ""
 
 
 def origin(options: TeacherRecipe, kept: str) -> str:

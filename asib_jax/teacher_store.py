@@ -21,6 +21,7 @@ from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
+_RECIPE = 1  # raised whenever the code of a teacher's training changes what comes of it
 _LATER = ("saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that act only after it is ready
 
 
@@ -57,7 +58,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
         "streams": streams_name(recipe, k), "seed": recipe.seed, "dtype": recipe.compute_dtype,
         "dataset": {"name": data.name, "path": source, "val_fraction": data.val_fraction, "data_aug": data.data_aug,
                     "batch_size": data.batch_size, "small_input": data.small_input},
-        "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm,
+        "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
     }
     key = json.loads(json.dumps(key))  # as it will be read back
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -76,11 +77,11 @@ def find(recipe: Recipe, k: int) -> Place | None:
     if path or not given:
         return place(recipe, k, weights.digest(path) if path else "")
     alike = []
-    for file in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("*/key.json"):
-        kept = json.loads(file.read_text())
-        candidate = place(recipe, k, kept["key"]["teacher"]["weights"].removeprefix("sha256:"))
-        if candidate.folder == file.parent and kept["reference"] == given and candidate.key == kept["key"]:
-            alike.append(candidate)
+    for folder in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("[!.]*"):
+        about = _about(folder)
+        if about is not None and about["reference"] == given:
+            candidate = place(recipe, k, about["key"]["teacher"]["weights"].removeprefix("sha256:"))
+            alike += [candidate] if candidate == Place(folder, about["key"]) else []
     return alike[0] if len(alike) == 1 else None
 
 
@@ -91,9 +92,10 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
     """
     if not place.folder.exists():
         return None
-    if not (place.folder / "key.json").exists() or not (place.folder / "checkpoint").exists():
+    about = _about(place.folder)
+    if about is None:
         raise ValueError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
-    if json.loads((place.folder / "key.json").read_text())["images"] != images_digest(train):
+    if about["images"] != images_digest(train):
         raise ValueError(f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
                          "another results_dir, or move that folder away")
     return checkpoint.restore(place.folder / "checkpoint")
@@ -117,10 +119,25 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
     try:
         part.rename(place.folder)
     except OSError as error:
-        if not (place.folder / "checkpoint").exists():
+        if _about(place.folder) is None:
             raise OSError(f"the trained teacher lies in {part}: it could not be moved to {place.folder}") from error
         shutil.rmtree(part)
         logger.warning("%s was there already; this run goes on with the teacher it trained itself", place.folder)
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What key.json says of a kept teacher; None if the folder is not whole."""
+    try:
+        about = json.loads((folder / "key.json").read_text())
+    except (OSError, ValueError):
+        return None
+    whole = about.keys() >= {"key", "reference", "images"} and (folder / "checkpoint").exists()
+    return about if whole else None
+
+
+def is_whole(folder: pathlib.Path) -> bool:
+    """Whether there is a kept teacher, told without reading its arrays."""
+    return _about(folder) is not None
 
 
 def images_digest(split: Split) -> str:

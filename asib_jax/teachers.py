@@ -74,7 +74,8 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
 
 def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with the teacher's given weights in their place."""
-    variables, fresh = build.read_weights(options.weights, f"{name}.weights", model, variables)
+    variables, fresh = build.read_weights(options.weights, f"{name}.weights", model, variables,
+                                          options.finetune_freeze_level if options.finetune_epochs else -1)
     differ = f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else ""
     if fresh and not options.finetune_epochs:
         raise ValueError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "

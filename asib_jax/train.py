@@ -75,7 +75,7 @@ def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.D
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
     done = Finished(variables, students, progress.distilled_steps)
-    finished.save(record, recipe, nets, done)  # before the control, so that it cannot take the run down with it
+    finished.save(record, recipe, nets, done)  # before the control: what is finished is on disk whatever becomes of it
     if recipe.train_control and recipe.uses_teachers:
         control = train_control(run, progress.epochs)
         finished.save_control(record, control)

@@ -118,7 +118,10 @@ def test_text(digits):
 
 def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):
     recipe = read_recipe("l0_baseline", "digits", results_dir=str(tmp_path), teachers_only=True)
-    (teacher_store.find(recipe, 0).folder / "checkpoint").mkdir(parents=True)
+    folder = teacher_store.find(recipe, 0).folder
+    (folder / "checkpoint").mkdir(parents=True)
+    assert plans.kept_folder(recipe, 0) == ""  # not whole without its key
+    (folder / "key.json").write_text('{"key": {}, "reference": "", "images": ""}')
     plan = plans.make(recipe)
     assert [row.role for row in plan.networks] == ["teacher1", "teacher2"]
     assert plan.networks[0].origin == f"kept by an earlier run: {teacher_store.find(recipe, 0).folder}"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, checkpoint, checks, parallel, recipe as recipes, teacher_store, teachers, train
+from asib_jax import build, checkpoint, checks, finished, parallel, recipe as recipes, teacher_store, teachers, train
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.models import MODELS
@@ -232,7 +232,10 @@ def test_a_damaged_store_is_refused(first, tmp_path):
     (place.folder / "checkpoint").mkdir(parents=True)
     with pytest.raises(ValueError, match="is not whole: move it away"):
         teacher_store.load(place, data.teacher_train)
-    (place.folder / "checkpoint").rename(place.folder / "other")
+    (place.folder / "key.json").write_text('{"key": ')
+    with pytest.raises(ValueError, match="is not whole: move it away"):
+        teacher_store.load(place, data.teacher_train)
+    assert not teacher_store.is_whole(place.folder)
     with pytest.raises(OSError, match="the trained teacher lies in") as error:
         teacher_store.save(place, "", kept, data.teacher_train, {})
     part = str(error.value).split("lies in ")[1].split(":")[0]
@@ -315,3 +318,46 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
     assert tables[0] == tables[1] and "teacher1 (tiny)" in tables[0] and "distilled" not in tables[0]
     rows = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(rows) == 3 and "test_acc_teacher1" in rows[0] and "synergy" not in rows[0]
+
+
+def test_a_random_stem_is_not_frozen(given, data_file, tmp_path):
+    """Weights of another window, at a level at which the stem would stand still."""
+    stored = checkpoint.restore(given[0])
+    stored["params"]["stage0"]["conv"]["kernel"] = np.ones((5, 5, 3, 6), np.float32)
+    checkpoint.save(tmp_path / "wide", stored)
+    weights = {"teacher1.weights": str(tmp_path / "wide"), "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 1,
+               "teacher2.train_epochs": 1}
+    with pytest.raises(ValueError, match=r"stage0/conv/kernel \(3, 3, 3, 6\). It starts at random .* level 1;"):
+        ready(data_file, tmp_path, **weights, **{"teacher1.finetune_freeze_level": 1})
+    _, metrics, _ = ready(data_file, tmp_path, **weights, **{"teacher1.finetune_freeze_level": 2})
+    assert trained(metrics) == {"teacher1", "teacher2"}  # at level 2 of two stages everything trains
+
+
+def test_a_checkpoint_without_a_student_is_no_source(given, data_file, tmp_path):
+    stored = checkpoint.restore(given[0])
+    checkpoint.save(tmp_path / "final", {"variables": {"teacher1": stored}})
+    with pytest.raises(ValueError, match="is no checkpoint of one network"):
+        ready(data_file, tmp_path, **{"teacher1.weights": str(tmp_path / "final"), "teacher1.train_epochs": 0})
+
+
+def test_a_control_that_fails_takes_nothing_along(data_file, tmp_path, monkeypatch):
+    """What was finished before it can be read back; the run counts as failed."""
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(train, "train_control", fail)
+    config = l1_ib.get_config("digits")
+    config.update_from_flattened_dict({
+        **TINY, "dataset.path": data_file, "results_dir": str(tmp_path), "exp_id": "run", "tensorboard": False,
+        "teacher1.train_epochs": 1, "teacher2.train_epochs": 1, "student_epochs_per_stage": (1,),
+        "teacher_adapt_epochs": 1, "synergy_only_epochs": 0, "schedule.lr_warmup_epochs": 0,
+        "distill_out_dim": 8, "ib_mbm_out_dim": 8})
+    recipe = recipes.read(config)
+    checks.check(recipe)
+    record = Record.create(tmp_path, "test", "run", config.to_dict())
+    with pytest.raises(RuntimeError):
+        train.recorded(recipe, record)
+    assert finished.load_students(record.folder).keys() == {"last", "best"}
+    assert {path.name for path in (record.folder / "checkpoints").iterdir()} == {"final", "stage1_last", "stage1_best"}
+    assert "student, last" in train.evaluate_run(record.folder)
+    assert ",failed," in (tmp_path / "summary.csv").read_text()
