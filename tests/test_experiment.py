@@ -36,6 +36,8 @@ def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
     assert create(tmp_path, "mine").folder == tmp_path / "results" / "mine"
     with pytest.raises(FileExistsError, match="exp_id='mine'"):
         create(tmp_path, "mine")
+    with pytest.raises(ValueError, match="exp_id='teachers' is the folder of the teachers"):
+        create(tmp_path, "teachers")
     with pytest.raises(ValueError, match="exp_id='a/b' must be a folder name"):
         create(tmp_path, "a/b")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine"]

@@ -112,9 +112,11 @@ def test_download_once(hub):
 
 def test_revision_and_file(hub):
     other = save({"w": np.float32([3])})
-    hub.files |= {"me/net/v1.0/model.safetensors": other, "me/net/main/sub/a.safetensors": other}
+    hub.files |= {"me/net/v1.0/model.safetensors": other, "me/net/main/sub/a.safetensors": other,
+                  "me/net/refs%2Fpr%2F1/model.safetensors": other}
     locate("hf:me/net", KEY)
-    for reference in ("hf:me/net@v1.0", "hf:me/net/sub/a.safetensors", "hf:me/net@main/sub/a.safetensors"):
+    for reference in ("hf:me/net@v1.0", "hf:me/net/sub/a.safetensors", "hf:me/net@main/sub/a.safetensors",
+                      "hf:me/net@refs/pr/1"):
         check_arrays(load(locate(reference, KEY)), {"w": np.float32([3])})
         assert cached(reference) is not None
     assert cached("hf:me/net@v2") is None and cached("hf:me/net/b.safetensors") is None
@@ -218,8 +220,10 @@ def test_environment_variables_choose_hub_and_cache(hub, tmp_path):
 # --- files and folders -----------------------------------------------------------------------------------------------
 
 
-def test_local_paths(tmp_path):
+def test_local_paths(tmp_path, monkeypatch):
     (tmp_path / "a.npz").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/a.npz", KEY) == tmp_path / "a.npz"
     for path in (tmp_path, tmp_path / "a.npz"):
         assert locate(str(path), KEY) == cached(str(path)) == path
     missing = str(tmp_path / "b.npz")
