@@ -135,7 +135,7 @@ def origin(options: TeacherRecipe, kept: str) -> str:
 
 
 def run_steps(recipe: Recipe, nets: Networks, variables: Variables, sizes: sources.Sizes, images: dict[str, int],
-             batch_size: int, kept: list[str]) -> Iterator[Step]:
+              batch_size: int, kept: list[str]) -> Iterator[Step]:
     """Every training step of the run, in order."""
     size, known = recipe.dataset.batch_size, {}
     batch = batch_shapes(sizes, batch_size, ())

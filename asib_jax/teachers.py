@@ -64,12 +64,11 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
     given = recipe.teachers[k].weights
     if not given:
         return teacher_store.place(recipe, k, "")
-    found = teacher_store.find(recipe, k)
-    if found is None or weights.cached(given):
-        digest = weights.digest(weights.locate(given, f"{name}.weights"))
-        record.log(f"weights/{name}", digest)
-        found = teacher_store.place(recipe, k, digest)
-    return found
+    if weights.cached(given) is None and (found := teacher_store.find(recipe, k)):
+        return found
+    digest = weights.digest(weights.locate(given, f"{name}.weights"))
+    record.log(f"weights/{name}", digest)
+    return teacher_store.place(recipe, k, digest)
 
 
 def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> dict[str, Any]:

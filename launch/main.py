@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
         warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
         if DRY_RUN.value:
-            print(dry_run.text(recipe, plan.make(recipe)), warning, sep="\n")
+            print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning)), sep="\n")
             return
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
         record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
