@@ -12,10 +12,8 @@ import shutil
 import tempfile
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from asib_jax import checkpoint, idle_keys, weights
-from asib_jax.data.sources import Split
+from asib_jax import checkpoint, idle_keys, parallel, weights
+from asib_jax.data.sources import Split, blocks
 from asib_jax.experiment import TEACHERS
 from asib_jax.recipe import Recipe
 
@@ -60,6 +58,8 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
                     "batch_size": data.batch_size, "small_input": data.small_input},
         "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
     }
+    if recipe.scale_lr_with_devices:
+        key["lr_factor"] = len(parallel.local_devices(recipe.num_devices))
     key = json.loads(json.dumps(key))  # as it will be read back
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{teacher.name}_{data.name}_seed{recipe.seed}_{digest}"
@@ -144,5 +144,6 @@ def images_digest(split: Split) -> str:
     """SHA-256 of the images and labels of a split, in hexadecimal."""
     digest = hashlib.sha256()
     for array in (split.image, split.label):
-        digest.update(np.ascontiguousarray(array).data)
+        for block in blocks(array):
+            digest.update(block.data)
     return digest.hexdigest()

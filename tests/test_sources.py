@@ -1,10 +1,13 @@
 """Every source but CIFAR-100, from small originals in their real layout; malformed arrays are named."""
+import hashlib
 import os
 
 import numpy as np
 import pytest
 
-from asib_jax.data.sources import SOURCES, load, sizes
+from asib_jax.data import archives, sources
+from asib_jax.data.sources import SOURCES, Split, blocks, load, sizes
+from asib_jax.teacher_store import images_digest
 
 TRAIN, TEST = 7, 4  # images of either split
 
@@ -82,7 +85,9 @@ def test_npz_without_names_numbers_its_classes(tmp_path):
     assert load("npz", path=str(path)).class_names == tuple(str(c) for c in range(256))
 
 
-def test_imagenet32_joins_batches_in_numerical_order(tmp_path):
+@pytest.mark.parametrize("map_bytes", [0, archives._MAP_BYTES], ids=["mapped", "read"])
+def test_imagenet32_joins_batches_in_numerical_order(tmp_path, monkeypatch, map_bytes):
+    monkeypatch.setattr(archives, "_MAP_BYTES", map_bytes)
     parts = {f"train_data_batch_{k}": small(2, k) for k in (1, 2, 10)} | {"val_data": small(3, 99)}
     for name, (image, label) in parts.items():
         np.savez(tmp_path / f"{name}.npz", data=rows(image), labels=label + 1, mean=np.zeros(3072))
@@ -93,6 +98,10 @@ def test_imagenet32_joins_batches_in_numerical_order(tmp_path):
     np.testing.assert_array_equal(data.test.image, val_image)
     np.testing.assert_array_equal(data.test.label, val_label)
     assert data.num_classes == 1000
+    image, label = parts["train_data_batch_1"]
+    np.savez(tmp_path / "train_data_batch_1.npz", data=rows(image).astype(np.uint16), labels=label)
+    with pytest.raises(ValueError, match=r"x_train must be uint8 .* found uint16 \[6, 32, 32, 3\]"):
+        load("imagenet32", path=str(tmp_path))
     np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
     with pytest.raises(ValueError, match=r"train_data_batch_2\.npz: data must have shape \[N,3072\], found \[2, 192\]"):
         load("imagenet32", path=str(tmp_path))
@@ -151,11 +160,43 @@ def test_unknown_name_lists_the_known():
         load("cifar")
 
 
-def test_take_keeps_the_index(tmp_path):
-    train = load("npz", path=str(write_npz(tmp_path / "own.npz"))).train
-    part = train.take(np.array([4, 1])).take(np.array([0]))
-    np.testing.assert_array_equal(part.index, [4])
-    np.testing.assert_array_equal(part.image[0], train.image[4])
+def plain_split(count=50):
+    image, label = small(count, 3)
+    return Split(image, label.astype(np.int32), np.arange(100, 100 + count, dtype=np.int32))
+
+
+def test_a_taking_of_a_taking_is_the_plain_arrays():
+    """All values are those of indexing the arrays themselves; images are never copied."""
+    train, outer, inner = plain_split(), np.array([40, 4, 1, 4, 33]), np.array([4, 0, 3])
+    part = train.take(outer).take(inner)
+    image, *others = (array[outer][inner] for array in train)
+    for actual, expected in zip(part[1:], others, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.dtype == np.int32
+    assert part.image.base is train.image and len(part.image) == 3
+    assert (part.image.shape, part.image.dtype, part.image.ndim) == (image.shape, image.dtype, image.ndim)
+    for key in (np.array([2, 0, 0]), np.array([[1, 2], [0, -1]]), slice(None), slice(1, 9), 1, -1, np.int32(2)):
+        np.testing.assert_array_equal(part.image[key], image[key])
+        assert type(part.image[key]) is np.ndarray and part.image[key].flags.c_contiguous
+    np.testing.assert_array_equal(np.ascontiguousarray(part.image), image)
+    np.testing.assert_array_equal(np.array(part.image, np.float32), image.astype(np.float32), strict=True)
+    with pytest.raises(ValueError, match="only as a copy"):
+        np.asarray(part.image, copy=False)
+    for wrong in (3, np.array([3])):
+        with pytest.raises(IndexError):
+            part.image[wrong]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 24])
+def test_digest_in_blocks_is_that_of_the_plain_arrays(monkeypatch, block_bytes):
+    """Kept teachers carry the digest of the whole arrays; blocks of 1, 3 (the last of 2) and all images give it too."""
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", block_bytes)
+    train, rows = plain_split(), np.random.default_rng(0).permutation(50)[:47]
+    part = train.take(rows)
+    whole = hashlib.sha256(train.image[rows].tobytes() + train.label[rows].tobytes()).hexdigest()
+    assert images_digest(part) == images_digest(Split(*(array[rows] for array in train))) == whole
+    assert images_digest(train.take(rows[::-1])) != whole
+    assert [len(block) for block in blocks(part.image)] == {1: [1] * 47, 10_000: [3] * 15 + [2]}.get(block_bytes, [47])
 
 
 @pytest.mark.parametrize("name", ["digits", "npz"])

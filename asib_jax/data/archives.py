@@ -1,6 +1,8 @@
 """Readers of data files that somebody else wrote. None of them runs code from a file."""
 import io
+import math
 import pickle
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -16,10 +18,14 @@ _PYTHON_FILES = ("train", "test", "meta")  # of cifar-100-python, pickles writte
 _BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")  # of cifar-100-binary
 _CIFAR_FOLDERS = ("cifar-100-python", "cifar-100-binary")
 _PIXELS = 3 * 32 * 32  # one image, stored channel by channel
+_MAP_BYTES = 64 << 20  # from this size on images stay in their file where they can
 
 
 def read_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Arrays:
     """The named arrays of an .npz file; optional ones only if they are there. Pickled (object) arrays are refused.
+
+    Large uint8 arrays that are not compressed (np.savez) are mapped, read-only: pages come from the file as they are
+    used and no checksum is compared, so the file must stay as it is.
 
     Raises ValueError naming the file and the array that is missing or cannot be read.
     """
@@ -29,13 +35,35 @@ def read_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = 
         missing = [name for name in required if name not in file.files]
         if missing:
             raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(file.files)}")
+        members = {member.filename.removesuffix(".npy"): member for member in file.zip.infolist()}
         arrays = {}
-        for name in (name for name in (*required, *optional) if name in file.files):
+        for name in (name for name in (*required, *optional) if name in members):
             try:
-                arrays[name] = file[name]
-            except (ValueError, zipfile.BadZipFile, zlib.error) as error:
+                mapped = _map(path, file.zip, members[name])
+                arrays[name] = file[name] if mapped is None else mapped
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise ValueError(f"{path}: array {name} cannot be read (pickles are refused): {error}") from error
     return arrays
+
+
+def _map(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
+    """An uncompressed uint8 array of at least `_MAP_BYTES`, where it lies in the file; None for any other."""
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size < _MAP_BYTES:
+        return None
+    with archive.open(member) as stream:  # which compares the member's own header with the archive's directory
+        if np.lib.format.read_magic(stream) != (1, 0):  # numpy writes later versions for structured arrays only
+            return None
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        header = stream.tell()
+    if dtype != np.uint8 or fortran_order:
+        return None
+    if header + math.prod(shape) != member.file_size:
+        raise ValueError(f"its shape {list(shape)} does not fit the {member.file_size - header} bytes it has")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # the 30 bytes before a member's name end with two lengths
+        name, extra = struct.unpack("<HH", file.read(4))
+    start = member.header_offset + 30 + name + extra + header
+    return np.asarray(np.memmap(path, np.uint8, "r", start, shape))  # which checks the end of the file
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -120,10 +148,10 @@ def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
 
 
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:
-    """[N,3072] rows stored channel by channel -> [N,32,32,3], contiguous.
+    """[N,3072] rows stored channel by channel -> [N,32,32,3], a view.
 
     Raises ValueError with `name` and the shape found.
     """
     if rows.ndim != 2 or rows.shape[1] != _PIXELS:
         raise ValueError(f"{name} must have shape [N,{_PIXELS}], found {list(rows.shape)}")
-    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

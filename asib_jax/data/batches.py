@@ -1,46 +1,24 @@
-"""One epoch of a split as batches of numpy arrays."""
-from collections.abc import Iterator
-
+"""One epoch of a split as the rows of its batches."""
 import numpy as np
 
-from asib_jax.data.sources import Split
 
+def training_rows(size: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """Rows [S, B] of one epoch over `size` examples in the order `generator.permutation` gives.
 
-def training_batches(split: Split, batch_size: int, generator: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """An iterator over one epoch in the order `generator.permutation` gives; the incomplete last batch is dropped.
-
-    Every batch holds `image` uint8 [B,H,W,ch], `label`, `index` (position in the source, which keys augmentation and
-    noise) and `row` (position within `split`), each int32 [B]. Raises ValueError, at once, naming
-    `dataset.batch_size` if the split does not fill one batch.
+    The incomplete last batch is dropped. Raises ValueError naming `dataset.batch_size` if there is no complete one.
     """
-    if not 0 < batch_size <= len(split.label):
-        raise ValueError(f"dataset.batch_size = {batch_size} must lie in 1..{len(split.label)}, the images to train on")
-    order = generator.permutation(len(split.label))
-    starts = range(0, len(order) - batch_size + 1, batch_size)
-    return (_batch(split, order[start : start + batch_size]) for start in starts)
+    if not 0 < batch_size <= size:
+        raise ValueError(f"dataset.batch_size = {batch_size} must lie in 1..{size}, the images to train on")
+    steps = size // batch_size
+    return generator.permutation(size)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """An iterator over every example once, in order, in batches of one shape.
+def evaluation_rows(size: int, batch_size: int) -> np.ndarray:
+    """Rows [S, B] of every example once, in order; rows from `size` on fill the last batch and stand for no example.
 
-    As `training_batches`, with `mask` float32 [B] besides: 1 for an example, 0 for what pads the last batch (repeated
-    examples, so that padding is as finite as data). Raises ValueError naming `dataset.batch_size` below 1.
+    Raises ValueError naming `dataset.batch_size` below 1.
     """
     if batch_size < 1:
         raise ValueError(f"dataset.batch_size = {batch_size} must be at least 1")
-    return (_evaluation_batch(split, start, batch_size) for start in range(0, len(split.label), batch_size))
-
-
-def _evaluation_batch(split: Split, start: int, batch_size: int) -> dict[str, np.ndarray]:
-    rows = np.arange(start, start + batch_size)
-    size = len(split.label)
-    return {**_batch(split, rows % size), "mask": (rows < size).astype(np.float32)}
-
-
-def _batch(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "image": split.image[rows],
-        "label": split.label[rows],
-        "index": split.index[rows],
-        "row": rows.astype(np.int32),
-    }
+    steps = -(-size // batch_size)
+    return np.arange(steps * batch_size).reshape(steps, batch_size)

@@ -1,6 +1,7 @@
-"""Where images come from: every source is uint8 NHWC arrays and integer labels, in memory and checked."""
+"""Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +14,45 @@ from asib_jax.data.archives import Arrays, Found
 from asib_jax.data.splits import stratified_rows
 
 _PICTURES = (".png", ".jpg", ".jpeg")
+_BLOCK_BYTES = 16 << 20
+
+
+class Selected:
+    """Rows of an image array without a copy of it: [M,H,W,ch], of which an index by rows gives a NumPy array."""
+
+    def __init__(self, base: np.ndarray, rows: np.ndarray):
+        self.base, self.rows = base, rows
+        self.shape, self.dtype, self.ndim = (len(rows), *base.shape[1:]), base.dtype, base.ndim
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: np.ndarray | slice | int) -> np.ndarray:
+        return self.base[self.rows[key]]
+
+    def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("selected images are an array only as a copy")
+        return np.asarray(self[:], dtype)
+
+
+def blocks(array: np.ndarray | Selected) -> Iterator[np.ndarray]:
+    """The array in contiguous parts of some 16 MB along its first axis: what to hash instead of a copy of it."""
+    step = max(1, _BLOCK_BYTES // (array.dtype.itemsize * math.prod(array.shape[1:])))
+    return (np.ascontiguousarray(array[start : start + step]) for start in range(0, len(array), step))
 
 
 class Split(NamedTuple):
     """Images with their labels. `index` is the position in the source's own order: it names an example for good."""
 
-    image: np.ndarray  # uint8 [N,H,W,ch]
+    image: np.ndarray | Selected  # uint8 [N,H,W,ch]
     label: np.ndarray  # int32 [N], 0..C-1
     index: np.ndarray  # int32 [N]
 
     def take(self, rows: np.ndarray) -> "Split":
-        """The split of `rows` ([M] integers); its examples keep their `index`."""
-        return Split(*(array[rows] for array in self))
+        """The split of `rows` ([M] integers); its examples keep their `index`, and its images stay where they are."""
+        image = self.image if isinstance(self.image, Selected) else Selected(self.image, np.arange(len(self.image)))
+        return Split(Selected(image.base, image.rows[rows]), self.label[rows], self.index[rows])
 
 
 @dataclass(frozen=True)
@@ -112,7 +140,7 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
         if y.min() < 0 or y.max() >= len(names):
             raise ValueError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
     train, test = (
-        Split(x, y.astype(np.int32), np.arange(len(y), dtype=np.int32))
+        Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
         for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
     )
     return Dataset(name, train, test, tuple(names.tolist()), origin)
@@ -161,8 +189,19 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
             part = archives.read_npz(file, ("data", "labels"))
             images.append(archives.channels_last(part["data"], f"{file}: data"))
             labels.append(part["labels"])
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = np.concatenate(images), np.concatenate(labels) - 1
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels) - 1
     return arrays, str(source)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """np.concatenate(parts), emptying the list on the way so that parts and result are not both held."""
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), np.result_type(*{part.dtype for part in parts}))
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 def _folder(path: Path | None, folder: Path) -> Found:
