@@ -23,17 +23,17 @@ def calibrate(run: Run, variables: Variables) -> Variables:
 
     One pass over the images; more where it has fewer than 50 steps, which leave .9^50 = 0.5 % of the initial values.
     """
-    axis = parallel.axis_name(run.devices)
+    axis = run.feed.axis_name
     tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
     loss = functools.partial(steps.b_loss, nets=run.nets, terms=BTerms(run.recipe.dataset.data_aug), axis_name=axis)
-    step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis))
+    step = run.compiled("calibrate", lambda: steps.make_train_step(loss, tx, axis_name=axis), trains_convolutions=True)
     current, frozen = state.begin(variables, {name: False for name in variables.params}, ("student",), tx)
     for number in range(math.ceil(50 / run.steps_per_epoch)):
         names = {"augment": "calibrate", "mix": "calibrate/mix", "dropout": "calibrate/dropout"}
         controls = {f"{stream}_key": streams.key(run.recipe.seed, name, number) for stream, name in names.items()}
-        current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen, first_step=0,
-                                  batches=run.batches("calibrate", 0, number, 0),
-                                  controls=controls, learning_rate=lambda step: 0.0)
+        current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen,
+                                  run.calls(step, "calibrate", 0, number), first_step=0, controls=controls,
+                                  learning_rate=lambda step: 0.0)
     return state.join(current, frozen)
 
 
@@ -94,7 +94,7 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
                                 power=recipe.tau_decay_power)
     return {"tau": np.float32(tau), "beta": np.float32(0.0 if warm else beta), "certain": np.float32(not warm),
             "open": np.float32(gate and not warm),
-            "augment_key": run.augment_key(stage, epoch, stage * recipe.a_epochs + epoch),
+            "augment_key": run.augment_key("a", stage, epoch),
             "noise_key": streams.key(recipe.seed, "noise", stage, epoch),
             "dropout_key": streams.key(recipe.seed, "dropout", stage, epoch)}
 
@@ -121,24 +121,27 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
 
     Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
     """
-    recipe, axis = run.recipe, parallel.axis_name(run.devices)
+    recipe, axis = run.recipe, run.feed.axis_name
     training = make_training(recipe, run.nets, variables.params, stage, axis)
     current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.a_opt_state,
                                   recipe.compute_dtype)
-    current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
+    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
     step = run.compiled(("a", str(training.mask)),
-                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis))
+                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
+                        trains_convolutions=bool(training.trained_stats))
+    run.stored.read_student(variables, stage)
+    run.validation.read_student(variables)
     best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
     best = jax.device_get(current)
     rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs)
+                         epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
+                         devices=len(run.feed.devices))
     for epoch in range(recipe.a_epochs):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)
-        batches = run.batches("a", stage, epoch, stage * recipe.a_epochs + epoch)
         current, metrics, done = run.epoch(f"stage {stage + 1} A {epoch + 1}/{recipe.a_epochs}", step, current, frozen,
-                                           batches=batches, controls=controls, learning_rate=rate,
+                                           run.calls(step, "a", stage, epoch), controls=controls, learning_rate=rate,
                                            first_step=progress.a_steps)
         progress.a_steps, progress.epochs = progress.a_steps + done, progress.epochs + 1
         progress.ib_epochs += int(recipe.use_ib and controls["certain"])
@@ -153,9 +156,11 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
                       total=progress.epochs)
         if accuracy > best_acc:
             best_acc, best = accuracy, jax.device_get(current)
+    run.stored.drop_student()
+    run.validation.drop_student()
     progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state
     variables = state.join(best, frozen)
     if training.trained_stats:
         run.validation.read_teachers(variables)
     logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
-    return parallel.replicate(variables, run.devices)
+    return parallel.replicate(variables, run.feed.devices)

@@ -64,7 +64,7 @@ def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
     return {"tau": np.float32(tau), "gate": np.float32(gate),
             "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0), "ramp": np.float32(ramp),
             "ratio_on": np.float32(ratio_on),
-            "augment_key": run.augment_key(stage, epoch, sum(recipe.b_epochs[:stage]) + epoch),
+            "augment_key": run.augment_key("b", stage, epoch),
             "mix_key": streams.key(recipe.seed, "mix", stage, epoch),
             "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch)}
 
@@ -95,27 +95,28 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     `progress` gets the last student, the best one on validation over the run, and the steps distilled from each target.
     With `restore_best` the best one continues, with fresh moments.
     """
-    recipe, axis = run.recipe, parallel.axis_name(run.devices)
+    recipe, axis = run.recipe, run.feed.axis_name
     training = make_training(recipe, run.nets, variables.params, stage, axis)
     current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.b_opt_state,
                                   recipe.compute_dtype)
-    current = parallel.replicate(current, run.devices)  # moments begin on one device; the step would compile twice
+    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
     step = run.compiled(("b", str(training.mask)),
-                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis))
+                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
+                        trains_convolutions=True)
     if run.nets.ib_mbm is not None:
         watched = run.validation.accuracies(variables)
         run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
     rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs)
+                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
+                         devices=len(run.feed.devices))
     for epoch in range(recipe.b_epochs[stage]):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)
-        batches = run.batches("b", stage, epoch, sum(recipe.b_epochs[:stage]) + epoch)
         current, metrics, done = run.epoch(
             f"{run.prefix}stage {stage + 1} B {epoch + 1}/{recipe.b_epochs[stage]}", step, current, frozen,
-            batches=batches, controls=controls, learning_rate=rate, first_step=progress.b_steps,
-            on_step=run.reporter.on_step)
+            run.calls(step, "b", stage, epoch), controls=controls, learning_rate=rate, first_step=progress.b_steps,
+            on_steps=run.reporter.on_steps)
         progress.b_steps, progress.epochs = progress.b_steps + done, progress.epochs + 1
         progress.b_epochs += 1
         progress.distilled_steps[target_name(recipe, controls)] += done
@@ -153,7 +154,7 @@ def _end_stage(run: Run, variables: Variables, opt_state: Any, progress: Progres
         variables, progress.b_opt_state = with_student(variables, progress.best_student), None
     logger.info("%sstudent: best validation accuracy %.2f %% (%s)", run.prefix, 100 * progress.best_acc,
                 progress.best_epoch)
-    return parallel.replicate(variables, run.devices)
+    return parallel.replicate(variables, run.feed.devices)
 
 
 def with_student(variables: Variables, student: dict) -> Variables:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import checkpoint, freezing, models, parallel, pretrained, streams, weights
+from asib_jax import checkpoint, freezing, models, pretrained, streams, weights
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
 from asib_jax.models.ensemble import Networks, Variables
@@ -60,10 +60,13 @@ def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
     return Rows(train, teacher_train, validation)
 
 
-def build_networks(recipe: Recipe, num_classes: int, devices: list[jax.Device]) -> Networks:
-    """Every network the recipe uses, without variables. ValueError for an unknown name, or widths that cannot meet."""
+def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = None) -> Networks:
+    """Every network the recipe uses, without variables. ValueError for an unknown name, or widths that cannot meet.
+
+    axis_name: over which training-mode BatchNorm takes its statistics, see `KDModel`.
+    """
     shared = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
-              "axis_name": parallel.axis_name(devices)}
+              "axis_name": axis_name}
     adapter = {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
     student = recipe.model.student
     model = models.create_student_by_name(student.name, num_classes, mean=student.mean, std=student.std,

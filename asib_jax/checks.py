@@ -8,7 +8,8 @@ from asib_jax.data.sources import SOURCES
 from asib_jax.recipe import Recipe, TeacherRecipe
 
 _AT_LEAST = {  # key: smallest value
-    "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "teacher_views": 0, "kd_teacher_index": 0,
+    "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "a_step_views": 0, "b_step_views": 0,
+    "steps_per_call": 0, "device_data_gb": 0, "bank_memory_gb": 0, "kd_teacher_index": 0,
     "ce_alpha": 0, "kd_alpha": 0, "kd_max_ratio": 0, "kd_warmup_epochs": 0, "teacher_adapt_kd_warmup": 0,
     "feat_kd_alpha": 0, "mixup_alpha": 0, "cutmix_alpha_distill": 0, "disagree_lambda_high": 0,
     "disagree_lambda_low": 0, "distill_out_dim": 1, "distill_hidden_dim": 0, "ib_beta": 0,
@@ -119,11 +120,6 @@ def _check_training(recipe: Recipe) -> None:
     _require(data.train_subset >= 0, f"dataset.train_subset={data.train_subset} must be at least 0 (0: all images)")
     _require(not (recipe.mixup_alpha and recipe.cutmix_alpha_distill),
              "mixup_alpha and cutmix_alpha_distill are both set; set one of them to 0")
-    if recipe.teacher_views:
-        _require(not (recipe.mixup_alpha or recipe.cutmix_alpha_distill),
-                 "teacher_views stores what teachers say of unmixed images; set it to 0 for mixup or cutmix")
-        _require(not recipe.use_teacher_finetuning,
-                 "teacher_views stores what frozen teachers say; set it to 0 with use_teacher_finetuning")
 
 
 def _check_teachers(recipe: Recipe) -> None:

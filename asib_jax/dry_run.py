@@ -24,7 +24,7 @@ def text(recipe: Recipe, plan: Plan) -> str:
         f"  {images['train']:,} training (student), {images['teacher_train']:,} training (teachers), "
         f"{images['validation']:,} validation, {images['test']:,} test images",
         f"batches of {recipe.dataset.batch_size}, {plan.batch} on each device, {recipe.compute_dtype}", "",
-        *_network_table(plan), "", *_step_table(plan), "", _totals(plan.steps),
+        *_network_table(plan), "", *_step_table(plan), "", _totals(plan.steps), *plan.stored,
         *([f"warning: {plan.warning}"] if plan.warning else []), "", _NOTES])
 
 

@@ -1,7 +1,7 @@
-"""Outputs of the frozen teachers, computed once and served as data.
+"""Outputs of frozen networks on a split, computed once and served as data.
 
-The evaluation splits are always read this way; training images when `teacher_views` = V asks for V fixed augmented
-views of each. The outputs are those before any adapter, so that adapters may go on training.
+The teachers' on the evaluation splits are always read this way; on training images, and the student's, where a number
+of fixed views is asked for (`stored_views`). Outputs are those before any adapter, so that adapters may go on training.
 """
 import functools
 import hashlib
@@ -9,99 +9,134 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from asib_jax import parallel
 from asib_jax.data.augment import augment
-from asib_jax.data.batches import evaluation_batches
-from asib_jax.data.sources import Split
-from asib_jax.models.ensemble import Networks, TeacherOutputs, Variables, run_teachers
+from asib_jax.data.batches import evaluation_rows
+from asib_jax.data.sources import Split, blocks
+from asib_jax.feed import Feed, Steps
+from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers
 
 logger = logging.getLogger("asib_jax")
 
-
-class Bank(NamedTuple):
-    """feats: one [V, N, F_k] per teacher; logits [V, N, T, C]; float32 on the host, rows as in the split."""
-
-    feats: tuple[np.ndarray, ...]
-    logits: np.ndarray
-
-    def outputs(self, view: int, rows: np.ndarray) -> TeacherOutputs:
-        """The teachers' outputs on the given rows of the split in one view."""
-        return TeacherOutputs(tuple(feat[view, rows] for feat in self.feats), self.logits[view, rows])
+View = TeacherOutputs | StudentOutputs  # on one view of a split: numpy leaves [N, ...], rows as in the split
 
 
-def build(nets: Networks, variables: Variables, split: Split, *, keys: list[jax.Array], data_aug: int, batch_size: int,
-          devices: Sequence[jax.Device], cache: str = "", title: str = "") -> Bank:
-    """Run the teachers over `split`, once for the augmentation key of each view.
+def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: Sequence[jax.Array], data_aug: int,
+                  batch_size: int, feed: Feed, dtype: Any = np.float32, cache: str = "", title: str = ""
+                  ) -> list[TeacherOutputs]:
+    """The teachers over `split`, once for the augmentation key of each view. dtype: of the features kept.
 
-    cache: a folder; outputs stored there under a digest of weights, images and views are read instead of computed.
+    cache: a folder; outputs stored there under a digest of weights, images and view are read instead of computed.
     """
-    teachers = Variables({name: variables.params[name] for name in nets.teacher_names},
-                         {name: variables.batch_stats[name] for name in nets.teacher_names})
-    path = None
+    teachers = _only(variables, nets.teacher_names)
+    dtype = np.dtype(dtype)
+    paths = [None] * len(keys)
     if cache:
-        digest = _digest(nets, teachers, split, [jax.random.key_data(key) for key in keys], data_aug)
-        path = pathlib.Path(cache).expanduser() / f"{digest}.npz"
-        if path.exists():
-            logger.info("teachers on %s: read from %s", title, path)
-            with np.load(path) as stored:
-                return Bank(tuple(stored[name] for name in nets.teacher_names), stored["logits"])
-    logger.info("teachers on %s: %d images, %d view(s)", title, len(split.label), len(keys))
-    bank = _run(nets, teachers, split, keys, data_aug, batch_size, devices)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.savez(file, logits=bank.logits, **dict(zip(nets.teacher_names, bank.feats)))
-        part.replace(path)
-    return bank
+        common = _digest(nets, teachers, split, data_aug, dtype)
+        paths = [pathlib.Path(cache).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
+    views = [_load(path, nets, dtype) if path and path.exists() else None for path in paths]
+    missing = [position for position, view in enumerate(views) if view is None]
+    if len(missing) < len(keys):
+        logger.info("teachers on %s: %d of %d view(s) read from %s", title, len(keys) - len(missing), len(keys), cache)
+    if missing:
+        logger.info("teachers on %s: %d images, %d view(s)", title, len(split.label), len(missing))
+        computed = _read(nets, "teachers", teachers, split, [keys[position] for position in missing], data_aug,
+                         batch_size, feed, dtype)
+        for position, view in zip(missing, computed):
+            views[position] = view
+            if paths[position]:
+                _store(paths[position], nets, view)
+    return views
 
 
-def _run(nets, teachers, split, keys, data_aug, batch_size, devices) -> Bank:
-    compiled = _reader(nets, data_aug, tuple(devices))
-    teachers = parallel.replicate(teachers, devices)
-    views = []
+def read_student(nets: Networks, variables: Variables, split: Split, *, keys: Sequence[jax.Array], data_aug: int,
+                 batch_size: int, feed: Feed, dtype: Any = np.float32) -> list[StudentOutputs]:
+    """The student in evaluation over `split`, once for the augmentation key of each view."""
+    return list(_read(nets, "student", _only(variables, ("student",)), split, keys, data_aug, batch_size, feed,
+                      np.dtype(dtype)))
+
+
+def _only(variables: Variables, names: Sequence[str]) -> Variables:
+    return Variables({name: variables.params[name] for name in names},
+                     {name: variables.batch_stats[name] for name in names})
+
+
+def _read(nets, who, variables, split, keys, data_aug, batch_size, feed, dtype):
+    """Yields what the networks say of each view."""
+    step = _reader(nets, who, data_aug, feed, dtype)
+    variables = parallel.replicate(variables, feed.devices)
+    examples = feed.place(image=split.image, index=split.index)
+    rows = evaluation_rows(len(split.label), batch_size)
     for key in keys:
-        batches = [jax.device_get(compiled(teachers, key, parallel.shard(batch, devices)))
-                   for batch in evaluation_batches(split, batch_size)]
-        views.append(jax.tree.map(lambda *parts: np.concatenate(parts)[: len(split.label)], *batches))
-    stacked = jax.tree.map(lambda *parts: np.stack(parts), *views)
-    return Bank(stacked.feats, stacked.logits)
+        parts, pending = [], []
+        for call in feed.calls(step, rows, examples):
+            parts += jax.device_get(pending)  # of the call before, while this one's images were on their way
+            pending = [(step.run((), variables, {"augment_key": key}, call, {})[1], call.steps)]
+        parts += jax.device_get(pending)
+        yield jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(split.label)],
+                           *(jax.tree.map(lambda leaf: leaf[:steps].reshape(-1, *leaf.shape[2:]), outputs)
+                             for outputs, steps in parts))
 
 
-@functools.lru_cache(maxsize=4)  # one compilation for all the splits of a run
-def _reader(nets: Networks, data_aug: int, devices: tuple[jax.Device, ...]):
-    axis = parallel.axis_name(devices)
+@functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run
+def _reader(nets: Networks, who: str, data_aug: int, feed: Feed, dtype: np.dtype) -> Steps:
+    run = run_student if who == "student" else lambda *arguments: run_teachers(*arguments)[0]
+    axis = feed.axis_name
 
-    def read(variables, key, batch):
-        outputs, _ = run_teachers(nets, variables, augment(key, batch["index"], batch["image"], data_aug))
-        return outputs if axis is None else jax.lax.all_gather(outputs, axis, tiled=True)
+    def read(nothing, variables, controls, batch):
+        outputs = run(nets, variables, augment(controls["augment_key"], batch["index"], batch["image"], data_aug))
+        outputs = outputs.with_feats(dtype)
+        return nothing, outputs if axis is None else jax.lax.all_gather(outputs, axis, tiled=True)
 
-    return parallel.compile_step(read, devices, arguments=3)
+    return feed.compile(read)
 
 
-def _digest(nets: Networks, teachers: Variables, split: Split, keys: list, data_aug: int) -> str:
-    digest = hashlib.sha256(f"{data_aug} {jax.__version__}".encode())  # the version: its random streams
+def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int, dtype: np.dtype) -> "hashlib._Hash":
+    digest = hashlib.sha256(f"{data_aug} {dtype} {jax.__version__}".encode())  # the version: its random streams
     for model in nets.teachers:  # what the variables do not say: preprocessing and arithmetic
         digest.update(f"{model.mean}{model.std}{model.dtype}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(teachers):
         if "distill_adapter" not in jax.tree_util.keystr(path):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf).tobytes())
-    for array in (*split, *keys):
+    for array in split:
         digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        for block in blocks(array):
+            digest.update(block)
+    return digest
+
+
+def _of_view(common: "hashlib._Hash", key: jax.Array) -> str:
+    digest = common.copy()
+    digest.update(np.asarray(jax.random.key_data(key)).tobytes())
     return digest.hexdigest()[:32]
 
 
-def correct_counts(bank: Bank, labels: np.ndarray) -> dict[str, int]:
-    """Correct predictions in the first view of every teacher, "teacher1" ..., and of their averaged logits, "average";
-    and the images on which their predictions differ, "disagreement"."""
-    logits = bank.logits[0]
+def _store(path: pathlib.Path, nets: Networks, view: TeacherOutputs) -> None:
+    """Write one view; a reader finds a whole file or none. Features as bytes: .npz knows no bfloat16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as file:
+        feats = {name: feat.view(np.uint8) for name, feat in zip(nets.teacher_names, view.feats)}
+        np.savez(file, logits=view.logits, **feats)
+    part.replace(path)
+
+
+def _load(path: pathlib.Path, nets: Networks, dtype: np.dtype) -> TeacherOutputs:
+    with np.load(path) as stored:
+        return TeacherOutputs(tuple(stored[name].view(dtype) for name in nets.teacher_names), stored["logits"])
+
+
+def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:
+    """Correct predictions of every teacher, "teacher1" ..., and of their averaged logits, "average"; and the images on
+    which their predictions differ, "disagreement"."""
+    logits = view.logits
     predictions = _predictions(logits)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
     counts["average"] = int((_predictions(logits.mean(axis=1)) == labels).sum())

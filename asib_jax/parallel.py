@@ -1,8 +1,8 @@
-"""The only file that knows about devices: choose them, replicate, shard a batch, compile a step.
+"""The only file that knows about devices: choose them, replicate, spread examples, compile steps.
 
 pmap is the engine for several devices. The state has no device axis: arguments enter replicated (`in_axes=None`), only
-the batch is split over its leading axis, and every output is the same on all devices (`out_axes=None`), which a step
-guarantees by reducing over the axis before anything nonlinear.
+examples have one, and every output is the same on all devices (`out_axes=None`), which a step guarantees by reducing
+over the axis before anything nonlinear.
 """
 import logging
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger("asib_jax")
@@ -41,16 +42,76 @@ def axis_name(devices: Sequence[jax.Device]) -> str | None:
     return AXIS if len(devices) > 1 else None
 
 
-def compile_step(step: Callable, devices: Sequence[jax.Device], *, arguments: int, donate_first: bool = False) -> Callable:
-    """Compile `step(*replicated, batch)`, whose last of `arguments` arguments is the batch.
+def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry: bool = False) -> Callable:
+    """Compile `call(carry, fixed, controls, resident, streamed, rows, each, count) -> (carry, outputs)`.
 
-    On several devices `step` must have been made with `axis_name(devices)`, and its outputs be equal on all.
+    step: `(carry, fixed, controls, batch) -> (carry, outputs)`, made with `axis_name(devices)`; on several devices its
+    results are equal on all. rows: [S, B], those of step i are its batch's "row"; resident: examples as `spread` places
+    them, of which it takes these rows; streamed: those that `place_steps` has placed for it; each: [S] leaves, controls
+    of one step; count: how many steps, at most S. outputs: of each step, [S, ...] leaves.
     """
-    donate = (0,) if donate_first else ()
-    if len(devices) == 1:
-        return jax.jit(step, donate_argnums=donate)
-    return jax.pmap(step, AXIS, in_axes=(None,) * (arguments - 1) + (0,), out_axes=None, donate_argnums=donate,
-                    devices=devices)
+    axis = axis_name(devices)
+
+    def one(carry, fixed, controls, resident, streamed, rows, each, i):
+        def ith(tree):
+            return jax.tree.map(lambda x: x[i], tree)
+
+        batch = {"row": _own(rows[i], axis), **jax.tree.map(lambda x: _take(x, rows[i], axis), resident),
+                 **ith(streamed)}
+        return step(carry, fixed, {**controls, **ith(each)}, batch)
+
+    def call(carry, fixed, controls, resident, streamed, rows, each, count):
+        given = fixed, controls, resident, streamed, rows, each
+        if len(rows) == 1:
+            carry, outputs = one(carry, *given, jnp.int32(0))
+            return carry, jax.tree.map(lambda x: x[None], outputs)
+
+        def body(i, held):
+            leaves = jaxpr_as_fun(traced)(*jax.tree.leaves((held[0], *given, i)))
+            carry, outputs = jax.tree.unflatten(structure, leaves)
+            return carry, jax.tree.map(lambda all, x: all.at[i].set(x), held[1], outputs)
+
+        # Traced once, before the loop, which has to begin with outputs of their shapes.
+        traced, shapes = jax.make_jaxpr(one, return_shape=True)(carry, *given, jnp.int32(0))
+        structure = jax.tree.structure(shapes)
+        empty = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape), x.dtype), shapes[1])
+        return jax.lax.fori_loop(0, count, body, (carry, empty))
+
+    donate = (0,) if donate_carry else ()
+    if axis is None:
+        return jax.jit(call, donate_argnums=donate)
+    return jax.pmap(call, axis, in_axes=(None, None, None, 0, 0, None, None, None), out_axes=None,
+                    donate_argnums=donate, devices=devices)
+
+
+def _take(x: jax.Array, rows: jax.Array, axis: str | None) -> jax.Array:
+    """The rows [B] of examples that lie on one device ([N, ...]) or, n each, on all: of those this device's B / D.
+
+    Every device brings the rows it has and zero for the others: their sum is exact.
+    """
+    if axis is None:
+        return x[rows]
+    here = rows - jax.lax.axis_index(axis) * len(x)
+    mine = (0 <= here) & (here < len(x))
+    brought = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x[jnp.clip(here, 0, len(x) - 1)], jnp.zeros((), x.dtype))
+    return jax.lax.psum_scatter(brought, axis, tiled=True)
+
+
+def _own(rows: jax.Array, axis: str | None) -> jax.Array:
+    """This device's B / D of the rows [B]."""
+    return rows if axis is None else rows.reshape(jax.lax.axis_size(axis), -1)[jax.lax.axis_index(axis)]
+
+
+def steps_per_call(configured: int, devices: Sequence[jax.Device], *, trains_convolutions: bool) -> int:
+    """How many steps one compiled call does; 0 chooses.
+
+    XLA compiles loops for CPUs whose convolution gradients are 40 times slower than outside (it brings convolutions
+    into its fast form outside loops only), so that a step that needs them is no part of one there. Collectives of
+    several simulated devices stall beyond 32 steps.
+    """
+    on_cpu = devices[0].platform == "cpu"
+    chosen = configured or (1 if on_cpu and trains_convolutions else 32)
+    return min(chosen, 32) if on_cpu and len(devices) > 1 else chosen
 
 
 def keep_compiled(folder: str) -> None:
@@ -78,11 +139,34 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch: Any, devices: Sequence[jax.Device]) -> Any:
-    """Split every [B, ...] leaf into [devices, B / devices, ...]; unchanged on one device."""
+def spread(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Examples, leaves [N, ...], on the devices: whole on one, else in parts [D, n, ...], the last one padded."""
     if len(devices) == 1:
-        return batch
-    return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+        return jax.device_put(jax.tree.map(np.asarray, tree), devices[0])
+    count = len(devices)
+
+    def parts(leaf):
+        size = -(-len(leaf) // count)
+        whole = np.zeros((count * size, *leaf.shape[1:]), leaf.dtype)
+        whole[: len(leaf)] = leaf
+        return whole.reshape(count, size, *leaf.shape[1:])
+
+    return _over_devices(jax.tree.map(parts, tree), devices)
+
+
+def place_steps(leaves: Any, rows: np.ndarray, devices: Sequence[jax.Device]) -> Any:
+    """The examples `rows` [S, B] of host leaves [N, ...] on the devices: [S, B, ...], or [D, S, B / D, ...].
+
+    Rows beyond N - 1 stand for no example; they get the last one's values.
+    """
+    if len(devices) > 1:
+        rows = rows.reshape(len(rows), len(devices), -1).swapaxes(0, 1)
+    chosen = jax.tree.map(lambda leaf: leaf[np.minimum(rows, len(leaf) - 1)], leaves)
+    return jax.device_put(chosen, devices[0]) if len(devices) == 1 else _over_devices(chosen, devices)
+
+
+def _over_devices(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS)))
 
 
 def batch_mean(axis: str | None) -> Callable[[jax.Array], jax.Array]:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from clu.parameter_overview import count_parameters
 
-from asib_jax import a_step, b_step, build, checks, cost, parallel, teacher_store, teachers, train, weights
+from asib_jax import (a_step, b_step, build, checks, cost, parallel, stored_views, teacher_store, teachers, train,
+                      weights)
 from asib_jax.data import sources
-from asib_jax.models.ensemble import Networks, TeacherOutputs, Variables
+from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
 from asib_jax.models.kd_model import KDModel
 from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.steps import Training
@@ -42,7 +43,7 @@ class Step(NamedTuple):
 
 class Plan(NamedTuple):
     """images: of each split, named as the fields of `build.Data`; batch: what one device sees of it; resident: bytes of
-    the variables of all networks; warning: of the gate."""
+    the variables of all networks; stored: what `stored_views` would say; warning: of the gate."""
 
     sizes: sources.Sizes
     images: dict[str, int]
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     resident: int
     networks: list[Network]
     steps: list[Step]
+    stored: tuple[str, ...]
     warning: str | None
 
 
@@ -60,13 +62,14 @@ def make(recipe: Recipe) -> Plan:
     rows = build.divide(recipe, sizes.labels)
     images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
     warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
-    nets = build.build_networks(recipe, sizes.num_classes, jax.local_devices()[:1])
+    nets = build.build_networks(recipe, sizes.num_classes)
     variables = shapes(recipe, nets, sizes.image_shape)
     batch = options.batch_size // len(parallel.local_devices(recipe.num_devices))
     kept = [kept_folder(recipe, k) for k in range(len(nets.teachers))]
+    stored = () if recipe.teachers_only else stored_views.decide(recipe, nets, images["train"]).lines
     return Plan(sizes, images, batch, cost.tree_bytes(variables),
                 networks(recipe, nets, variables, sizes.image_shape, kept),
-                list(run_steps(recipe, nets, variables, sizes, images, batch, kept)), warning)
+                list(run_steps(recipe, nets, variables, sizes, images, batch, kept)), stored, warning)
 
 
 def shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
@@ -138,7 +141,7 @@ def run_steps(recipe: Recipe, nets: Networks, variables: Variables, sizes: sourc
               batch_size: int, kept: list[str]) -> Iterator[Step]:
     """Every training step of the run, in order."""
     size, known = recipe.dataset.batch_size, {}
-    batch = batch_shapes(sizes, batch_size, ())
+    batch = batch_shapes(sizes, batch_size)
 
     def step(title: str, epochs: int, split: str, variables: Variables, training: Training, batch: dict[str, Any]
              ) -> Step:
@@ -158,29 +161,37 @@ def run_steps(recipe: Recipe, nets: Networks, variables: Variables, sizes: sourc
             yield found._replace(trained={name: found.trained["student"]})
     if recipe.teachers_only:
         return
-    read = batch_shapes(sizes, batch_size, nets.teachers if recipe.teacher_views else ())
+    stored = stored_views.decide(recipe, nets, images["train"]).steps
+    shapes_of = {name: batch_shapes(sizes, batch_size, nets, recipe.compute_dtype, name if name in stored else "")
+                 for name in ("a", "b")}
     for stage, epochs in enumerate(recipe.b_epochs):
         if recipe.uses_fusion:
             yield step(f"A-Step, stage {stage + 1}", recipe.a_epochs, "train", variables,
-                       a_step.make_training(recipe, nets, variables.params, stage), read)
+                       a_step.make_training(recipe, nets, variables.params, stage), shapes_of["a"])
         yield step(f"B-Step, stage {stage + 1}", epochs, "train", variables,
-                   b_step.make_training(recipe, nets, variables.params, stage), read)
+                   b_step.make_training(recipe, nets, variables.params, stage), shapes_of["b"])
     if recipe.train_control and recipe.uses_teachers:
         recipe = train.without_teachers(recipe)
-        nets = build.build_networks(recipe, sizes.num_classes, jax.local_devices()[:1])
+        nets = build.build_networks(recipe, sizes.num_classes)
         variables = shapes(recipe, nets, sizes.image_shape)
         for stage, epochs in enumerate(recipe.b_epochs):
             yield step(f"control, stage {stage + 1}", epochs, "train", variables,
                        b_step.make_training(recipe, nets, variables.params, stage), batch)
 
 
-def batch_shapes(sizes: sources.Sizes, batch_size: int, teachers: tuple[KDModel, ...]) -> dict[str, Any]:
-    """A training batch as shapes, with the stored outputs of `teachers`."""
+def batch_shapes(sizes: sources.Sizes, batch_size: int, nets: Networks | None = None, dtype: str = "float32",
+                 stored: str = "") -> dict[str, Any]:
+    """A training batch as shapes, with the outputs that `stored_views` brings to the step of that name, "a" or "b"."""
     def shape(dtype, *dimensions):
         return jax.ShapeDtypeStruct((batch_size, *dimensions), dtype)
 
-    batch = {"image": shape(jnp.uint8, *sizes.image_shape), "label": shape(jnp.int32), "index": shape(jnp.int32)}
-    if teachers:
-        feats = tuple(shape(jnp.float32, model.architecture.feat_dim) for model in teachers)
-        batch["teachers"] = TeacherOutputs(feats, shape(jnp.float32, len(teachers), sizes.num_classes))
+    batch = {"label": shape(jnp.int32), "index": shape(jnp.int32)}
+    if stored != "a":
+        batch["image"] = shape(jnp.uint8, *sizes.image_shape)
+    if stored:
+        feats = tuple(shape(jnp.dtype(dtype), model.architecture.feat_dim) for model in nets.teachers)
+        batch["teachers"] = TeacherOutputs(feats, shape(jnp.float32, len(feats), sizes.num_classes))
+    if stored == "a":
+        feat = shape(jnp.dtype(dtype), nets.student.architecture.feat_dim)
+        batch["student"] = StudentOutputs(feat, shape(jnp.float32, sizes.num_classes))
     return batch

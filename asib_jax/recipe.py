@@ -98,6 +98,9 @@ class Recipe:
     restore_best: bool
     train_control: bool
     num_devices: int
+    scale_lr_with_devices: bool
+    steps_per_call: int
+    device_data_gb: float
     use_amp: bool
     amp_dtype: str
     tensorboard: bool
@@ -108,7 +111,9 @@ class Recipe:
     dataset: DatasetRecipe
     model: ModelRecipe
     teachers: tuple[TeacherRecipe, ...]
-    teacher_views: int
+    a_step_views: int
+    b_step_views: int
+    bank_memory_gb: float
     teacher_cache: str
     teachers_only: bool
     # distillation

@@ -73,12 +73,13 @@ class Reporter:
         if self._wandb:
             self._wandb.log(values, step=step)
 
-    def on_step(self, step: int) -> None:
-        """Told each B-step before it runs: starts and ends the profiler's trace."""
-        if self._profile_steps and step == self._profile_steps[0]:
+    def on_steps(self, first: int, last: int) -> None:
+        """Told the B-steps that one call is about to do: starts and ends the profiler's trace, which is of whole
+        calls."""
+        if self._profile_steps and not self._profiling and first <= self._profile_steps[0] <= last:
             jax.profiler.start_trace(str(self._profile_folder))
             self._profiling = True
-        elif self._profiling and step > self._profile_steps[1]:
+        elif self._profiling and first > self._profile_steps[1]:
             self._stop_profile()
 
     def _stop_profile(self) -> None:

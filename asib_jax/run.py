@@ -2,21 +2,22 @@
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 from clu.parameter_overview import count_parameters
 
-from asib_jax import loop, parallel, schedules, streams
+from asib_jax import loop, schedules, stored_views, streams
 from asib_jax.build import Data
-from asib_jax.data.batches import training_batches
+from asib_jax.data.batches import training_rows
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
-from asib_jax.feature_bank import Bank
+from asib_jax.feed import Call, Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
+from asib_jax.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
 
@@ -51,18 +52,21 @@ class Run:
     recipe: Recipe
     nets: Networks
     data: Data
-    devices: list[jax.Device]
+    feed: Feed
     record: Record
     reporter: Reporter
     validation: Evaluator
-    bank: Bank | None = None  # the teachers' outputs on `teacher_views` views of the training images
+    images: Examples  # of the training split
+    labels: Examples  # and their indices
+    stored: StoredViews
     prefix: str = ""
     _compiled: dict = dataclasses.field(default_factory=dict)
 
-    def compiled(self, key: Hashable, make_step: Callable[[], Callable]) -> Callable:
+    def compiled(self, key: Hashable, make_step: Callable[[], Callable], *, trains_convolutions: bool) -> Steps:
         """The compiled training step under `key`, made and compiled once in a run."""
         if key not in self._compiled:
-            self._compiled[key] = parallel.compile_step(make_step(), self.devices, arguments=4, donate_first=True)
+            self._compiled[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions,
+                                                    donate_carry=True)
         return self._compiled[key]
 
     def log_parameters(self, title: str, params: dict, trained: dict) -> None:
@@ -91,31 +95,33 @@ class Run:
         for name, value in values.items():
             self.record.log(f"{self.prefix}{key}/{name}", value)
 
-    def augment_key(self, stage: int, epoch: int, run_epoch: int) -> jax.Array:
-        """The augmentation stream of an epoch, A- and B-Step alike; with `teacher_views` that of its view, which is a
-        first-stage epoch's."""
-        views = self.recipe.teacher_views
-        position = (0, run_epoch % views) if views else (stage, epoch)
-        return streams.key(self.recipe.seed, "augment", *position)
+    def augment_key(self, step: str, stage: int, epoch: int) -> jax.Array:
+        """The augmentation stream of an epoch of `step`; that of a stage and epoch is one for A- and B-Step."""
+        return streams.key(self.recipe.seed, "augment", *stored_views.view(self.recipe, step, stage, epoch))
 
-    def batches(self, step: str, stage: int, epoch: int, run_epoch: int):
-        """One epoch of the student's training images in an order of its own, with stored teacher outputs if any."""
+    def calls(self, steps: Steps, step: str, stage: int, epoch: int) -> Iterator[Call]:
+        """One epoch of the student's training images in an order of its own, with stored outputs if any."""
         order = streams.rng(self.recipe.seed, f"order/{step}", stage, epoch)
-        for batch in training_batches(self.data.train, self.recipe.dataset.batch_size, order):
-            if self.bank is not None:
-                batch["teachers"] = self.bank.outputs(run_epoch % self.recipe.teacher_views, batch["row"])
-            yield batch
+        rows = training_rows(len(self.data.train.label), self.recipe.dataset.batch_size, order)
+        stored = self.stored.of(step, stage, epoch)
+        images = [] if stored and step == "a" else [self.images]  # every network that the A-Step runs has read them
+        return self.feed.calls(steps, rows, self.labels, *images, *stored)
 
-    def epoch(self, title: str, step: Callable, state, frozen: Variables, **options):
+    def epoch(self, title: str, step: Steps, state, frozen: Variables, calls: Iterator[Call], **options):
         """`loop.run_epoch` under a progress bar."""
         with self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title) as bar:
-            return loop.run_epoch(step, state, frozen, devices=self.devices, on_images=bar.update, **options)
+            return loop.run_epoch(step, state, frozen, calls, on_images=bar.update, **options)
 
 
-def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int
+def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int, devices: int
                   ) -> Callable[[int], float]:
-    """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs over the run."""
+    """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs over the run.
+
+    With `scale_lr_with_devices` base is multiplied by `devices` (Goyal et al. 2017 scale it with the batch, which here
+    is the configuration's whatever the devices).
+    """
     schedule = recipe.schedule
+    base *= devices if recipe.scale_lr_with_devices else 1
     return lambda step: schedules.learning_rate(
         step, base=base, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=warmup_epochs,
         kind=schedule.type, min_lr=schedule.min_lr, step_size=schedule.step_size, gamma=schedule.gamma,

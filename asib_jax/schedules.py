@@ -68,3 +68,23 @@ def learning_rate(
     if kind == "multistep":
         return base * gamma ** sum(epoch >= milestone for milestone in milestones)
     raise ValueError(f"schedule.type={kind!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+def view_of(lengths: Sequence[int], stage: int, epoch: int, views: int) -> tuple[int, int]:
+    """The (stage, epoch) whose augmentation an epoch of a step uses, `lengths` being its epochs in each stage.
+
+    Its own with `views` = 0; else that of the epoch of the run whose number is this one's modulo `views`, so that as
+    many views as epochs are one for each.
+    """
+    if not views:
+        return stage, epoch
+    number, stage = (sum(lengths[:stage]) + epoch) % views, 0
+    while number >= lengths[stage]:
+        number, stage = number - lengths[stage], stage + 1
+    return stage, number
+
+
+def views_of(lengths: Sequence[int], views: int, stage: int | None = None) -> list[tuple[int, int]]:
+    """Every (stage, epoch) that `view_of` gives over the run, or over one stage, in order, each once."""
+    stages = range(len(lengths)) if stage is None else (stage,)
+    return sorted({view_of(lengths, stage, epoch, views) for stage in stages for epoch in range(lengths[stage])})

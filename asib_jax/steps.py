@@ -1,8 +1,9 @@
 """The A-Step and B-Step as pure functions (SPEC 4 and 5), and the one factory that makes a training step of a loss.
 
 A loss is `(variables, controls, batch) -> (scalar, (batch_stats, metrics))`. `batch` holds image [B, H, W, ch] uint8,
-label and index [B], and, where the teachers were run beforehand, their outputs under "teachers". `controls` holds
-every scalar that depends on the epoch, as arrays, so that no schedule recompiles.
+label and index [B], and, where networks were run beforehand, their outputs under "teachers" and "student"; with both
+the A-Step needs no image. `controls` holds every scalar that depends on the epoch, as arrays, so that no schedule
+recompiles.
 """
 import dataclasses
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import optax
 
 from asib_jax import losses, parallel, streams
 from asib_jax.data.augment import augment, mix
-from asib_jax.models.ensemble import (EVALUATION, Mode, Networks, TeacherOutputs, Variables, classify, fuse,
-                                      keys_and_values, query, run_network, run_teachers)
+from asib_jax.models.ensemble import (Mode, Networks, TeacherOutputs, Variables, classify, fuse, keys_and_values, query,
+                                      run_network, run_student, run_teachers)
 from asib_jax.models.ib_mbm import sample
 from asib_jax.state import TrainState, join
 
@@ -113,11 +114,12 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     dropout_key.
     """
     mean = parallel.batch_mean(axis_name)
-    pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
+    pixels = _pixels(controls, batch, terms.data_aug)
     dropout_keys = streams.per_example(controls["dropout_key"], batch["index"])
     teachers, stats = _teachers(nets, variables, pixels, batch, teacher_modes, dropout_keys)
-    student, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
-    latent = fuse(nets, variables, query(nets, student), keys_and_values(nets, variables, teachers.feats))
+    student = batch["student"] if "student" in batch else run_student(nets, variables, pixels)
+    asks = query(nets, variables, student.feat)
+    latent = fuse(nets, variables, asks, keys_and_values(nets, variables, teachers.feats))
     z, weight = latent.mu, jnp.ones(())
     if nets.ib_mbm.use_ib:
         keys = streams.per_example(controls["noise_key"], batch["index"])
@@ -142,7 +144,7 @@ def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     if terms.cccp_alpha:
         parts["cccp"] = controls["open"] * jnp.mean(cccp(logits, student.logit, terms.cccp_alpha, terms.cccp_tau))
     if terms.feat_kd_alpha:
-        parts["feat_kd"] = terms.feat_kd_alpha * weighted(losses.feature_kd(latent.mu, query(nets, student)))
+        parts["feat_kd"] = terms.feat_kd_alpha * weighted(losses.feature_kd(latent.mu, asks))
     if terms.reg_lambda:
         parts["reg"] = terms.reg_lambda * mean_square(trained(variables.params))
     if terms.ib_mbm_reg_lambda:
@@ -163,7 +165,7 @@ def b_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks,
     ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
     """
     mean = parallel.batch_mean(axis_name)
-    pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
+    pixels = _pixels(controls, batch, terms.data_aug)
     labels = batch["label"]
     mix_key = jax.random.fold_in(controls["mix_key"], controls["step"])
     pixels, labels_b, lam = mix(mix_key, pixels, labels, mixup_alpha=terms.mixup_alpha,
@@ -189,7 +191,7 @@ def _distillation(variables, controls, student, teachers, labels, ce, nets, term
     certainty, total, metrics = jnp.ones(()), 0.0, {}
     by_teacher = jnp.moveaxis(teachers.logits, 1, 0)
     if terms.uses_fusion:
-        feature = query(nets, student)
+        feature = query(nets, variables, student.feat_2d)
         latent = fuse(nets, variables, jax.lax.stop_gradient(feature), keys_and_values(nets, variables, teachers.feats))
         if nets.ib_mbm.use_ib:
             certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
@@ -233,7 +235,12 @@ def mean_square(params: Any) -> jax.Array:
     return jnp.mean(jnp.stack(squares)) if squares else jnp.zeros(())
 
 
-def _teachers(nets: Networks, variables: Variables, pixels: jax.Array, batch: dict, modes: tuple[Mode, ...] = (),
+def _pixels(controls: dict, batch: dict, data_aug: int) -> jax.Array | None:
+    """The augmented images; None where the batch has none."""
+    return augment(controls["augment_key"], batch["index"], batch["image"], data_aug) if "image" in batch else None
+
+
+def _teachers(nets: Networks, variables: Variables, pixels: jax.Array | None, batch: dict, modes: tuple[Mode, ...] = (),
               dropout_keys: jax.Array | None = None) -> tuple[TeacherOutputs, dict]:
     """The teachers' outputs on the batch: stored ones if it brings them, else run now."""
     if "teachers" in batch:

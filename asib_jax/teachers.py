@@ -10,9 +10,10 @@ import jax
 from clu.parameter_overview import count_parameters
 
 from asib_jax import build, checkpoint, freezing, parallel, pretrained, state, steps, streams, teacher_store, weights
-from asib_jax.data.batches import training_batches
+from asib_jax.data.batches import training_rows
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
+from asib_jax.feed import Feed
 from asib_jax.loop import run_epoch
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
@@ -26,8 +27,8 @@ from asib_jax.teacher_store import Place
 logger = logging.getLogger("asib_jax")
 
 
-def ready(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
-          reporter: Reporter) -> Variables:
+def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter
+          ) -> Variables:
     """Variables of every teacher, by name. Adapters start at random, keyed by the run's seed.
 
     Where a teacher comes from, the first of these that the configuration allows:
@@ -54,7 +55,7 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.De
         if name not in done:
             done[name] = start[name]
             if recipe.teachers[k].epochs:
-                done[name] = train(recipe, nets, k, places[name], start[name], data, devices, record, reporter)
+                done[name] = train(recipe, nets, k, places[name], start[name], data, feed, record, reporter)
     return Variables({name: variables["params"] for name, variables in done.items()},
                      {name: variables["batch_stats"] for name, variables in done.items()})
 
@@ -90,35 +91,37 @@ def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[str, Any], data: build.Data,
-          devices: list[jax.Device], record: Record, reporter: Reporter) -> dict[str, Any]:
+          feed: Feed, record: Record, reporter: Reporter) -> dict[str, Any]:
     """Supervised training of teacher `k` with AdamW, kept at `place`: its best epoch on validation.
 
     It ends early after `early_stopping_patience` epochs of which none was better by `early_stopping_min_delta`. While
     it goes on, the best epoch so far is a checkpoint of the run.
     """
     options, model, name = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
-    split, batch_size, axis = data.teacher_train, recipe.dataset.batch_size, parallel.axis_name(devices)
+    split, batch_size, axis = data.teacher_train, recipe.dataset.batch_size, feed.axis_name
     training = make_training(recipe, k, model, variables["params"], axis)
-    step = parallel.compile_step(steps.make_train_step(training.loss, training.tx, axis_name=axis), devices,
-                                 arguments=4, donate_first=True)
+    step = feed.compile(steps.make_train_step(training.loss, training.tx, axis_name=axis), trains_convolutions=True,
+                        donate_carry=True)
+    examples = feed.place(**split._asdict())
     whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
     current, frozen = parallel.replicate(state.begin(whole, training.mask, training.trained_stats, training.tx, None,
-                                                     recipe.compute_dtype), devices)
+                                                     recipe.compute_dtype), feed.devices)
     logger.info("%s: %s %s, trainable/total parameters %s/%s", name, "fine-tuning" if options.weights else "training",
                 options.name, f"{count_parameters(current.params):,}", f"{count_parameters(variables['params']):,}")
     validation = Evaluator(Networks(model.clone(adapter_dim=0)), Variables({}, {}), data.validation, name="validation",
-                           batch_size=batch_size, devices=devices)
+                           batch_size=batch_size, feed=feed)
     steps_per_epoch = len(split.label) // batch_size
     rate = learning_rate(recipe, base=options.lr, steps_per_epoch=steps_per_epoch, epochs=options.epochs,
-                         warmup_epochs=options.warmup_epochs)
+                         warmup_epochs=options.warmup_epochs, devices=len(feed.devices))
     best, start, done = _Best(record.folder / "checkpoints" / f"{name}_best"), time.perf_counter(), 0
     for epoch in range(options.epochs):
         began = time.perf_counter()
         with reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}") as bar:
             order = streams.rng(recipe.seed, f"order/{teacher_store.streams_name(recipe, k)}", epoch)
+            rows = training_rows(len(split.label), batch_size, order)
             current, metrics, count = run_epoch(
-                step, current, frozen, training_batches(split, batch_size, order), learning_rate=rate, first_step=done,
-                controls=controls_of(recipe, k, epoch), devices=devices, on_images=bar.update)
+                step, current, frozen, feed.calls(step, rows, examples), learning_rate=rate, first_step=done,
+                controls=controls_of(recipe, k, epoch), on_images=bar.update)
         done += count
         whole = state.join(current, frozen)
         metrics |= {"lr": rate(done - 1), "val_acc": validation.accuracies(whole)["student"]}

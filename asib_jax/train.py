@@ -4,19 +4,22 @@ import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 
-from asib_jax import a_step, b_step, build, checkpoint, checks, feature_bank, finished, parallel, streams, teachers
+from asib_jax import a_step, b_step, build, checkpoint, checks, finished, parallel, teachers
 from asib_jax.data.sources import Split
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
+from asib_jax.feed import Feed
 from asib_jax.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.results import Results, final_results, render
 from asib_jax.run import Progress, Run
+from asib_jax.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
 
@@ -40,19 +43,19 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder."""
     start = time.perf_counter()
-    devices = parallel.local_devices(recipe.num_devices)
+    feed = Feed(tuple(parallel.local_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
     data = build.load_data(recipe)
-    nets = build.build_networks(recipe, data.num_classes, devices)
-    describe(recipe, data, devices)
+    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
+    describe(recipe, data, feed.devices)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
         logger.warning(warning)
     if recipe.teachers_only:
-        ready, validation = teachers.ready(recipe, nets, data, devices, record, reporter), None
+        ready, validation = teachers.ready(recipe, nets, data, feed, record, reporter), None
         done = Finished(ready, {}, collections.Counter())
         finished.save(record, recipe, nets, done)
     else:
-        done, validation = distil(recipe, nets, data, devices, record, reporter)
-    results = evaluate_finished(recipe, nets, data, devices, done, validation)
+        done, validation = distil(recipe, nets, data, feed, record, reporter)
+    results = evaluate_finished(recipe, nets, data, feed, done, validation)
     minutes = (time.perf_counter() - start) / 60
     for key, value in results.summary.items():
         record.log(f"final/{key}", value)
@@ -61,15 +64,15 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     return {**results.summary, "minutes": minutes}
 
 
-def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
-           reporter: Reporter) -> tuple[Finished, Evaluator]:
+def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter
+           ) -> tuple[Finished, Evaluator]:
     """Teachers ready, every stage, the control: what is finished then, and saved, and the evaluator of validation."""
     student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
-    ready = teachers.ready(recipe, nets, data, devices, record, reporter)
+    ready = teachers.ready(recipe, nets, data, feed, record, reporter)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
-    run, variables = prepare(recipe, nets, data, devices, record, reporter, variables)
+    run, variables = prepare(recipe, nets, data, feed, record, reporter, variables)
     if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
-        before = evaluator(recipe, nets, variables, data.test, "test", devices).teacher_counts()
+        before = evaluator(recipe, nets, variables, data.test, "test", feed).teacher_counts()
         run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label)
                                    for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
@@ -83,7 +86,7 @@ def distil(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.D
     return done, run.validation
 
 
-def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> None:
+def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) -> None:
     """Log lines by which a reader verifies an ablation: data, and the active KD, IB/CCCP and freezing settings."""
     logger.info("data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
                 data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
@@ -104,18 +107,14 @@ def describe(recipe: Recipe, data: build.Data, devices: list[jax.Device]) -> Non
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
 
 
-def prepare(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], record: Record,
-            reporter: Reporter, variables: Variables) -> tuple[Run, Variables]:
+def prepare(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
+            variables: Variables) -> tuple[Run, Variables]:
     """The run's shared parts, and all variables on its devices before the first stage."""
-    variables = parallel.replicate(variables, devices)
-    validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
-    bank = None
-    if recipe.teacher_views and nets.teachers:
-        keys = [streams.key(recipe.seed, "augment", 0, view) for view in range(recipe.teacher_views)]
-        bank = feature_bank.build(nets, variables, data.train, keys=keys, data_aug=recipe.dataset.data_aug,
-                                  batch_size=recipe.dataset.batch_size, devices=devices, cache=recipe.teacher_cache,
-                                  title="the training images")
-    return Run(recipe, nets, data, devices, record, reporter, validation, bank), variables
+    variables = parallel.replicate(variables, feed.devices)
+    validation = evaluator(recipe, nets, variables, data.validation, "validation", feed)
+    images, labels = feed.place(image=data.train.image), feed.place(label=data.train.label, index=data.train.index)
+    stored = StoredViews(recipe, nets, data.train, feed, variables)
+    return Run(recipe, nets, data, feed, record, reporter, validation, images, labels, stored), variables
 
 
 def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[Variables, Progress]:
@@ -143,36 +142,38 @@ def train_control(run: Run, epochs_before: int) -> dict[str, dict]:
     """The last and best student of the same run without teachers, as `Finished.students` names them."""
     logger.info("control: the same student without teachers")
     recipe = without_teachers(run.recipe)
-    nets = build.build_networks(recipe, run.data.num_classes, run.devices)
+    nets = build.build_networks(recipe, run.data.num_classes, run.feed.axis_name)
     student = build.init_student_and_fusion(recipe, nets, run.data.image_shape)
-    control, variables = prepare(recipe, nets, run.data, run.devices, run.record, run.reporter, student)
-    control.prefix = "control/"
+    variables = parallel.replicate(student, run.feed.devices)
+    validation = evaluator(recipe, nets, variables, run.data.validation, "validation", run.feed)
+    stored = StoredViews(recipe, nets, run.data.train, run.feed, variables)
+    control = dataclasses.replace(run, recipe=recipe, nets=nets, validation=validation, stored=stored,
+                                  prefix="control/", _compiled={})
     _, progress = run_stages(control, variables, epochs_before)
     return {"control_last": progress.last_student, "control_best": progress.best_student}
 
 
-def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, devices: list[jax.Device], done: Finished,
+def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, done: Finished,
                       validation: Evaluator | None = None) -> Results:
     """Count correct predictions of everything on validation and, the only time, on test."""
-    variables = parallel.replicate(done.variables, devices)
-    done = dataclasses.replace(done, variables=variables, students=parallel.replicate(done.students, devices))
+    variables = parallel.replicate(done.variables, feed.devices)
+    done = dataclasses.replace(done, variables=variables, students=parallel.replicate(done.students, feed.devices))
     if validation is None:
-        validation = evaluator(recipe, nets, variables, data.validation, "validation", devices)
-    return final_results(nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", devices))
+        validation = evaluator(recipe, nets, variables, data.validation, "validation", feed)
+    return final_results(nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", feed))
 
 
-def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split, name: str,
-              devices: list[jax.Device]) -> Evaluator:
+def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split, name: str, feed: Feed) -> Evaluator:
     """The evaluator of a split, with the teachers as they are now."""
-    return Evaluator(nets, variables, split, name=name, batch_size=recipe.dataset.batch_size, devices=devices,
+    return Evaluator(nets, variables, split, name=name, batch_size=recipe.dataset.batch_size, feed=feed,
                      cache="" if recipe.use_teacher_finetuning else recipe.teacher_cache)
 
 
 def evaluate_run(folder: pathlib.Path) -> str:
     """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
     recipe = finished.read_recipe(folder)
-    devices = parallel.local_devices(1)  # whatever the run used: the counts are the same
+    feed = Feed(tuple(parallel.local_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
     data = build.load_data(recipe)
-    nets = build.build_networks(recipe, data.num_classes, devices)
+    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
-    return render(recipe, evaluate_finished(recipe, nets, data, devices, done))
+    return render(recipe, evaluate_finished(recipe, nets, data, feed, done))

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asib_jax import parallel
 from asib_jax.data.sources import Split
+from asib_jax.feed import Feed, Steps
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables
@@ -114,3 +116,15 @@ def make_split(count: int, classes: int = CLASSES, seed: int = 0, first_index: i
 def make_batch(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
     """The whole of `make_split` as a batch."""
     return make_split(count, seed=seed)._asdict()
+
+
+def make_feed(devices: int = 1, **options) -> Feed:
+    """The first devices, with room for everything unless `options` say otherwise."""
+    return Feed(tuple(parallel.local_devices(devices)), **{"room_gb": 1.0} | options)
+
+
+def one_step(steps: Steps, feed: Feed, carry, fixed, controls, batch):
+    """A single step of what `feed.compile` gave, on a batch of arrays."""
+    (call,) = feed.calls(steps, np.arange(len(batch["label"]))[None], feed.place(**batch))
+    carry, outputs = steps.run(carry, fixed, controls, call, {})
+    return carry, jax.tree.map(lambda x: x[0], outputs)

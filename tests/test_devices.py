@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from asib_jax import parallel, state, steps, streams
 from asib_jax.models.ensemble import Mode
 from asib_jax.steps import ATerms, BTerms
-from networks import SHALLOW, make_networks, make_split, random_variables
+from networks import SHALLOW, make_feed, make_networks, one_step, make_split, random_variables
 
 SPLIT = make_split(40)
 STEPS = 4
@@ -48,28 +48,31 @@ def controls(number):
             **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")}}
 
 
-def run(kind, compile_step, place, axis_name=None, networks_axis=None):
-    """Parameters, statistics and metrics after some steps; `place(state, frozen, batch)` puts them on devices."""
+def run(kind, compiled, axis_name=None, networks_axis=None):
+    """Parameters, statistics and metrics after some steps by what `compiled(step)` gives."""
     nets, loss, trained, trained_stats = kind(axis_name, networks_axis)
     variables = random_variables(nets)
     tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, {name: name in trained for name in variables.params}, trained_stats, tx)
-    step = compile_step(steps.make_train_step(loss, tx, axis_name=axis_name))
+    step = compiled(steps.make_train_step(loss, tx, axis_name=axis_name))
     order = np.random.default_rng(0).permutation(len(SPLIT.label))
     for number in range(STEPS):
-        batch = SPLIT.take(order[8 * number: 8 * (number + 1)])._asdict()
-        current, frozen, batch = place(current, frozen, batch)
+        rows = order[8 * number: 8 * (number + 1)]
+        batch = {name: leaf[rows] for name, leaf in SPLIT._asdict().items()}
         current, metrics = step(current, frozen, controls(number), batch)
         jax.block_until_ready(current)  # simulated devices stall where more than 32 steps are queued
     return jax.device_get({"params": current.params, "batch_stats": current.batch_stats, "metrics": metrics})
 
 
 def run_on(kind, count, **axes):
-    devices = parallel.local_devices(count)
-    return run(kind, lambda step: parallel.compile_step(step, devices, arguments=4, donate_first=True),
-               lambda current, frozen, batch: (parallel.replicate(current, devices), frozen,
-                                               parallel.shard(batch, devices)),
-               **{"axis_name": parallel.axis_name(devices), "networks_axis": parallel.axis_name(devices)} | axes)
+    feed = make_feed(count)
+
+    def compiled(step):
+        steps = feed.compile(step, donate_carry=True)
+        return lambda current, frozen, controls, batch: one_step(
+            steps, feed, parallel.replicate(current, feed.devices), frozen, controls, batch)
+
+    return run(kind, compiled, **{"axis_name": feed.axis_name, "networks_axis": feed.axis_name} | axes)
 
 
 @functools.cache
@@ -94,8 +97,14 @@ def test_step_agrees_under_jit_with_a_sharded_batch():
     """The same pure step without an axis, its batch split over a mesh of four devices."""
     mesh = Mesh(np.array(parallel.local_devices(4)), ("data",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    actual = run(b_step, jax.jit, lambda current, frozen, batch: (
-        jax.device_put(current, everywhere), jax.device_put(frozen, everywhere), jax.device_put(batch, split)))
+
+    def compiled(step):
+        step = jax.jit(step)
+        return lambda current, frozen, controls, batch: step(
+            jax.device_put(current, everywhere), jax.device_put(frozen, everywhere), controls,
+            jax.device_put(batch, split))
+
+    actual = run(b_step, compiled)
     assert_same(actual, on_one_device(b_step))
 
 

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import parallel
 from asib_jax.evaluate import Evaluator
-from networks import SHALLOW, make_networks, make_split, random_variables
+from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)  # batches of 8 leave three empty places
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,7 +22,7 @@ def make():
 @functools.cache
 def evaluator(count):
     nets, variables = make()
-    return Evaluator(nets, variables, SPLIT, name="test", batch_size=8, devices=parallel.local_devices(count))
+    return Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
 
 
 @jax.jit
@@ -83,7 +82,7 @@ def test_changed_teachers_are_read_again(by_hand):
     nets, variables = make()
     shifted = jax.tree.map(lambda leaf: leaf, variables)
     shifted.params["teacher1"]["classifier"] = jax.tree.map(jnp.negative, variables.params["teacher1"]["classifier"])
-    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, devices=parallel.local_devices(1))
+    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed())
     own.read_teachers(shifted)
     logits = -nets.teachers[0].apply(variables.of("teacher1"), jnp.float32(SPLIT.image), train=False).logit
     assert own.teacher_counts()["teacher1"] == int((np.argmax(logits, -1) == SPLIT.label).sum()) != by_hand["teacher1"]

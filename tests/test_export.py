@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from asib_jax import build, checkpoint, export, finished, parallel, pretrained, recipe as recipes, weights
+from asib_jax import build, checkpoint, export, finished, pretrained, recipe as recipes, weights
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
 from configs import ce_only
@@ -24,7 +24,7 @@ def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
     config = ce_only.get_config("digits")
     config.update_from_flattened_dict({"model.student.name": name, "dataset.small_input": small_input, **changes})
     recipe = recipes.read(config)
-    model = build.build_networks(recipe, 10, parallel.local_devices(1)).student
+    model = build.build_networks(recipe, 10).student
     return config, model, jax.eval_shape(lambda: build.init_network(model, 0, "student", shape))
 
 

@@ -3,14 +3,15 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import feature_bank, parallel, state, steps, streams
+from asib_jax import feature_bank, state, steps, streams
 from asib_jax.data.augment import augment
-from asib_jax.models.ensemble import run_teachers
+from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
 from asib_jax.steps import ATerms, BTerms
-from networks import SHALLOW, make_networks, make_split, random_variables
+from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)
 KEYS = [streams.key(0, "augment", 0, view) for view in range(2)]
@@ -26,9 +27,9 @@ def make():
     return nets, random_variables(nets)
 
 
-def build(split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache=""):
-    return feature_bank.build(nets or make()[0], variables or make()[1], split, keys=keys, data_aug=data_aug,
-                              batch_size=8, devices=parallel.local_devices(devices), cache=str(cache))
+def build(split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache="", dtype=np.float32):
+    return feature_bank.read_teachers(nets or make()[0], variables or make()[1], split, keys=keys, data_aug=data_aug,
+                                      batch_size=8, feed=make_feed(devices), cache=str(cache), dtype=dtype)
 
 
 @functools.cache
@@ -40,22 +41,37 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
 
 
-def test_outputs_are_those_of_the_teachers_on_each_view():
-    """Rows, not data-set indices, address the bank; views differ; every image of an incomplete batch is there. 1e-5."""
+@pytest.mark.parametrize("devices, room_gb, steps", [(1, 1, 32), (1, 0, 2), (4, 1, 2), (4, 0, 32)])
+def test_outputs_are_those_of_the_networks_on_each_view(devices, room_gb, steps):
+    """Of teachers and student; views differ; every image of an incomplete batch is there, wherever the images lie and
+    however many batches a call takes. 1e-5."""
     nets, variables = make()
-    rows = np.array([20, 3, 3, 11])
-    bank = stored()
-    streamed = jax.jit(lambda variables, key, batch: run_teachers(
-        nets, variables, augment(key, batch.index, batch.image, 1)))
-    assert bank.logits.shape == (2, 21, 2, 5) and [feat.shape for feat in bank.feats] == [(2, 21, 3), (2, 21, 4)]
-    for view, key in enumerate(KEYS):
-        wanted, _ = streamed(variables, key, SPLIT.take(rows))
-        assert_close(bank.outputs(view, rows), wanted)
-    assert np.abs(bank.logits[0] - bank.logits[1]).max() > 0.1
+    feed = make_feed(devices, room_gb=room_gb, steps=steps)
+    options = {"keys": KEYS, "data_aug": 1, "batch_size": 4, "feed": feed}
+    views = feature_bank.read_teachers(nets, variables, SPLIT, **options)
+    students = feature_bank.read_student(nets, variables, SPLIT, **options)
+    for key, view, student in zip(KEYS, views, students, strict=True):
+        assert view.logits.shape == (21, 2, 5) and [feat.shape for feat in view.feats] == [(21, 3), (21, 4)]
+        assert_close((view, student), streamed(key))
+    assert np.abs(views[0].logits - views[1].logits).max() > 0.1
 
 
-def test_bank_is_the_same_on_four_devices():
-    assert_close(build(devices=4), stored())
+@jax.jit
+def streamed(key):
+    nets, variables = make()
+    pixels = augment(key, SPLIT.index, SPLIT.image, 1)
+    return run_teachers(nets, variables, pixels)[0], run_student(nets, variables, pixels)
+
+
+def test_features_are_kept_in_the_type_asked_for(tmp_path):
+    """bfloat16: 8 bits of precision, so 2^-8 relative; logits stay float32; the same from the cache, bitwise."""
+    for _ in range(2):
+        for view, exact in zip(build(dtype=jnp.bfloat16, cache=tmp_path), stored(), strict=True):
+            for feat, wanted in zip(view.feats, exact.feats):
+                assert feat.dtype == jnp.bfloat16
+                np.testing.assert_array_equal(feat, wanted.astype(jnp.bfloat16))
+            np.testing.assert_array_equal(view.logits, exact.logits)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("kind", ["a", "b"])
@@ -73,14 +89,17 @@ def test_a_step_from_the_bank_is_the_plain_step(kind):
                 "noise_key": streams.key(0, "noise"), "dropout_key": streams.key(0, "dropout"),
                 "mix_key": streams.key(0, "mix")}
     rows = np.arange(1, 17, 2)
-    plain = SPLIT.take(rows)._asdict()
+    plain = {name: leaf[rows] for name, leaf in SPLIT._asdict().items()}
+
+    def outputs(view):
+        return jax.tree.map(lambda leaf: leaf[rows], stored()[view])
 
     def after(batch):
         current, frozen = state.begin(variables, {name: name in names for name in variables.params}, (), tx)
         return step(current, frozen, controls, batch)[0].params
 
-    expected, other_view = after(plain), after(plain | {"teachers": stored().outputs(0, rows)})
-    actual = after(plain | {"teachers": stored().outputs(1, rows)})
+    expected, other_view = after(plain), after(plain | {"teachers": outputs(0)})
+    actual = after(plain | {"teachers": outputs(1)})
     assert_close(actual, expected)
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(other_view), jax.tree.leaves(expected))) > 1e-4
 
@@ -102,32 +121,35 @@ def other_image():
 
 
 def test_cache_answers_the_same_question_only(tmp_path):
-    """The stored file is marked; whoever gets the mark was answered from it."""
+    """The stored files are marked; whoever gets the mark was answered from them."""
     nets, variables = make()
-    first = build(cache=tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, first, stored())
-    (file,) = tmp_path.iterdir()
-    with np.load(file) as arrays:
-        np.savez(file, **{**arrays, "logits": np.full_like(arrays["logits"], 7)})
+    jax.tree.map(np.testing.assert_array_equal, build(cache=tmp_path), stored())
+    for file in tmp_path.iterdir():
+        with np.load(file) as arrays:
+            marked = {**arrays, "logits": np.full_like(arrays["logits"], 7)}
+        np.savez(file, **marked)
 
     def answered(**options):
-        return bool((build(**{"cache": tmp_path} | options).logits == 7).all())
+        marks = [bool((view.logits == 7).all()) for view in build(**{"cache": tmp_path} | options)]
+        assert len(set(marks)) == 1
+        return marks[0]
 
     assert answered()
     assert answered(devices=4)
+    assert answered(keys=KEYS[::-1]) and answered(keys=KEYS[1:])  # each view is a file of its own
     assert answered(variables=changed(variables, "params", "teacher1", "distill_adapter", "fc1", "bias"))
     assert answered(variables=changed(variables, "params", "student", "classifier", "bias"))
     wider = replace(nets, teachers=(nets.teachers[0].clone(mean=(0.6,)), nets.teachers[1]))
     for question in ({"variables": changed(variables, "params", "teacher2", "stage0", "conv", "kernel")},
                      {"variables": changed(variables, "batch_stats", "teacher1", "stage0", "bn", "var")},
-                     {"split": other_image()}, {"split": SPLIT._replace(index=SPLIT.index + 1)}, {"keys": KEYS[::-1]},
-                     {"keys": KEYS[:1]}, {"data_aug": 3}, {"nets": wider}):
+                     {"split": other_image()}, {"split": SPLIT._replace(index=SPLIT.index + 1)}, {"data_aug": 3},
+                     {"keys": [streams.key(0, "augment", 1, view) for view in range(2)]}, {"nets": wider},
+                     {"dtype": np.float16}):
         assert not answered(**question)
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == 2 * 9
 
 
 def test_correct_counts():
     logits = np.eye(3)[np.array([[0, 0], [1, 2], [2, 2], [1, 1]])] * [[[1], [5]]]  # the second teacher is the surer one
-    bank = feature_bank.Bank((), logits[None])
-    counts = feature_bank.correct_counts(bank, np.array([0, 2, 2, 0]))
+    counts = feature_bank.correct_counts(TeacherOutputs((), logits), np.array([0, 2, 2, 0]))
     assert counts == {"teacher1": 2, "teacher2": 3, "average": 3, "disagreement": 1}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, finished, parallel, recipe, weights
+from asib_jax import build, finished, recipe, weights
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Variables
 from configs import l1_ib
@@ -42,7 +42,7 @@ def saved(tmp_path_factory, quick_compilation):
     config.teacher1.name = "resnet8"
     config.teacher2.weights, config.teacher2.train_epochs = str(tmp_path / "teacher2.npz"), 0
     settings = recipe.read(config)
-    nets = build.build_networks(settings, 10, parallel.local_devices(1))
+    nets = build.build_networks(settings, 10)
     student = build.init_student_and_fusion(settings, nets, SHAPE)
     trained = build.init_network(nets.teachers[0], 5, "teacher1", SHAPE)
     imported, _ = build.read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],

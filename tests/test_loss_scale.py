@@ -14,7 +14,7 @@ from flax.training.dynamic_scale import DynamicScale
 from asib_jax import loop, parallel, state, steps, streams
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.steps import BTerms
-from networks import SHALLOW, make_batch, make_networks, random_variables
+from networks import SHALLOW, make_batch, make_feed, make_networks, one_step, random_variables
 
 BATCH = make_batch()
 CONTROLS = {"lr": jnp.float32(0.1), "step": jnp.int32(0), "augment_key": streams.key(0, "augment"),
@@ -46,7 +46,7 @@ def product_run(devices, tx=ADAMW):
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {"w": {"mean": jnp.float32(0)}})
     current, frozen = state.begin(variables, {"w": True}, ("w",), tx, None, "float16")
     current = parallel.replicate(current._replace(loss_scale=START), devices)
-    return parallel.compile_step(step, devices, arguments=4, donate_first=True), current, frozen
+    return make_feed(len(devices)).compile(step, donate_carry=True), current, frozen
 
 
 def examples(*x):
@@ -57,7 +57,7 @@ def take(step, current, frozen, batches, devices):
     """The states and metrics of steps taken one after the other, on the host, every device's copy compared."""
     history = []
     for batch in batches:
-        current, metrics = step(current, frozen, CONTROLS, parallel.shard(batch, devices))
+        current, metrics = one_step(step, make_feed(len(devices)), current, frozen, CONTROLS, batch)
         for leaf in jax.tree.leaves(current):
             copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
             assert len(copies) == len(devices) and all(np.array_equal(copies[0], copy) for copy in copies)
@@ -95,8 +95,10 @@ def test_two_devices_reach_the_state_of_one():
 
 
 def run_epoch(step, current, frozen, batches):
-    return loop.run_epoch(step, current, frozen, batches, controls=CONTROLS, learning_rate=lambda step: 0.0,
-                          first_step=7, devices=parallel.local_devices(1))
+    feed = make_feed()
+    whole = feed.place(**{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
+    calls = feed.calls(step, np.arange(2 * len(batches)).reshape(-1, 2), whole)
+    return loop.run_epoch(step, current, frozen, calls, controls={}, learning_rate=lambda step: 0.0, first_step=7)
 
 
 def test_means_of_an_epoch_are_over_the_steps_that_counted():
@@ -106,7 +108,7 @@ def test_means_of_an_epoch_are_over_the_steps_that_counted():
     batches = [BATCHES[0], examples(1, 1e5), *BATCHES[2:]]
     _, metrics, done = run_epoch(step, current, frozen, batches)
     assert metrics == {"loss": 1.75, "skipped": 1} and done == 5
-    assert step._cache_size() == 1  # the scale a step returns is of the type and place of the first
+    assert step.compiled._cache_size() == 1  # the scale a step returns is of the type and place of the first
 
 
 def test_an_epoch_of_overflows_alone_is_an_error():

@@ -1,4 +1,4 @@
-"""Devices: choosing, replicating, sharding, and what a compiled step may donate and must reduce."""
+"""Devices: choosing and replicating, and what compiled steps may donate and must reduce."""
 import logging
 
 import jax
@@ -26,35 +26,40 @@ def test_batch_must_divide():
         parallel.check_batch(6, DEVICES)
 
 
-def test_shards_are_consecutive_and_one_device_gets_the_batch_itself():
-    batch = {"image": np.arange(24).reshape(8, 3), "label": np.arange(8)}
-    assert parallel.shard(batch, DEVICES[:1]) is batch
-    shards = parallel.shard(batch, DEVICES[:2])
-    assert shards["image"].shape == (2, 4, 3)
-    np.testing.assert_array_equal(shards["label"], [[0, 1, 2, 3], [4, 5, 6, 7]])
-
-
 @pytest.mark.parametrize("count", [1, 4])
-def test_step_gets_its_shard_and_reduces_to_one_result(count):
+def test_steps_get_their_share_and_reduce_to_one_result(count):
     """State without a device axis in and out; the global mean by hand; a donated copy leaves its source alone."""
     devices = DEVICES[:count]
     mean = parallel.batch_mean(parallel.axis_name(devices))
 
-    def step(state, offset, batch):
-        return jax.tree.map(lambda x: x + offset, state), {"mean": mean(batch ** 2), "size": jnp.int32(len(batch))}
+    def step(state, offset, controls, batch):
+        return jax.tree.map(lambda x: x + offset, state), {"mean": mean(batch["x"] ** 2),
+                                                           "size": jnp.int32(len(batch["x"]))}
 
-    compiled = parallel.compile_step(step, devices, arguments=3, donate_first=True)
+    compiled = parallel.compile_steps(step, devices, donate_carry=True)
     source = {"w": jnp.arange(3.0)}
     state = first = parallel.replicate(source, devices)
-    batch = np.arange(8.0, dtype=np.float32)
-    for _ in range(2):
-        state, metrics = compiled(state, np.float32(0.5), parallel.shard(batch, devices))
+    x = np.arange(8.0, dtype=np.float32)
+    resident = parallel.spread({"x": x}, devices)
+    for rows in (np.arange(8), np.arange(8)[::-1]):
+        state, metrics = compiled(state, np.float32(0.5), {}, resident, {}, np.int32(rows)[None], {}, np.int32(1))
     np.testing.assert_array_equal(state["w"], [1, 2, 3])
     np.testing.assert_array_equal(source["w"], [0, 1, 2])
     assert first["w"].is_deleted() and not source["w"].is_deleted()
-    np.testing.assert_allclose(metrics["mean"], np.mean(batch ** 2), rtol=1e-6)
-    assert metrics["size"] == 8 // count
+    np.testing.assert_allclose(metrics["mean"], [np.mean(x ** 2)], rtol=1e-6)
+    np.testing.assert_array_equal(metrics["size"], [8 // count])
     assert len(state["w"].sharding.device_set) == count
+
+
+def test_steps_of_one_call():
+    """What is asked for, but for 32 on simulated devices; else 32, or 1 where a CPU would train convolutions."""
+    one, four = DEVICES[:1], DEVICES
+    for devices in (one, four):
+        assert parallel.steps_per_call(0, devices, trains_convolutions=True) == 1
+        assert parallel.steps_per_call(0, devices, trains_convolutions=False) == 32
+        assert parallel.steps_per_call(5, devices, trains_convolutions=True) == 5
+    assert parallel.steps_per_call(100, one, trains_convolutions=False) == 100
+    assert parallel.steps_per_call(100, four, trains_convolutions=False) == 32
 
 
 @pytest.fixture

@@ -98,8 +98,8 @@ def test_no_curves_unless_asked_for(tmp_path):
 @pytest.mark.parametrize("steps_run", [4, 2], ids=["past the last step", "interrupted inside"])
 def test_profile_is_written_for_the_steps_asked_for(tmp_path, steps_run):
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
-        for step in range(steps_run):
-            reporter.on_step(step)
+        for step in range(0, steps_run, 2):  # two steps a call
+            reporter.on_steps(step, step + 1)
             jax.block_until_ready(jnp.ones(3) + step)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 

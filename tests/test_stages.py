@@ -15,14 +15,16 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, parallel, recipe as recipes, train
+from asib_jax import a_step, b_step, build, parallel, recipe as recipes, state, train
 from asib_jax.data.augment import augment
 from asib_jax.experiment import Record
+from asib_jax.feed import Examples, Steps
 from asib_jax.models import MODELS
-from asib_jax.models.ensemble import Variables, run_teachers
+from asib_jax.models.ensemble import Variables, run_student, run_teachers
 from asib_jax.reporting import Reporter
 from asib_jax.run import Progress, Run
-from networks import convolutions, make_split, random_variables
+from asib_jax.stored_views import StoredViews
+from networks import convolutions, make_feed, make_split, random_variables
 
 LADDER = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
 STEPS = 10  # of an epoch: 80 images in batches of 8
@@ -68,13 +70,14 @@ def new_record(folder):
 
 def start(recipe, folder):
     """A run with teachers of random weights, and its variables."""
-    devices, data = parallel.local_devices(recipe.num_devices), build.load_data(recipe)
-    nets = build.build_networks(recipe, data.num_classes, devices)
+    feed = make_feed(recipe.num_devices, room_gb=recipe.device_data_gb, steps=recipe.steps_per_call)
+    data = build.load_data(recipe)
+    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     ours = build.init_student_and_fusion(recipe, nets, data.image_shape)
     drawn = random_variables(nets) if nets.teachers else ours
     variables = Variables(*({**drawn_part, **part} for drawn_part, part in zip(drawn, ours)))
     reporter = Reporter(folder, tensorboard=False, wandb="", config={})
-    return train.prepare(recipe, nets, data, devices, new_record(folder), reporter, variables)
+    return train.prepare(recipe, nets, data, feed, new_record(folder), reporter, variables)
 
 
 def variant(run, folder, same_program=False, **changes):
@@ -127,7 +130,7 @@ def test_calibration_sets_the_statistics_of_the_student_and_nothing_else(whole):
     """The first layer's running mean and variance become those over the training images, to some 10 % (SPEC 4)."""
     before, after, run = whole.kept["start"], whole.kept["calibrate"], whole.run
     assert moved(before, after) == set()
-    pixels = (run.data.train.image / 255 - np.array(run.nets.student.mean)) / np.array(run.nets.student.std)
+    pixels = (np.asarray(run.data.train.image) / 255 - np.array(run.nets.student.mean)) / np.array(run.nets.student.std)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
     responses = np.einsum("bhwcij,ijco->bhwo", windows, before.params["student"]["stage0"]["conv"]["kernel"])
     mean, spread, stats = responses.mean((0, 1, 2)), responses.std((0, 1, 2)), after.batch_stats["student"]
@@ -218,7 +221,7 @@ def test_learning_rates_go_on_across_stages(whole):
 
 def test_every_step_is_compiled_once(whole):
     assert {key[0] for key in whole.run._compiled} == {"a", "b", "c"} and len(whole.run._compiled) == 3
-    assert [step._cache_size() for step in whole.run._compiled.values()] == [1, 1, 1]
+    assert [step.compiled._cache_size() for step in whole.run._compiled.values()] == [1, 1, 1]
 
 
 # Best states ---------------------------------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers
                   student_epochs_per_stage=(1,))
     before = whole.kept["calibrate"]  # its fusion network has yet to learn: the incoming state is not the best
     progress = Progress()
-    after = jax.device_get(a_step.run_a_step(run, parallel.replicate(before, run.devices), progress, 0))
+    after = jax.device_get(a_step.run_a_step(run, parallel.replicate(before, run.feed.devices), progress, 0))
 
     def changes(name):
         tree = {part: (getattr(before, part)[name], getattr(after, part)[name]) for part in ("params", "batch_stats")}
@@ -337,7 +340,7 @@ def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers
     wanted = [model.apply(after.of(name), jnp.float32(run.data.validation.image), train=False).logit
               for name, model in zip(run.nets.teacher_names, run.nets.teachers)]
     assert progress.synergy_acc == run.validation.accuracies(after)["synergy"]  # with the teachers of that epoch
-    np.testing.assert_allclose(run.validation.bank.logits[0], np.stack(wanted, axis=1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run.validation.teachers.logits, np.stack(wanted, axis=1), rtol=1e-4, atol=1e-4)
     run.validation.read_teachers(whole.variables)  # the evaluator is everyone's
 
 
@@ -349,14 +352,18 @@ def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(dat
 
     def beginning(name, seed=0):
         recipe = read_recipe(name, data_file, seed=seed)
-        data, devices = build.load_data(recipe), parallel.local_devices(1)
-        nets = build.build_networks(recipe, data.num_classes, devices)
+        data = build.load_data(recipe)
+        nets = build.build_networks(recipe, data.num_classes)
         student = jax.tree.map(jnp.copy, initialise(nets.student, recipe.seed, "student", data.image_shape))
         assert ("distill_adapter" in student["params"]) == recipe.uses_fusion
         student["params"].pop("distill_adapter", None)
-        run = Run(recipe, nets, data, devices, None, None, None)
-        batches = [batch["index"] for stage in (0, 1) for batch in run.batches("b", stage, 1, 2 * stage + 1)]
-        keys = [jax.random.key_data(run.augment_key(stage, 1, 2 * stage + 1)) for stage in (0, 1)]
+        drawn = SimpleNamespace(params={}, batch_stats={})
+        feed = make_feed()
+        stored = StoredViews(dataclasses.replace(recipe, a_step_views=0, b_step_views=0), nets, data.train, feed, drawn)
+        run = Run(recipe, nets, data, feed, None, None, None, Examples({}, {}), Examples({}, {}), stored)
+        batches = [row for stage in (0, 1) for call in run.calls(Steps(None, 1), "b", stage, 1)
+                   for row in data.train.index[call.rows]]
+        keys = [jax.random.key_data(run.augment_key("b", stage, 1)) for stage in (0, 1)]
         return student, data.validation, batches, keys
 
     first = beginning("ce_only")
@@ -367,18 +374,53 @@ def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(dat
     assert len({tuple(index) for index in first[2]}) == 2 * STEPS
 
 
-def test_stored_teachers_go_with_the_images_of_each_epoch(data_file, tmp_path):
-    """teacher_views=2: what a batch brings is what the teachers say of the view its step will see, to 1e-4."""
-    run, variables = start(read_recipe("l0_baseline", data_file, teacher_views=2, **{"dataset.data_aug": 1}), tmp_path)
-    read = jax.jit(lambda key, batch: run_teachers(
-        run.nets, variables, augment(key, batch["index"], batch["image"], 1))[0])
+def test_stored_outputs_go_with_the_images_of_each_epoch(data_file, tmp_path):
+    """Two views: what is stored for an epoch is what the teachers, and in the A-Step the student, say of the view that
+    the epoch's step sees, to 1e-4."""
+    run, variables = start(read_recipe("l1_ib", data_file, a_step_views=2, b_step_views=2,
+                                       **{"dataset.data_aug": 1}), tmp_path)
+    images, index = np.asarray(run.data.train.image), run.data.train.index
+    read = jax.jit(lambda key: (run_teachers(run.nets, variables, augment(key, index, images, 1))[0],
+                                run_student(run.nets, variables, augment(key, index, images, 1))))
     seen = []
-    for stage, epoch in ((0, 0), (0, 1), (1, 1)):
-        batch = next(run.batches("b", stage, epoch, 2 * stage + epoch))
-        expected = read(run.augment_key(stage, epoch, 2 * stage + epoch), batch)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), batch["teachers"], expected)
-        seen.append(run.augment_key(stage, epoch, 2 * stage + epoch))
-    assert seen[1] == seen[2] != seen[0]  # the fourth epoch of the run sees the second view again
+    for step, stage, epoch in (("b", 0, 0), ("b", 0, 1), ("b", 1, 1), ("a", 0, 0), ("a", 1, 1)):
+        run.stored.read_student(variables, stage)
+        stored = {name: leaf for part in run.stored.of(step, stage, epoch) for name, leaf in part.resident.items()}
+        key = run.augment_key(step, stage, epoch)
+        expected = dict(zip(("teachers", "student") if step == "a" else ("teachers",), read(key)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), stored, expected)
+        seen.append(key)
+    assert seen[1] == seen[2] == seen[4] != seen[0] == seen[3]  # the fourth epoch of the run sees the second view
+
+
+def two_stages(data_file, folder, **changes):
+    """l3_tadapt over two stages by plain SGD, whose rounding does not grow: the variables before and after, the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        make = state.make_optimizer
+        patch.setattr(state, "make_optimizer", lambda kind, **options: make("sgd", **options | {"momentum": 0.0}))
+        run, variables = start(read_recipe("l3_tadapt", data_file, a_step_lr=0.05, student_lr=0.02, restore_best=False,
+                                           **{"dataset.data_aug": 1}, **changes), folder)
+        before = jax.device_get(variables)
+        return before, jax.device_get(train.run_stages(run, variables)[0]), run
+
+
+def test_run_from_stored_views_is_the_run_that_streams_them(data_file, tmp_path):
+    """As many views as epochs are what streaming draws; every variable after two stages agrees to 1e-5, whether outputs
+    are stored on the device or on the host, or, for want of memory, computed from the same views."""
+    before, streamed, plain = two_stages(data_file, tmp_path / "streamed")
+    assert plain.stored.steps == set()
+    assert {"student/stage0", "ib_mbm/mu", "teacher1/distill_adapter"} <= moved(before, streamed)
+    largest = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(streamed.params)))
+    assert largest > 0.01
+    for name, changes, steps in (("device", {}, {"a", "b"}), ("host", {"device_data_gb": 0.0}, {"a", "b"}),
+                                 ("none", {"bank_memory_gb": 0.0}, set())):
+        _, stored, run = two_stages(data_file, tmp_path / name, a_step_views=4, b_step_views=4, **changes)
+        assert run.stored.steps == steps
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stored, streamed)
+        for key in (key for key in plain.record.metrics if key.startswith("stage")):
+            np.testing.assert_allclose(run.record.metrics[key], plain.record.metrics[key], rtol=1e-4, err_msg=key)
+    _, fewer, _ = two_stages(data_file, tmp_path / "fewer", a_step_views=1, b_step_views=1)
+    assert not same(fewer.params["student"]["stage0"], streamed.params["student"]["stage0"])
 
 
 def test_control_is_the_run_of_labels_alone(whole, data_file, tmp_path):
@@ -426,4 +468,4 @@ def test_float16_stages_scale_their_losses(data_file, tmp_path):
     train.run_stages(run, variables)
     for key in ("stage1/a/epoch01", "stage1/b/epoch01", "stage2/b/epoch01"):
         assert 0 <= run.record.metrics[f"{key}/skipped"] < STEPS
-    assert {step._cache_size() for step in run._compiled.values()} == {1}
+    assert {step.compiled._cache_size() for step in run._compiled.values()} == {1}

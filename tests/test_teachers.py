@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, checkpoint, checks, finished, parallel, recipe as recipes, teacher_store, teachers, train
+from asib_jax import build, checkpoint, checks, finished, recipe as recipes, teacher_store, teachers, train
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.reporting import Reporter
 from configs import l1_ib
-from networks import convolutions, make_split
+from networks import convolutions, make_feed, make_split
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
@@ -45,12 +45,12 @@ def ready(data_file, results, data=None, reporter=Reporter, **changes):
     """Make the teachers of a recipe ready: their variables, and the metrics of the run that did."""
     config = l1_ib.get_config("digits")
     config.update_from_flattened_dict({**TINY, "dataset.path": data_file, "results_dir": str(results), **changes})
-    recipe, devices = recipes.read(config), parallel.local_devices(1)
+    recipe = recipes.read(config)
     data = data or build.load_data(recipe)
-    nets = build.build_networks(recipe, data.num_classes, devices)
+    nets = build.build_networks(recipe, data.num_classes)
     record = Record.create(results, "test", "", {"seed": 0})
     with reporter(record.folder, tensorboard=False, wandb="", config={}) as told:
-        variables = teachers.ready(recipe, nets, data, devices, record, told)
+        variables = teachers.ready(recipe, nets, data, make_feed(), record, told)
     return variables, record.metrics, (recipe, nets, data)
 
 
@@ -73,7 +73,7 @@ def test_the_best_epoch_on_validation_is_kept(first):
     results, variables, metrics, (recipe, nets, data) = first
     assert trained(metrics) == {"teacher1", "teacher2"}
     evaluator = Evaluator(Networks(nets.teachers[0].clone(adapter_dim=0)), Variables({}, {}), data.validation,
-                          name="validation", batch_size=8, devices=parallel.local_devices(1))
+                          name="validation", batch_size=8, feed=make_feed())
     measured = [metrics[f"teacher1/epoch{epoch:02d}/val_acc"] for epoch in (1, 2, 3)]
     accuracy = evaluator.accuracies(Variables({"student": variables.params["teacher1"]},
                                               {"student": variables.batch_stats["teacher1"]}))["student"]
@@ -128,7 +128,7 @@ def test_a_teacher_is_the_same_in_another_place(first, data_file):
 
 def test_other_images_under_the_same_name_are_refused(first, data_file):
     results, _, _, (_, _, data) = first
-    other = data._replace(teacher_train=data.teacher_train._replace(image=255 - data.teacher_train.image))
+    other = data._replace(teacher_train=data.teacher_train._replace(image=255 - np.asarray(data.teacher_train.image)))
     with pytest.raises(ValueError, match="was trained on other images of the same dataset.name"):
         ready(data_file, results, other)
 
@@ -136,7 +136,7 @@ def test_other_images_under_the_same_name_are_refused(first, data_file):
 def test_no_teacher_learns_from_validation(first, data_file, tmp_path):
     """Other validation images, the same teacher after an epoch."""
     _, _, _, (_, _, data) = first
-    other = data._replace(validation=data.validation._replace(image=255 - data.validation.image))
+    other = data._replace(validation=data.validation._replace(image=255 - np.asarray(data.validation.image)))
     once = {"teacher1.train_epochs": 1, "teacher2.train_epochs": 1}
     assert same(ready(data_file, tmp_path / "a", data, **once)[0], ready(data_file, tmp_path / "b", other, **once)[0])
 
@@ -181,7 +181,7 @@ def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     for stage in ("stage0", "stage1"):  # at level 0 only the classifier trains
         assert same(ours.params["teacher1"][stage], stored["params"][stage])
         assert same(ours.batch_stats["teacher1"][stage], stored["batch_stats"][stage])
-    initial = build.init_network(build.build_networks(recipe, 5, parallel.local_devices(1)).teachers[0], recipe.seed,
+    initial = build.init_network(build.build_networks(recipe, 5).teachers[0], recipe.seed,
                                  teacher_store.streams_name(recipe, 0), (8, 8, 3))
     assert ours.params["teacher1"]["classifier"]["kernel"].shape == (8, 5)
     assert not same(ours.params["teacher1"]["classifier"], initial["params"]["classifier"])

@@ -62,6 +62,21 @@ class TeacherOutputs(NamedTuple):
     feats: tuple[jax.Array, ...]
     logits: jax.Array
 
+    def with_feats(self, dtype: Any) -> "TeacherOutputs":
+        """The same with features of that type."""
+        return self._replace(feats=tuple(feat.astype(dtype) for feat in self.feats))
+
+
+class StudentOutputs(NamedTuple):
+    """What the student says of a batch in evaluation, before any adapter: feat [B, F], logit [B, C]."""
+
+    feat: jax.Array
+    logit: jax.Array
+
+    def with_feats(self, dtype: Any) -> "StudentOutputs":
+        """The same with features of that type."""
+        return self._replace(feat=self.feat.astype(dtype))
+
 
 def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode,
                 dropout_keys: jax.Array | None = None) -> tuple[Outputs, Any]:
@@ -89,16 +104,26 @@ def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes:
     return TeacherOutputs(tuple(feats), jnp.stack(logits, axis=1)), stats
 
 
+def run_student(nets: Networks, variables: Variables, pixels: jax.Array) -> StudentOutputs:
+    """The student on `pixels` [B, H, W, ch] in evaluation."""
+    outputs, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
+    return StudentOutputs(outputs.feat_2d, outputs.logit)
+
+
 def keys_and_values(nets: Networks, variables: Variables, feats: tuple[jax.Array, ...]) -> jax.Array:
     """What IB_MBM reads [B, T, Dk]: the teachers' features, through their distillation adapters where they have one."""
-    read = [feat if not teacher.adapter_dim else teacher.apply(variables.of(name), feat, method="distill")
-            for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)]
-    return jnp.stack(read, axis=1)
+    return jnp.stack([_read(teacher, variables.of(name), feat, bool(teacher.adapter_dim))
+                      for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)], axis=1)
 
 
-def query(nets: Networks, student: Outputs) -> jax.Array:
-    """The student's feature [B, Dq] that asks, and that feature KD matches."""
-    return getattr(student, nets.student_feature)
+def query(nets: Networks, variables: Variables, feat: jax.Array) -> jax.Array:
+    """What asks, and what feature KD matches [B, Dq]: the student's `feat_2d`, or what its adapter makes of it."""
+    return _read(nets.student, variables.of("student"), feat, nets.student_feature == "distill_feat")
+
+
+def _read(model: KDModel, variables: Mapping[str, Any], feat: jax.Array, adapted: bool) -> jax.Array:
+    feat = feat.astype(jnp.float32)  # stored ones may be shorter
+    return model.apply(variables, feat, method="distill") if adapted else feat
 
 
 def fuse(nets: Networks, variables: Variables, q: jax.Array, kv: jax.Array) -> Latent:
