@@ -50,7 +50,8 @@ class Evaluator:
         self._nets, self._feed, self._cache = nets, feed, cache
         self._rows = evaluation_rows(len(split.label), batch_size)
         self._step = _compiled(nets, feed)
-        self._labels, self._images = feed.place(label=split.label), feed.place(image=split.image)
+        # On the host: what calls get from there has one shape for every split, so that one program serves them all.
+        self._labels, self._images = Examples({}, {"label": split.label}), Examples({}, {"image": split.image})
         self._teachers, self._student = Examples({}, {}), None
         self.teachers, self._teacher_counts = None, {}  # the teachers' outputs, `feature_bank.View`
         self.read_teachers(variables)
@@ -70,13 +71,13 @@ class Evaluator:
         if self._nets.teachers:
             (self.teachers,) = feature_bank.read_teachers(self._nets, variables, self.split, **self._reading(),
                                                           cache=self._cache, title=f"the {self.name} split")
-            self._teachers = self._feed.place(teachers=self.teachers)
+            self._teachers = Examples({}, {"teachers": self.teachers})
             self._teacher_counts = feature_bank.correct_counts(self.teachers, self.split.label)
 
     def read_student(self, variables: Variables) -> None:
         """Run the student over the split, for all evaluations until `drop_student`: it stands still."""
         (outputs,) = feature_bank.read_student(self._nets, variables, self.split, **self._reading())
-        self._student = self._feed.place(student=outputs)
+        self._student = Examples({}, {"student": outputs})
 
     def drop_student(self) -> None:
         """Run the student in every evaluation again."""

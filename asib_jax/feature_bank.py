@@ -19,7 +19,7 @@ from asib_jax import parallel
 from asib_jax.data.augment import augment
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split, blocks
-from asib_jax.feed import Feed, Steps
+from asib_jax.feed import Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers
 
 logger = logging.getLogger("asib_jax")
@@ -71,7 +71,7 @@ def _read(nets, who, variables, split, keys, data_aug, batch_size, feed, dtype):
     """Yields what the networks say of each view."""
     step = _reader(nets, who, data_aug, feed, dtype)
     variables = parallel.replicate(variables, feed.devices)
-    examples = feed.place(image=split.image, index=split.index)
+    examples = Examples({}, {"image": split.image, "index": split.index})  # one shape and one program for all splits
     rows = evaluation_rows(len(split.label), batch_size)
     for key in keys:
         parts, pending = [], []

@@ -84,7 +84,8 @@ def shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Vari
         return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
                          own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
 
-    return jax.eval_shape(initial)
+    with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
+        return jax.eval_shape(initial)
 
 
 def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]

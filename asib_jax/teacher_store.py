@@ -19,7 +19,7 @@ from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
-_RECIPE = 1  # raised whenever the code of a teacher's training changes what comes of it
+_RECIPE = 2  # raised whenever the code of a teacher's training changes what comes of it
 _LATER = ("saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that act only after it is ready
 
 
