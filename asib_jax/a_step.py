@@ -3,16 +3,19 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
+from asib_jax.feed import Steps
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.state import TrainState
 from asib_jax.steps import ATerms, BTerms, Training
 
 logger = logging.getLogger("asib_jax")
@@ -116,27 +119,35 @@ def ema(old: float | None, new: float, alpha: float) -> float:
     return new if old is None else alpha * new + (1 - alpha) * old
 
 
-def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
-    """Fit the fusion network for the A-epochs of one stage.
-
-    Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
-    """
+def begin(run: Run, variables: Variables, progress: Progress, stage: int
+          ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
+    """The A-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
     recipe, axis = run.recipe, run.feed.axis_name
     training = make_training(recipe, run.nets, variables.params, stage, axis)
     current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.a_opt_state,
                                   recipe.compute_dtype)
     current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
-    run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
     step = run.compiled(("a", str(training.mask)),
                         lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
                         trains_convolutions=bool(training.trained_stats))
+    rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
+                         epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
+                         devices=len(run.feed.devices))
+    return current, frozen, step, rate
+
+
+def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
+    """Fit the fusion network for the A-epochs of one stage.
+
+    Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
+    """
+    recipe = run.recipe
+    current, frozen, step, rate = begin(run, variables, progress, stage)
+    run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
     run.stored.read_student(variables, stage)
     run.validation.read_student(variables)
     best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
     best = jax.device_get(current)
-    rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
-                         devices=len(run.feed.devices))
     for epoch in range(recipe.a_epochs):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)
@@ -146,7 +157,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         progress.a_steps, progress.epochs = progress.a_steps + done, progress.epochs + 1
         progress.ib_epochs += int(recipe.use_ib and controls["certain"])
         whole = state.join(current, frozen)
-        if training.trained_stats:
+        if current.batch_stats:  # the teachers train
             run.validation.read_teachers(whole)
         accuracy = run.validation.accuracies(whole)["synergy"]
         progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
@@ -160,7 +171,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     run.validation.drop_student()
     progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state
     variables = state.join(best, frozen)
-    if training.trained_stats:
+    if current.batch_stats:  # the teachers train
         run.validation.read_teachers(variables)
     logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
     return parallel.replicate(variables, run.feed.devices)

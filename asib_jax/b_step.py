@@ -2,6 +2,7 @@
 import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
 from asib_jax.a_step import ema
+from asib_jax.feed import Steps
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.state import TrainState
 from asib_jax.steps import BTerms, Training
 
 logger = logging.getLogger("asib_jax")
@@ -89,27 +92,35 @@ def target_name(recipe: Recipe, controls: dict) -> str:
     return "synergy mixed with avg" if controls["average_share"] else "synergy"
 
 
+def begin(run: Run, variables: Variables, progress: Progress, stage: int
+          ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
+    """The B-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
+    recipe, axis = run.recipe, run.feed.axis_name
+    training = make_training(recipe, run.nets, variables.params, stage, axis)
+    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.b_opt_state,
+                                  recipe.compute_dtype)
+    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
+    step = run.compiled(("b", str(training.mask)),
+                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
+                        trains_convolutions=True)
+    rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
+                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
+                         devices=len(run.feed.devices))
+    return current, frozen, step, rate
+
+
 def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
     """Distil the student for the B-epochs of one stage.
 
     `progress` gets the last student, the best one on validation over the run, and the steps distilled from each target.
     With `restore_best` the best one continues, with fresh moments.
     """
-    recipe, axis = run.recipe, run.feed.axis_name
-    training = make_training(recipe, run.nets, variables.params, stage, axis)
-    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.b_opt_state,
-                                  recipe.compute_dtype)
-    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
+    recipe = run.recipe
+    current, frozen, step, rate = begin(run, variables, progress, stage)
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
-    step = run.compiled(("b", str(training.mask)),
-                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
-                        trains_convolutions=True)
     if run.nets.ib_mbm is not None:
         watched = run.validation.accuracies(variables)
         run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
-    rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
-                         devices=len(run.feed.devices))
     for epoch in range(recipe.b_epochs[stage]):
         start = time.perf_counter()
         controls = controls_of(run, progress, stage, epoch)

@@ -46,34 +46,32 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
     """Compile `call(carry, fixed, controls, resident, streamed, rows, each, count) -> (carry, outputs)`.
 
     step: `(carry, fixed, controls, batch) -> (carry, outputs)`, made with `axis_name(devices)`; on several devices its
-    results are equal on all. rows: [S, B], those of step i are its batch's "row"; resident: examples as `spread` places
+    results are equal on all. rows: [S, B], row i of which is the batch's "row" in step i; resident: examples as `spread` places
     them, of which it takes these rows; streamed: those that `place_steps` has placed for it; each: [S] leaves, controls
     of one step; count: how many steps, at most S. outputs: of each step, [S, ...] leaves.
     """
     axis = axis_name(devices)
 
-    def one(carry, fixed, controls, resident, streamed, rows, each, i):
-        def ith(tree):
-            return jax.tree.map(lambda x: x[i], tree)
-
-        batch = {"row": _own(rows[i], axis), **jax.tree.map(lambda x: _take(x, rows[i], axis), resident),
-                 **ith(streamed)}
-        return step(carry, fixed, {**controls, **ith(each)}, batch)
-
     def call(carry, fixed, controls, resident, streamed, rows, each, count):
-        given = fixed, controls, resident, streamed, rows, each
+        # Gathered before the loop: one exchange between devices, and no copy of all examples for the loop to hold.
+        batches = {"row": _own(rows, axis), **jax.tree.map(lambda x: _take(x, rows, axis), resident), **streamed}
+
+        def one(carry, fixed, controls, batches, each, i):
+            batch, own = jax.tree.map(lambda x: x[i], (batches, each))
+            return step(carry, fixed, {**controls, **own}, batch)
+
+        given = fixed, controls, batches, each
         if len(rows) == 1:
             carry, outputs = one(carry, *given, jnp.int32(0))
             return carry, jax.tree.map(lambda x: x[None], outputs)
+        # Traced once, before the loop, which has to begin with outputs of their shapes.
+        traced, shapes = jax.make_jaxpr(one, return_shape=True)(carry, *given, jnp.int32(0))
 
         def body(i, held):
             leaves = jaxpr_as_fun(traced)(*jax.tree.leaves((held[0], *given, i)))
-            carry, outputs = jax.tree.unflatten(structure, leaves)
+            carry, outputs = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
             return carry, jax.tree.map(lambda all, x: all.at[i].set(x), held[1], outputs)
 
-        # Traced once, before the loop, which has to begin with outputs of their shapes.
-        traced, shapes = jax.make_jaxpr(one, return_shape=True)(carry, *given, jnp.int32(0))
-        structure = jax.tree.structure(shapes)
         empty = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape), x.dtype), shapes[1])
         return jax.lax.fori_loop(0, count, body, (carry, empty))
 
@@ -85,21 +83,26 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
 
 
 def _take(x: jax.Array, rows: jax.Array, axis: str | None) -> jax.Array:
-    """The rows [B] of examples that lie on one device ([N, ...]) or, n each, on all: of those this device's B / D.
+    """The rows [S, B] of examples that lie on one device ([N, ...]) or, n each, on all: of those this device's
+    [S, B / D].
 
     Every device brings the rows it has and zero for the others: their sum is exact.
     """
+    here = rows if axis is None else rows - jax.lax.axis_index(axis) * len(x)
+    inside = jnp.clip(here, 0, len(x) - 1)
+    taken = x.at[inside].get(mode="promise_in_bounds")  # 20 times as fast on CPUs as where XLA has to look after bounds
     if axis is None:
-        return x[rows]
-    here = rows - jax.lax.axis_index(axis) * len(x)
-    mine = (0 <= here) & (here < len(x))
-    brought = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x[jnp.clip(here, 0, len(x) - 1)], jnp.zeros((), x.dtype))
-    return jax.lax.psum_scatter(brought, axis, tiled=True)
+        return taken
+    mine = (here == inside).reshape(*rows.shape, *[1] * (x.ndim - 1))
+    brought = jnp.where(mine, taken, jnp.zeros((), x.dtype))
+    return jax.lax.psum_scatter(brought, axis, scatter_dimension=1, tiled=True)
 
 
 def _own(rows: jax.Array, axis: str | None) -> jax.Array:
-    """This device's B / D of the rows [B]."""
-    return rows if axis is None else rows.reshape(jax.lax.axis_size(axis), -1)[jax.lax.axis_index(axis)]
+    """This device's [S, B / D] of the rows [S, B]."""
+    if axis is None:
+        return rows
+    return rows.reshape(len(rows), jax.lax.axis_size(axis), -1)[:, jax.lax.axis_index(axis)]
 
 
 def steps_per_call(configured: int, devices: Sequence[jax.Device], *, trains_convolutions: bool) -> int:

@@ -46,10 +46,9 @@ def decide(recipe: Recipe, nets: Networks, images: int) -> Decision:
     steps = [step for step, used in uses.items() if used and nets.teachers]
     reasons = {step: _reason_against(recipe, step) for step in steps}
     wanted = frozenset(step for step in steps if not reasons[step])
-    size = {choice: _bytes(recipe, nets, images, choice) for choice in
-            sorted({wanted, wanted & {"b"}, wanted & {"a"}}, key=len, reverse=True)}
-    fitting = [choice for choice in size if size[choice] <= recipe.bank_memory_gb * _GIB]
-    chosen = fitting[0] if fitting else frozenset()
+    size = {choice: _bytes(recipe, nets, images, choice) for choice in (wanted, wanted & {"b"}, wanted & {"a"})}
+    fitting = (choice for choice in size if size[choice] <= recipe.bank_memory_gb * _GIB)
+    chosen = next(fitting, frozenset())
     lines = []
     if chosen:
         views = len(_teacher_views(recipe, chosen))

@@ -15,14 +15,14 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, parallel, recipe as recipes, state, train
+from asib_jax import a_step, b_step, build, parallel, recipe as recipes, state, steps, train
 from asib_jax.data.augment import augment
 from asib_jax.experiment import Record
 from asib_jax.feed import Examples, Steps
 from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Variables, run_student, run_teachers
 from asib_jax.reporting import Reporter
-from asib_jax.run import Progress, Run
+from asib_jax.run import Progress, Run, learning_rate
 from asib_jax.stored_views import StoredViews
 from networks import convolutions, make_feed, make_split, random_variables
 
@@ -222,6 +222,35 @@ def test_learning_rates_go_on_across_stages(whole):
 def test_every_step_is_compiled_once(whole):
     assert {key[0] for key in whole.run._compiled} == {"a", "b", "c"} and len(whole.run._compiled) == 3
     assert [step.compiled._cache_size() for step in whole.run._compiled.values()] == [1, 1, 1]
+
+
+def test_a_step_is_traced_once_for_each_mask(data_file, tmp_path, monkeypatch):
+    """Two stages, the second with a part of the student frozen: the A-Step once, the B-Step twice, and nothing else
+    than the calibration is a training step."""
+    traced, make = collections.Counter(), steps.make_train_step
+
+    def counting(loss, tx, *, axis_name=None):
+        step = make(loss, tx, axis_name=axis_name)
+
+        def counted(*arguments):
+            traced[loss.func.__name__] += 1
+            return step(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(steps, "make_train_step", counting)
+    run, variables = start(read_recipe("l1_ib", data_file, use_partial_freeze=True, student_freeze_level=(-1, 1),
+                                       a_step_views=1), tmp_path)
+    train.run_stages(run, variables)
+    assert traced == {"a_loss": 1, "b_loss": 3}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rates_scale_with_devices_only_if_asked(whole, scaled):
+    recipe = dataclasses.replace(whole.run.recipe, scale_lr_with_devices=scaled)
+    rate = learning_rate(recipe, base=0.1, steps_per_epoch=10, epochs=2, warmup_epochs=0, devices=4)
+    np.testing.assert_allclose([rate(0), rate(10)], [0.4, 1e-5 + (0.4 - 1e-5) / 2] if scaled else
+                               [0.1, 1e-5 + (0.1 - 1e-5) / 2])
 
 
 # Best states ---------------------------------------------------------------------------------------------------------
