@@ -435,14 +435,16 @@ def two_stages(data_file, folder, **changes):
 
 def test_run_from_stored_views_is_the_run_that_streams_them(data_file, tmp_path):
     """As many views as epochs are what streaming draws; every variable after two stages agrees to 1e-5, whether outputs
-    are stored on the device or on the host, or, for want of memory, computed from the same views."""
+    are stored on one device, spread over four or on the host, or, for want of memory, computed from the same views;
+    and however many steps a call does."""
     before, streamed, plain = two_stages(data_file, tmp_path / "streamed")
     assert plain.stored.steps == set()
     assert {"student/stage0", "ib_mbm/mu", "teacher1/distill_adapter"} <= moved(before, streamed)
     largest = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(streamed.params)))
     assert largest > 0.01
-    for name, changes, steps in (("device", {}, {"a", "b"}), ("host", {"device_data_gb": 0.0}, {"a", "b"}),
-                                 ("none", {"bank_memory_gb": 0.0}, set())):
+    for name, changes, steps in (("device", {"steps_per_call": 4}, {"a", "b"}), ("four", {"num_devices": 4}, {"a", "b"}),
+                                 ("host", {"device_data_gb": 0.0}, {"a", "b"}),
+                                 ("none", {"bank_memory_gb": 0.0, "steps_per_call": 3}, set())):
         _, stored, run = two_stages(data_file, tmp_path / name, a_step_views=4, b_step_views=4, **changes)
         assert run.stored.steps == steps
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stored, streamed)
