@@ -88,7 +88,7 @@ def _data_and_networks(config: ConfigDict) -> None:
         teacher.early_stopping_min_delta = 0.0  # by which it must be better, in [0, 1]
         teacher.freeze_level = (-1,)  # as student_freeze_level; acts in A-Steps with use_teacher_finetuning
         teacher.freeze_bn = True
-    config.a_step_views = 0  # V > 0: V fixed views per image, read by frozen networks once; 0: a new one each epoch
+    config.a_step_views = 4  # V > 0: V fixed views per image, read by frozen networks once; 0: a new one each epoch
     config.b_step_views = 0  # the same of the B-Step, for the teachers
     config.bank_memory_gb = 8.0  # with more to store, networks read the same views at every step
     config.teacher_cache = ""  # a folder that keeps the frozen teachers' outputs between runs; "": none

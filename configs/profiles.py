@@ -19,7 +19,7 @@ def _small(config: ConfigDict) -> None:
     config.teacher2.name = "resnet44"
     for network in (config.model.student, config.teacher1, config.teacher2):
         network.mean, network.std = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
-    config.a_step_views = config.b_step_views = 8
+    config.a_step_views = config.b_step_views = 4
     config.use_amp = False
     config.student_lr = 0.01  # `ce_only` on validation after these epochs: 17.9 %; at the ladder's 1e-3, 12.8 %
     config.student_epochs_per_stage = (8, 8)
@@ -50,6 +50,7 @@ def _digits(config: ConfigDict) -> None:
     config.train_control = True
     config.student_epochs_per_stage = (30, 30)
     config.teacher_adapt_epochs = 8
+    config.a_step_views, config.b_step_views = 16, 60  # one for each epoch: what streaming gives, in smaller programs
     config.synergy_only_epochs = 4
     config.ib_beta_warmup_epochs = 4
     config.enable_kd_after_syn_acc = 0.3
