@@ -114,6 +114,7 @@ def test_text(digits):
     assert lines[17].endswith("  student 72,906/86,074")
     assert lines[21] == ("in all 1,028 steps: teacher1 10 epochs, 310 steps; teacher2 10 epochs, 310 steps; A-Step 16 "
                          "epochs, 48 steps; B-Step 60 epochs, 180 steps; control 60 epochs, 180 steps")
+    assert lines[22].startswith("stored: the teachers' outputs on 60 view(s) of 100 training images, and the student's")
 
 
 def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):

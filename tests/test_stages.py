@@ -15,8 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, parallel, recipe as recipes, state, steps, train
+from asib_jax import a_step, b_step, build, parallel, plan, recipe as recipes, state, steps, train
 from asib_jax.data.augment import augment
+from asib_jax.data.sources import Sizes
 from asib_jax.experiment import Record
 from asib_jax.feed import Examples, Steps
 from asib_jax.models import MODELS
@@ -411,13 +412,18 @@ def test_stored_outputs_go_with_the_images_of_each_epoch(data_file, tmp_path):
     images, index = np.asarray(run.data.train.image), run.data.train.index
     read = jax.jit(lambda key: (run_teachers(run.nets, variables, augment(key, index, images, 1))[0],
                                 run_student(run.nets, variables, augment(key, index, images, 1))))
-    seen = []
+    seen, sizes = [], Sizes(run.data.train.label, 23, (8, 8, 3), 5, "")
     for step, stage, epoch in (("b", 0, 0), ("b", 0, 1), ("b", 1, 1), ("a", 0, 0), ("a", 1, 1)):
         run.stored.read_student(variables, stage)
         stored = {name: leaf for part in run.stored.of(step, stage, epoch) for name, leaf in part.resident.items()}
         key = run.augment_key(step, stage, epoch)
         expected = dict(zip(("teachers", "student") if step == "a" else ("teachers",), read(key)))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), stored, expected)
+        planned = plan.batch_shapes(sizes, 8, run.nets, "float32", step)
+        for name in stored:
+            jax.tree.map(lambda leaf, shape: np.testing.assert_equal((leaf.dtype, leaf.shape[1:]),
+                                                                     (shape.dtype, shape.shape[1:])),
+                         stored[name], planned[name])
         seen.append(key)
     assert seen[1] == seen[2] == seen[4] != seen[0] == seen[3]  # the fourth epoch of the run sees the second view
 
