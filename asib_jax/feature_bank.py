@@ -8,8 +8,8 @@ import hashlib
 import logging
 import os
 import pathlib
+import zipfile
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +28,25 @@ View = TeacherOutputs | StudentOutputs  # on one view of a split: numpy leaves [
 
 
 def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: Sequence[jax.Array], data_aug: int,
-                  batch_size: int, feed: Feed, dtype: Any = np.float32, cache: str = "", title: str = ""
-                  ) -> list[TeacherOutputs]:
-    """The teachers over `split`, once for the augmentation key of each view. dtype: of the features kept.
+                  batch_size: int, feed: Feed, cache: str = "", title: str = "") -> list[TeacherOutputs]:
+    """The teachers over `split`, once for the augmentation key of each view.
 
-    cache: a folder; outputs stored there under a digest of weights, images and view are read instead of computed.
+    cache: a folder; outputs stored there under a digest of networks, weights, images and view are read instead of
+    computed. Raises ValueError naming a file there that cannot be read.
     """
     teachers = _only(variables, nets.teacher_names)
-    dtype = np.dtype(dtype)
     paths = [None] * len(keys)
     if cache:
-        common = _digest(nets, teachers, split, data_aug, dtype)
+        common = _digest(nets, teachers, split, data_aug)
         paths = [pathlib.Path(cache).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
-    views = [_load(path, nets, dtype) if path and path.exists() else None for path in paths]
+    views = [_load(path, nets) if path and path.exists() else None for path in paths]
     missing = [position for position, view in enumerate(views) if view is None]
     if len(missing) < len(keys):
         logger.info("teachers on %s: %d of %d view(s) read from %s", title, len(keys) - len(missing), len(keys), cache)
     if missing:
         logger.info("teachers on %s: %d images, %d view(s)", title, len(split.label), len(missing))
         computed = _read(nets, "teachers", teachers, split, [keys[position] for position in missing], data_aug,
-                         batch_size, feed, dtype)
+                         batch_size, feed)
         for position, view in zip(missing, computed):
             views[position] = view
             if paths[position]:
@@ -56,10 +55,9 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
 
 
 def read_student(nets: Networks, variables: Variables, split: Split, *, keys: Sequence[jax.Array], data_aug: int,
-                 batch_size: int, feed: Feed, dtype: Any = np.float32) -> list[StudentOutputs]:
+                 batch_size: int, feed: Feed) -> list[StudentOutputs]:
     """The student in evaluation over `split`, once for the augmentation key of each view."""
-    return list(_read(nets, "student", _only(variables, ("student",)), split, keys, data_aug, batch_size, feed,
-                      np.dtype(dtype)))
+    return list(_read(nets, "student", _only(variables, ("student",)), split, keys, data_aug, batch_size, feed))
 
 
 def _only(variables: Variables, names: Sequence[str]) -> Variables:
@@ -67,9 +65,9 @@ def _only(variables: Variables, names: Sequence[str]) -> Variables:
                      {name: variables.batch_stats[name] for name in names})
 
 
-def _read(nets, who, variables, split, keys, data_aug, batch_size, feed, dtype):
+def _read(nets, who, variables, split, keys, data_aug, batch_size, feed):
     """Yields what the networks say of each view."""
-    step = _reader(nets, who, data_aug, feed, dtype)
+    step = _reader(nets, who, data_aug, feed)
     variables = parallel.replicate(variables, feed.devices)
     examples = Examples({}, {"image": split.image, "index": split.index})  # one shape and one program for all splits
     rows = evaluation_rows(len(split.label), batch_size)
@@ -85,25 +83,27 @@ def _read(nets, who, variables, split, keys, data_aug, batch_size, feed, dtype):
 
 
 @functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run
-def _reader(nets: Networks, who: str, data_aug: int, feed: Feed, dtype: np.dtype) -> Steps:
+def _reader(nets: Networks, who: str, data_aug: int, feed: Feed) -> Steps:
     run = run_student if who == "student" else lambda *arguments: run_teachers(*arguments)[0]
     axis = feed.axis_name
 
     def read(nothing, variables, controls, batch):
         outputs = run(nets, variables, augment(controls["augment_key"], batch["index"], batch["image"], data_aug))
-        outputs = outputs.with_feats(dtype)
         return nothing, outputs if axis is None else jax.lax.all_gather(outputs, axis, tiled=True)
 
     return feed.compile(read)
 
 
-def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int, dtype: np.dtype) -> "hashlib._Hash":
-    digest = hashlib.sha256(f"{data_aug} {dtype} {jax.__version__}".encode())  # the version: its random streams
-    for model in nets.teachers:  # what the variables do not say: preprocessing and arithmetic
-        digest.update(f"{model.mean}{model.std}{model.dtype}".encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(teachers):
-        if "distill_adapter" not in jax.tree_util.keystr(path):
-            digest.update(jax.tree_util.keystr(path).encode())
+def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int) -> "hashlib._Hash":
+    digest = hashlib.sha256(f"{data_aug} {jax.__version__}".encode())  # the version: its random streams
+    pixels = jax.ShapeDtypeStruct((1, *split.image.shape[1:]), np.float32)
+    for name, model in zip(nets.teacher_names, nets.teachers):
+        variables = teachers.of(name)
+        backbone = {part: {child: leaves for child, leaves in branch.items() if child != "distill_adapter"}
+                    for part, branch in variables.items()}
+        apply = functools.partial(model.clone(adapter_dim=0).apply, train=False)
+        digest.update(jax.jit(apply).lower(backbone, pixels).as_text().encode())  # what is computed, and in which type
+        for leaf in jax.tree.leaves(backbone):
             digest.update(np.asarray(leaf).tobytes())
     for array in split:
         digest.update(str(array.shape).encode())
@@ -128,9 +128,13 @@ def _store(path: pathlib.Path, nets: Networks, view: TeacherOutputs) -> None:
     part.replace(path)
 
 
-def _load(path: pathlib.Path, nets: Networks, dtype: np.dtype) -> TeacherOutputs:
-    with np.load(path) as stored:
-        return TeacherOutputs(tuple(stored[name].view(dtype) for name in nets.teacher_names), stored["logits"])
+def _load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
+    try:
+        with np.load(path) as stored:
+            return TeacherOutputs(tuple(stored[name].view(np.dtype(model.dtype)) for name, model in
+                                        zip(nets.teacher_names, nets.teachers)), stored["logits"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
 
 
 def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:

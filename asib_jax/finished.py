@@ -47,7 +47,7 @@ def save_control(record: Record, students: dict[str, dict[str, Any]]) -> None:
 
 def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
     """Whether a teacher's backbone is no longer what its given weights say, or there are none."""
-    return teacher.epochs > 0 or recipe.use_teacher_finetuning
+    return teacher.epochs > 0 or recipe.trains_teachers
 
 
 def read_recipe(folder: pathlib.Path) -> Recipe:

@@ -30,7 +30,9 @@ _ACTIVE = (
     (lambda r: r.use_teacher_finetuning or r.train_distill_adapter_only, ("teacher_lr", "reg_lambda")),
     (lambda r: r.kd_alpha > 0, ("kd_target", "kd_max_ratio", "kd_warmup_epochs", "use_disagree_weight")),
     (lambda r: r.uses_adapters, ("distill_out_dim", "distill_hidden_dim", "train_distill_adapter_only")),
-    (lambda r: r.uses_teachers and bool(r.a_step_views or r.b_step_views), ("bank_memory_gb",)),
+    (lambda r: not r.trains_teachers and ((r.uses_fusion and r.a_step_views > 0) or (
+        r.reads_teachers_in_b and r.b_step_views > 0 and not r.mixes)), ("bank_memory_gb",)),
+    (lambda r: r.uses_teachers and not r.trains_teachers, ("teacher_cache",)),
     (lambda r: r.uses_fusion, (
         "a_step_views", "use_ib", "cccp_alpha", "cccp_nt", "use_distillation_adapter", "use_teacher_finetuning",
         "feat_kd_key",
@@ -38,7 +40,7 @@ _ACTIVE = (
         "synergy_ema_alpha", "label_smoothing", "teacher_adapt_alpha_kd", "a_step_lr", "ib_mbm_lr_factor",
         "a_step_weight_decay", "ib_mbm_out_dim", "ib_mbm_n_head", "ib_mbm_feature_norm", "ib_mbm_residual",
         "ib_mbm_reg_lambda", "synergy_head_dropout", "synergy_temp_learnable")),
-    (lambda r: r.uses_teachers, ("teacher_cache", "tau", "tau_schedule", "train_control")),
+    (lambda r: r.uses_teachers, ("tau", "tau_schedule", "train_control")),
     (lambda r: r.uses_fusion or not r.teacher_adapt_epochs, ("teacher_adapt_epochs",)),
 )
 # The same of a teacher's own keys; conditions on the teacher and the recipe.
@@ -50,8 +52,8 @@ _TEACHER_ACTIVE = (
                                  "early_stopping_patience")),
     (lambda t, r: t.epochs > 0 and t.finetune_use_cutmix, ("finetune_cutmix_alpha",)),
     (lambda t, r: t.epochs > 0 and t.early_stopping_patience > 0, ("early_stopping_min_delta",)),
-    (lambda t, r: r.uses_fusion and r.use_teacher_finetuning and r.use_partial_freeze, ("freeze_level",)),
-    (lambda t, r: r.uses_fusion and r.use_teacher_finetuning, ("freeze_bn",)),
+    (lambda t, r: r.trains_teachers and r.use_partial_freeze, ("freeze_level",)),
+    (lambda t, r: r.trains_teachers, ("freeze_bn",)),
 )
 # With teachers_only nothing else acts.
 _ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "scale_lr_with_devices",

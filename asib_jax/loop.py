@@ -9,7 +9,7 @@ from asib_jax.feed import Call, Steps
 from asib_jax.models.ensemble import Variables
 from asib_jax.state import TrainState
 
-_IN_FLIGHT = 32  # steps; CPU collectives of several devices stall beyond that
+_IN_FLIGHT = 32  # steps; CPU collectives of several devices stall beyond that. Of examples from the host: one call
 
 
 def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable[Call], *, controls: dict,
@@ -36,7 +36,7 @@ def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable
         pending.clear()
 
     for call in calls:
-        if steps - collected + call.steps > _IN_FLIGHT:
+        if steps > collected and (call.streamed or steps - collected + call.steps > _IN_FLIGHT):
             collect()
             on_images(images)
             images, collected = 0, steps

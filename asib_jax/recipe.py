@@ -198,9 +198,24 @@ class Recipe:
         return self.teacher_adapt_epochs > 0 and self.distils_from_fusion
 
     @property
+    def trains_teachers(self) -> bool:
+        """Whether A-Steps train the teachers."""
+        return self.uses_fusion and self.use_teacher_finetuning
+
+    @property
+    def reads_teachers_in_b(self) -> bool:
+        """Whether the B-Step asks the teachers of anything."""
+        return self.kd_alpha > 0 or self.feat_kd_alpha > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the B-Step mixes images, so that teachers have to see what it makes of them."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha_distill > 0
+
+    @property
     def uses_teachers(self) -> bool:
         """Whether anything the student learns from needs a teacher, or teachers are all there is to train."""
-        return self.teachers_only or self.uses_fusion or self.kd_alpha > 0 or self.feat_kd_alpha > 0
+        return self.teachers_only or self.uses_fusion or self.reads_teachers_in_b
 
     @property
     def uses_adapters(self) -> bool:

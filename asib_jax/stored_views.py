@@ -42,35 +42,33 @@ class Decision(NamedTuple):
 
 def decide(recipe: Recipe, nets: Networks, images: int) -> Decision:
     """What a run over that many training images stores: teachers for both steps, the student for the A-Step."""
-    uses = {"a": recipe.uses_fusion, "b": recipe.kd_alpha > 0 or recipe.feat_kd_alpha > 0}
+    uses = {"a": recipe.uses_fusion, "b": recipe.reads_teachers_in_b}
     steps = [step for step, used in uses.items() if used and nets.teachers]
     reasons = {step: _reason_against(recipe, step) for step in steps}
     wanted = frozenset(step for step in steps if not reasons[step])
     size = {choice: _bytes(recipe, nets, images, choice) for choice in (wanted, wanted & {"b"}, wanted & {"a"})}
     fitting = (choice for choice in size if size[choice] <= recipe.bank_memory_gb * _GIB)
     chosen = next(fitting, frozenset())
-    lines = []
+    for step in wanted - chosen:
+        reasons[step] = f"with it {size[wanted] / _GIB:.3g} GiB exceed bank_memory_gb={recipe.bank_memory_gb:g}"
+    lines = [f"the {step.upper()}-Step runs the teachers at every step: {reasons[step]}" for step in steps
+             if reasons[step]]
     if chosen:
         views = len(_teacher_views(recipe, chosen))
         epochs = sum(sum(_lengths(recipe, step)) for step in chosen)
         also = ", and the student's for each A-Step" if "a" in chosen else ""
-        lines.append(f"stored: the teachers' outputs on {views} view(s) of {images:,} training images{also}, "
-                     f"{size[chosen] / _GIB:.3g} GiB; teachers read {views * images:,} images instead of "
-                     f"{epochs * images:,}")
-    for step in steps:
-        reason = reasons[step] or "" if step not in wanted - chosen else (
-            f"{size[wanted] / _GIB:.3g} GiB are more than bank_memory_gb={recipe.bank_memory_gb:g}")
-        if reason:
-            lines.append(f"the {step.upper()}-Step runs the teachers at every step: {reason}")
+        lines.insert(0, f"stored: the teachers' outputs on {views} view(s) of {images:,} training images{also}, "
+                        f"{size[chosen] / _GIB:.3g} GiB; teachers read {views * images:,} images instead of "
+                        f"{epochs * images:,}")
     return Decision(chosen, tuple(lines))
 
 
 def _reason_against(recipe: Recipe, step: str) -> str:
     if not _count(recipe, step):
         return f"{step}_step_views=0 asks for new views in every epoch"
-    if recipe.use_teacher_finetuning:
+    if recipe.trains_teachers:
         return "use_teacher_finetuning changes them"
-    if step == "b" and (recipe.mixup_alpha or recipe.cutmix_alpha_distill):
+    if step == "b" and recipe.mixes:
         return "they have to see the images that mixup_alpha or cutmix_alpha_distill mixes"
     return ""
 
@@ -112,8 +110,7 @@ class StoredViews:
     def _reading(self, views: list[View]) -> dict:
         options = self._recipe.dataset
         keys = [streams.key(self._recipe.seed, "augment", *view) for view in views]
-        return {"keys": keys, "data_aug": options.data_aug, "batch_size": options.batch_size, "feed": self._feed,
-                "dtype": jnp.dtype(self._recipe.compute_dtype)}
+        return {"keys": keys, "data_aug": options.data_aug, "batch_size": options.batch_size, "feed": self._feed}
 
     def read_student(self, variables: Variables, stage: int) -> None:
         """Run the student for the A-Step of a stage, if that reads stored outputs."""

@@ -71,7 +71,7 @@ def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record:
     ready = teachers.ready(recipe, nets, data, feed, record, reporter)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
     run, variables = prepare(recipe, nets, data, feed, record, reporter, variables)
-    if recipe.use_teacher_finetuning:  # the table has them as the A-Steps leave them
+    if recipe.trains_teachers:  # the table has them as the A-Steps leave them
         before = evaluator(recipe, nets, variables, data.test, "test", feed).teacher_counts()
         run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label)
                                    for name in nets.teacher_names})
@@ -102,7 +102,7 @@ def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) ->
                 f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
                 f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
                 recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
-                "trained" if recipe.use_teacher_finetuning else "frozen")
+                "trained" if recipe.trains_teachers else "frozen")
     levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
 
@@ -166,7 +166,7 @@ def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, feed: Fe
 def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split, name: str, feed: Feed) -> Evaluator:
     """The evaluator of a split, with the teachers as they are now."""
     return Evaluator(nets, variables, split, name=name, batch_size=recipe.dataset.batch_size, feed=feed,
-                     cache="" if recipe.use_teacher_finetuning else recipe.teacher_cache)
+                     cache="" if recipe.trains_teachers else recipe.teacher_cache)
 
 
 def evaluate_run(folder: pathlib.Path) -> str:

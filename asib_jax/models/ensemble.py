@@ -57,25 +57,19 @@ class Networks:
 
 
 class TeacherOutputs(NamedTuple):
-    """What the teachers say of a batch, before any adapter: feats, one [B, F_k] per teacher; logits [B, T, C]."""
+    """What the teachers say of a batch, before any adapter: feats, one [B, F_k] per teacher, in its compute type;
+    logits [B, T, C], float32."""
 
     feats: tuple[jax.Array, ...]
     logits: jax.Array
 
-    def with_feats(self, dtype: Any) -> "TeacherOutputs":
-        """The same with features of that type."""
-        return self._replace(feats=tuple(feat.astype(dtype) for feat in self.feats))
-
 
 class StudentOutputs(NamedTuple):
-    """What the student says of a batch in evaluation, before any adapter: feat [B, F], logit [B, C]."""
+    """What the student says of a batch in evaluation, before any adapter: feat [B, F] in its compute type, logit [B, C]
+    float32."""
 
     feat: jax.Array
     logit: jax.Array
-
-    def with_feats(self, dtype: Any) -> "StudentOutputs":
-        """The same with features of that type."""
-        return self._replace(feat=self.feat.astype(dtype))
 
 
 def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode,
@@ -99,7 +93,7 @@ def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes:
     for k, (name, teacher) in enumerate(zip(nets.teacher_names, nets.teachers)):
         keys = None if dropout_keys is None else streams.branch(dropout_keys, name)
         outputs, stats[name] = run_network(teacher, variables.of(name), pixels, modes[k] if modes else EVALUATION, keys)
-        feats.append(outputs.feat_2d)
+        feats.append(outputs.feat_2d.astype(teacher.dtype))  # as they are stored, so that storing changes nothing
         logits.append(outputs.logit)
     return TeacherOutputs(tuple(feats), jnp.stack(logits, axis=1)), stats
 
@@ -107,7 +101,7 @@ def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes:
 def run_student(nets: Networks, variables: Variables, pixels: jax.Array) -> StudentOutputs:
     """The student on `pixels` [B, H, W, ch] in evaluation."""
     outputs, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
-    return StudentOutputs(outputs.feat_2d, outputs.logit)
+    return StudentOutputs(outputs.feat_2d.astype(nets.student.dtype), outputs.logit)
 
 
 def keys_and_values(nets: Networks, variables: Variables, feats: tuple[jax.Array, ...]) -> jax.Array:
@@ -122,7 +116,7 @@ def query(nets: Networks, variables: Variables, feat: jax.Array) -> jax.Array:
 
 
 def _read(model: KDModel, variables: Mapping[str, Any], feat: jax.Array, adapted: bool) -> jax.Array:
-    feat = feat.astype(jnp.float32)  # stored ones may be shorter
+    feat = feat.astype(jnp.float32)
     return model.apply(variables, feat, method="distill") if adapted else feat
 
 
