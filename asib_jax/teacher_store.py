@@ -59,7 +59,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
         "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
     }
     if recipe.scale_lr_with_devices:
-        key["lr_factor"] = len(parallel.local_devices(recipe.num_devices))
+        key["lr_factor"] = len(parallel.run_devices(recipe.num_devices))
     key = json.loads(json.dumps(key))  # as it will be read back
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{teacher.name}_{data.name}_seed{recipe.seed}_{digest}"

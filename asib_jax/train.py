@@ -43,7 +43,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder."""
     start = time.perf_counter()
-    feed = Feed(tuple(parallel.local_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+    feed = Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
     data = build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     describe(recipe, data, feed.devices)
@@ -172,7 +172,7 @@ def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split
 def evaluate_run(folder: pathlib.Path) -> str:
     """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
     recipe = finished.read_recipe(folder)
-    feed = Feed(tuple(parallel.local_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
+    feed = Feed(tuple(parallel.run_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
     data = build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
