@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import parallel
+from asib_jax import hosts, parallel
 from asib_jax.data.augment import augment
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split, blocks
@@ -32,7 +32,8 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
                   ) -> list[TeacherOutputs]:
     """The teachers over `split`, once for the augmentation key of each view. dtype: of the features kept.
 
-    cache: a folder; outputs stored there under a digest of weights, images and view are read instead of computed.
+    cache: a folder; outputs stored there under a digest of weights, images and view are read instead of computed, if
+    all hosts see them; the first stores them.
     """
     teachers = _only(variables, nets.teacher_names)
     dtype = np.dtype(dtype)
@@ -40,7 +41,8 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
     if cache:
         common = _digest(nets, teachers, split, data_aug, dtype)
         paths = [pathlib.Path(cache).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
-    views = [_load(path, nets, dtype) if path and path.exists() else None for path in paths]
+    stored = hosts.everywhere([path is not None and path.exists() for path in paths])
+    views = [_load(path, nets, dtype) if there else None for path, there in zip(paths, stored)]
     missing = [position for position, view in enumerate(views) if view is None]
     if len(missing) < len(keys):
         logger.info("teachers on %s: %d of %d view(s) read from %s", title, len(keys) - len(missing), len(keys), cache)
@@ -50,7 +52,7 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
                          batch_size, feed, dtype)
         for position, view in zip(missing, computed):
             views[position] = view
-            if paths[position]:
+            if paths[position] and hosts.is_first():
                 _store(paths[position], nets, view)
     return views
 
