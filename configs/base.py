@@ -35,8 +35,8 @@ def _run(config: ConfigDict) -> None:
     config.teacher_adapt_epochs = 12  # A-epochs of each stage; 0: no A-Step and no fusion network
     config.restore_best = True  # continue from the best epoch on validation at the end of each stage
     config.train_control = False  # also train the same student without teachers, for the same epochs
-    config.num_devices = 0  # 0: every local device
-    config.scale_lr_with_devices = False  # multiply every learning rate by the number of devices
+    config.num_devices = 0  # of each host; 0: all
+    config.scale_lr_with_devices = False  # multiply every learning rate by the devices of all hosts
     config.steps_per_call = 0  # training steps of one compiled call; 0: 32, or 1 where a CPU trains convolutions
     config.device_data_gb = 4.0  # GiB on each device for images and stored outputs; the rest waits on the host
     config.use_amp = True  # networks compute in amp_dtype; parameters, statistics and losses stay float32
