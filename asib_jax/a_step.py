@@ -174,4 +174,4 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     if current.batch_stats:  # the teachers train
         run.validation.read_teachers(variables)
     logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
-    return parallel.replicate(variables, run.feed.devices)
+    return parallel.share(variables, run.feed.devices)

@@ -1,4 +1,8 @@
-"""A pytree of arrays on disk, written by orbax and checked by digest when read back."""
+"""A pytree of arrays on disk, written by orbax and checked by digest when read back.
+
+Of several hosts the first alone writes, and each may read, without waiting for the others: all hold the same state, so
+a checkpoint has no parts of other hosts.
+"""
 import hashlib
 import os
 from typing import Any
@@ -8,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 from flax.traverse_util import flatten_dict
+
+from asib_jax import hosts
 
 
 def _tree_digest(tree: dict) -> str:
@@ -19,6 +25,13 @@ def _tree_digest(tree: dict) -> str:
     return sha.hexdigest()
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Of this host alone; orbax's default waits for all hosts."""
+    host = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=host, active_processes={host})
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
 def save(path: str | os.PathLike, tree: Any) -> None:
     """Write `tree` to the new folder `path` and wait until it is complete; a crash on the way leaves no such folder.
 
@@ -28,8 +41,10 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     Raises:
         ValueError: `path` exists, or a leaf is a string or an array without elements.
     """
+    if not hosts.is_first():
+        return
     arrays = jax.device_get(serialization.to_state_dict(tree))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(os.path.abspath(path), arrays, custom_metadata={"sha256": _tree_digest(arrays)})
         checkpointer.wait_until_finished()
 
@@ -44,7 +59,7 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: its contents are not what was saved.
     """
     path = os.path.abspath(path)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         tree = checkpointer.restore(path)
     if _tree_digest(tree) != digest(path):
         raise ValueError(f"checkpoint {path} is damaged: its contents do not match the digest stored with it")
@@ -57,7 +72,7 @@ def digest(path: str | os.PathLike) -> str:
     Raises ValueError if there is none that `save` wrote.
     """
     path = os.path.abspath(path)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).custom_metadata or {}
     if "sha256" not in metadata:
         raise ValueError(f"{path} is not a checkpoint by asib_jax: it holds no digest")

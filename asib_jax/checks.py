@@ -51,7 +51,7 @@ def check(recipe: Recipe) -> None:
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
     _check_source(student.weights, student.name, "model.student.weights")
-    parallel.check_batch(recipe.dataset.batch_size, parallel.local_devices(recipe.num_devices))
+    parallel.check_batch(recipe.dataset.batch_size, parallel.run_devices(recipe.num_devices))
     _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
     _check_lengths(recipe)
     if recipe.use_partial_freeze:

@@ -97,14 +97,14 @@ def matmul_flops(size: int) -> int:
     return 2 * size**3
 
 
-def matmuls(devices: Sequence[jax.Device], size: int) -> list[Matmul]:
-    """The product of two bfloat16 matrices [size, size], summed in float32, on one device after the other.
+def matmuls(devices: Sequence[jax.Device], size: int, dtype: str = "bfloat16") -> list[Matmul]:
+    """The product of two matrices [size, size] of that type, summed in float32, on one device after the other.
 
     The reference is numpy's float32 product of the same entries. These are drawn from N(0, 1), which gives an entry of
     the product the standard deviation sqrt(size).
     """
     generator = np.random.default_rng(0)
-    a, b = (generator.standard_normal((size, size), np.float32).astype(jnp.bfloat16) for _ in range(2))
+    a, b = (generator.standard_normal((size, size), np.float32).astype(jnp.dtype(dtype)) for _ in range(2))
     rows = np.linspace(0, size - 1, _ROWS, dtype=int)
     reference = a[rows].astype(np.float32) @ b.astype(np.float32)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))

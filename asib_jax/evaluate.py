@@ -9,7 +9,7 @@ import numpy as np
 from asib_jax import feature_bank, parallel
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split
-from asib_jax.feed import Examples, Feed, Steps
+from asib_jax.feed import Feed, Steps, on_host
 from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
 
 
@@ -51,8 +51,8 @@ class Evaluator:
         self._rows = evaluation_rows(len(split.label), batch_size)
         self._step = _compiled(nets, feed)
         # On the host: what calls get from there has one shape for every split, so that one program serves them all.
-        self._labels, self._images = Examples({}, {"label": split.label}), Examples({}, {"image": split.image})
-        self._teachers, self._student = Examples({}, {}), None
+        self._labels, self._images = on_host(label=split.label), on_host(image=split.image)
+        self._teachers, self._student = [], None
         self.teachers, self._teacher_counts = None, {}  # the teachers' outputs, `feature_bank.View`
         self.read_teachers(variables)
 
@@ -71,13 +71,13 @@ class Evaluator:
         if self._nets.teachers:
             (self.teachers,) = feature_bank.read_teachers(self._nets, variables, self.split, **self._reading(),
                                                           cache=self._cache, title=f"the {self.name} split")
-            self._teachers = Examples({}, {"teachers": self.teachers})
+            self._teachers = [on_host(teachers=self.teachers)]
             self._teacher_counts = feature_bank.correct_counts(self.teachers, self.split.label)
 
     def read_student(self, variables: Variables) -> None:
         """Run the student over the split, for all evaluations until `drop_student`: it stands still."""
         (outputs,) = feature_bank.read_student(self._nets, variables, self.split, **self._reading())
-        self._student = Examples({}, {"student": outputs})
+        self._student = on_host(student=outputs)
 
     def drop_student(self) -> None:
         """Run the student in every evaluation again."""
@@ -94,7 +94,7 @@ class Evaluator:
         """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average"."""
         names = ["student"] + (["synergy", "without_teachers"] if self._nets.ib_mbm is not None else [])
         counts = parallel.replicate({name: np.int32(0) for name in names}, self._feed.devices)
-        parts = [self._labels, self._teachers, self._images if self._student is None else self._student]
+        parts = [self._labels, *self._teachers, self._images if self._student is None else self._student]
         for call in self._feed.calls(self._step, self._rows, *parts):
             jax.block_until_ready(counts)  # of the call before, while this one's images were on their way
             counts, _ = self._step.run(counts, variables, {"size": np.int32(self.count)}, call, {})

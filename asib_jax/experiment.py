@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asib_jax import hosts
+
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 STATUSES = ("finished", "failed", "interrupted")
 
@@ -25,7 +27,7 @@ class Record:
         """Make the folder `results_dir/exp_id` with the resolved config, a dict of plain values that has a `seed`.
 
         `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
-        within the same second get different ones.
+        within the same second get different ones. Of several hosts the first alone has a record that is written.
 
         Raises:
             FileExistsError: a run called `exp_id` exists.
@@ -35,6 +37,8 @@ class Record:
             raise ValueError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
         if exp_id == TEACHERS:
             raise ValueError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+        if not hosts.is_first():
+            return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
         _write(record.folder / "config.json", text)
@@ -70,6 +74,16 @@ class Record:
                "error": " ".join(error.split()), **{key: _plain(value) for key, value in summary.items()}}
         _add_row(self.folder.parent / "summary.csv", row)
         _point_latest(self.folder)
+
+
+class _Unwritten(Record):
+    """That of a host which is not the first; its `folder` is only a name."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+    def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
+        """Nothing."""
 
 
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:

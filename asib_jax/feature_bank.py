@@ -12,14 +12,13 @@ import zipfile
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import parallel
+from asib_jax import hosts, parallel
 from asib_jax.data.augment import augment
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split, blocks
-from asib_jax.feed import Examples, Feed, Steps
+from asib_jax.feed import Feed, Steps, on_host
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers
 
 logger = logging.getLogger("asib_jax")
@@ -32,14 +31,15 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
     """The teachers over `split`, once for the augmentation key of each view.
 
     cache: a folder; outputs stored there under a digest of networks, weights, images and view are read instead of
-    computed. Raises ValueError naming a file there that cannot be read.
+    computed, if all hosts see them; the first stores them. Raises ValueError naming a file that cannot be read.
     """
     teachers = _only(variables, nets.teacher_names)
     paths = [None] * len(keys)
     if cache:
         common = _digest(nets, teachers, split, data_aug)
         paths = [pathlib.Path(cache).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
-    views = [_load(path, nets) if path and path.exists() else None for path in paths]
+    stored = hosts.everywhere([path is not None and path.exists() for path in paths])
+    views = [_load(path, nets) if there else None for path, there in zip(paths, stored)]
     missing = [position for position, view in enumerate(views) if view is None]
     if len(missing) < len(keys):
         logger.info("teachers on %s: %d of %d view(s) read from %s", title, len(keys) - len(missing), len(keys), cache)
@@ -49,7 +49,7 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
                          batch_size, feed)
         for position, view in zip(missing, computed):
             views[position] = view
-            if paths[position]:
+            if paths[position] and hosts.is_first():
                 _store(paths[position], nets, view)
     return views
 
@@ -68,8 +68,8 @@ def _only(variables: Variables, names: Sequence[str]) -> Variables:
 def _read(nets, who, variables, split, keys, data_aug, batch_size, feed):
     """Yields what the networks say of each view."""
     step = _reader(nets, who, data_aug, feed)
-    variables = parallel.replicate(variables, feed.devices)
-    examples = Examples({}, {"image": split.image, "index": split.index})  # one shape and one program for all splits
+    variables = parallel.share(variables, feed.devices)
+    examples = on_host(image=split.image, index=split.index)  # one shape and one program for all splits
     rows = evaluation_rows(len(split.label), batch_size)
     for key in keys:
         parts, pending = [], []

@@ -1,6 +1,5 @@
 """How examples reach compiled steps: from the devices where they fit there, else from the host, one call ahead."""
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,17 +7,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from asib_jax import parallel
+from asib_jax import hosts, parallel
 
-_STREAMED_BYTES = 2 ** 28  # of one call's examples that come from the host; two calls' are on the devices at a time
+_CALL_BYTES = 2 ** 28  # of one call's examples; two calls' are on the devices at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """Named leaves of one length N: on the devices, as `parallel.spread` has them, or arrays [N, ...] on the host."""
+    """Named leaves of `count` examples: on the devices, as `parallel.spread` has them, or arrays [N, ...] on the host."""
 
+    count: int
+    bytes_each: float
     resident: dict[str, Any]
     host: dict[str, Any]
+
+
+def on_host(**leaves: Any) -> Examples:
+    """Examples of the given leaves ([N, ...], trees of them allowed) that wait in host memory."""
+    (count,) = {len(leaf) for leaf in jax.tree.leaves(leaves)}
+    return Examples(count, example_bytes(leaves) / count, {}, leaves)
 
 
 class Call(NamedTuple):
@@ -60,14 +67,24 @@ class Feed:
         return parallel.axis_name(self.devices)
 
     def place(self, **leaves: Any) -> Examples:
-        """The examples of the given leaves ([N, ...], trees of them allowed), which leave their room when dropped."""
-        size = -(-example_bytes(leaves) // len(self.devices))
-        if self._taken[0] + size > self.room_gb * 2 ** 30:
-            return Examples({}, leaves)
-        examples = Examples(parallel.spread(leaves, self.devices), {})
-        self._take(size)
-        weakref.finalize(examples, self._take, -size)
-        return examples
+        """Examples of the given leaves ([N, ...], trees of them allowed), which leave their room when dropped."""
+        return self.place_alike([leaves])[0]
+
+    def place_alike(self, many: Sequence[dict[str, Any]]) -> list[Examples]:
+        """The same of several, all on the devices or all on the host, so that one program serves them."""
+        waiting = [on_host(**leaves) for leaves in many]
+        sizes = [-(-example_bytes(leaves) // len(self.devices)) for leaves in many]
+        # Agreed upon: what is still taken depends on when a host's garbage was collected.
+        (fits,) = hosts.everywhere([self._taken[0] + sum(sizes) <= self.room_gb * 2 ** 30])
+        if not fits:
+            return waiting
+        placed = []
+        for examples, size in zip(waiting, sizes):
+            resident = parallel.spread(examples.host, self.devices)
+            placed.append(dataclasses.replace(examples, resident=resident, host={}))
+            self._take(size)
+            weakref.finalize(placed[-1], self._take, -size)
+        return placed
 
     def _take(self, size: int) -> None:
         self._taken[0] += size
@@ -78,16 +95,16 @@ class Feed:
         return Steps(parallel.compile_steps(step, self.devices, donate_carry=donate_carry), at_once)
 
     def calls(self, steps: Steps, rows: np.ndarray, *parts: Examples) -> Iterator[Call]:
-        """The calls of `steps` on the batches `rows` [S, B] of all parts, which are of one length.
+        """The calls of `steps` on the batches `rows` [S, B] of all parts. Rows beyond them stand for no example.
 
-        Rows beyond it stand for no example.
+        Raises ValueError for parts of unequal length.
         """
-        resident = functools.reduce(dict.__or__, (part.resident for part in parts), {})
-        host = functools.reduce(dict.__or__, (part.host for part in parts), {})
-        size = steps.at_once
-        if host:
-            one_step = rows.shape[1] * sum(example_bytes(leaf) / len(leaf) for leaf in jax.tree.leaves(host))
-            size = max(1, min(size, int(_STREAMED_BYTES / one_step)))
+        if len({part.count for part in parts}) != 1:
+            raise ValueError(f"parts of {[part.count for part in parts]} examples are no batch together")
+        resident = {name: leaf for part in parts for name, leaf in part.resident.items()}
+        host = {name: leaf for part in parts for name, leaf in part.host.items()}
+        one_step = rows.shape[1] * sum(part.bytes_each for part in parts)
+        size = max(1, min(steps.at_once, int(_CALL_BYTES / one_step)))
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             whole = np.int32(_padded(part, size))

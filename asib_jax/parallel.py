@@ -2,7 +2,7 @@
 
 pmap is the engine for several devices. The state has no device axis: arguments enter replicated (`in_axes=None`), only
 examples have one, and every output is the same on all devices (`out_axes=None`), which a step guarantees by reducing
-over the axis before anything nonlinear.
+over the axis before anything nonlinear. Of several hosts each gives and gets the arrays of its own devices.
 """
 import logging
 import os
@@ -22,12 +22,24 @@ logger = logging.getLogger("asib_jax")
 AXIS = "devices"
 
 
-def local_devices(count: int) -> list[jax.Device]:
-    """The first `count` local devices, or all of them for 0. ValueError when fewer exist."""
-    available = jax.local_devices()
-    if not 0 <= count <= len(available):
-        raise ValueError(f"num_devices={count}, but {len(available)} are here: {available}; 0 takes all")
-    return available[: count or len(available)]
+def run_devices(count: int) -> list[jax.Device]:
+    """The first `count` devices of each host, or all of them for 0, host by host.
+
+    Raises ValueError where there are fewer, or the hosts have not as many, which pmap asks for.
+    """
+    hosts = [jax.local_devices(process_index=host) for host in range(jax.process_count())]
+    if len({len(devices) for devices in hosts}) > 1:
+        raise ValueError(f"the hosts have {[len(devices) for devices in hosts]} devices: give each as many, with "
+                         "CUDA_VISIBLE_DEVICES")
+    if not 0 <= count <= len(hosts[0]):
+        raise ValueError(f"num_devices={count}, but {len(hosts[0])} are here: {hosts[0]}; 0 takes all")
+    return [device for devices in hosts for device in devices[: count or len(devices)]]
+
+
+def _places_here(devices: Sequence[jax.Device]) -> slice:
+    """The places of this host's devices among all. pmap takes and gives a host's arrays; none holds another's."""
+    here = [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
+    return slice(here[0], here[-1] + 1)
 
 
 def check_batch(batch_size: int, devices: Sequence[jax.Device]) -> None:
@@ -138,23 +150,40 @@ def keep_compiled(folder: str) -> None:
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """A copy of every leaf on every device, placed once. Copied, so that a donated result never deletes its source."""
-    mesh = Mesh(np.array(devices), (AXIS,))
-    return jax.device_put(jax.tree.map(jnp.copy, tree), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(jax.tree.map(jnp.copy, tree), _sharding(devices, PartitionSpec()))
+
+
+def share(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Every leaf on every device, copied to those only that have it not. Never donate what comes of it."""
+    return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
 def spread(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Examples, leaves [N, ...], on the devices: whole on one, else in parts [D, n, ...], the last one padded."""
-    if len(devices) == 1:
-        return jax.device_put(jax.tree.map(np.asarray, tree), devices[0])
-    count = len(devices)
+    """Examples, leaves [N, ...], on the devices: whole on one, else in parts [D, n, ...], the last one padded.
+
+    Here and in `place_steps` a host reads and holds the parts of its own devices only.
+    """
+    places = _places_here(devices)
 
     def parts(leaf):
-        size = -(-len(leaf) // count)
-        whole = np.zeros((count * size, *leaf.shape[1:]), leaf.dtype)
-        whole[: len(leaf)] = leaf
-        return whole.reshape(count, size, *leaf.shape[1:])
+        size = -(-len(leaf) // len(devices))
+        first, padded = places.start * size, _empty((places.stop - places.start) * size, leaf)
+        for start in range(0, len(padded), 4096):  # a whole copy of selected images would take as much once more
+            part = leaf[first + start : first + start + min(4096, len(padded) - start)]
+            padded[start : start + len(part)] = part
+            padded[start + len(part) : start + 4096] = 0
+        return padded if len(devices) == 1 else padded.reshape(-1, size, *leaf.shape[1:])
 
-    return _over_devices(jax.tree.map(parts, tree), devices)
+    parts_of_all = jax.tree.map(parts, tree)
+    return jax.device_put(parts_of_all, devices[0]) if len(devices) == 1 else _over_devices(parts_of_all, devices)
+
+
+def _empty(length: int, like: np.ndarray) -> np.ndarray:
+    """An array [length, ...] that begins at a multiple of 64 bytes: a CPU device takes it over without a copy."""
+    size = length * int(np.prod(like.shape[1:])) * like.dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(like.dtype).reshape(length, *like.shape[1:])
 
 
 def place_steps(leaves: Any, rows: np.ndarray, devices: Sequence[jax.Device]) -> Any:
@@ -163,13 +192,18 @@ def place_steps(leaves: Any, rows: np.ndarray, devices: Sequence[jax.Device]) ->
     Rows beyond N - 1 stand for no example; they get the last one's values.
     """
     if len(devices) > 1:
-        rows = rows.reshape(len(rows), len(devices), -1).swapaxes(0, 1)
+        rows = rows.reshape(len(rows), len(devices), -1).swapaxes(0, 1)[_places_here(devices)]
     chosen = jax.tree.map(lambda leaf: leaf[np.minimum(rows, len(leaf) - 1)], leaves)
     return jax.device_put(chosen, devices[0]) if len(devices) == 1 else _over_devices(chosen, devices)
 
 
 def _over_devices(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS)))
+    return jax.device_put(tree, _sharding(devices, PartitionSpec(AXIS)))
+
+
+def _sharding(devices: Sequence[jax.Device], spec: PartitionSpec) -> NamedSharding:
+    """Over this host's devices, as pmap has it."""
+    return NamedSharding(Mesh(np.array(devices[_places_here(devices)]), (AXIS,)), spec)
 
 
 def batch_mean(axis: str | None) -> Callable[[jax.Array], jax.Array]:

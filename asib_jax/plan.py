@@ -64,7 +64,7 @@ def make(recipe: Recipe) -> Plan:
     warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
     variables = shapes(recipe, nets, sizes.image_shape)
-    batch = options.batch_size // len(parallel.local_devices(recipe.num_devices))
+    batch = options.batch_size // len(parallel.run_devices(recipe.num_devices))
     kept = [kept_folder(recipe, k) for k in range(len(nets.teachers))]
     stored = () if recipe.teachers_only else stored_views.decide(recipe, nets, images["train"]).lines
     return Plan(sizes, images, batch, cost.tree_bytes(variables),

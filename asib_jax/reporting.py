@@ -11,6 +11,8 @@ import absl.logging
 import jax
 from tqdm import tqdm
 
+from asib_jax import hosts
+
 
 class _Console(logging.Handler):
     """Messages alone, on stderr, above a progress bar instead of through it."""
@@ -22,15 +24,22 @@ class _Console(logging.Handler):
 def setup_logging(folder: str | os.PathLike) -> logging.Logger:
     """The logger `asib_jax`, writing to the console and, with time, level and debugging messages, to `folder/log.txt`.
 
-    A second call moves it to another folder.
+    A second call moves it to another folder. Of several hosts, those after the first write no file: warnings and errors
+    go to the console, after the host's number.
     """
     logger = logging.getLogger("asib_jax")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
-    for handler in (file, _Console(logging.INFO)):
+    if hosts.is_first():
+        file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
+        handlers = file, _Console(logging.INFO)
+    else:
+        console = _Console(logging.WARNING)
+        console.setFormatter(logging.Formatter(f"host {jax.process_index()}: %(message)s"))
+        handlers = (console,)
+    for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells of every step of every save
@@ -43,7 +52,7 @@ class Reporter:
 
     `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
     in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
-    profiler trace of those B-steps to `folder/profile`.
+    profiler trace of the calls with those B-steps to `folder/profile`. Of several hosts the first alone does any of it.
 
     Raises:
         ModuleNotFoundError: `wandb` is asked for but not installed.
@@ -52,9 +61,11 @@ class Reporter:
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
                  profile_steps: tuple[int, ...] = ()):
         folder = Path(folder)
-        self._profile_folder, self._profile_steps, self._profiling = folder / "profile", profile_steps, False
-        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
-        self._tensorboard = _start_tensorboard(folder) if tensorboard else None
+        first = hosts.is_first()
+        self._profile_folder, self._profiling = folder / "profile", False
+        self._profile_steps = profile_steps if first else ()
+        self._wandb = _start_wandb(folder, wandb, config) if wandb and first else None
+        self._tensorboard = _start_tensorboard(folder) if tensorboard and first else None
 
     @staticmethod
     def epoch_bar(images: int, description: str) -> tqdm:
@@ -62,7 +73,8 @@ class Reporter:
 
         It shows on a terminal only and vanishes when done: the epoch's log line stays.
         """
-        return tqdm(total=images, desc=description, unit=" images", leave=False, disable=None, dynamic_ncols=True)
+        disable = None if hosts.is_first() else True
+        return tqdm(total=images, desc=description, unit=" images", leave=False, disable=disable, dynamic_ncols=True)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add a point to each named curve; `step` counts over the whole run and never decreases."""

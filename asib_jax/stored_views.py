@@ -105,7 +105,9 @@ class StoredViews:
         views = _teacher_views(recipe, self.steps)
         outputs = feature_bank.read_teachers(nets, variables, split, cache=recipe.teacher_cache,
                                              title="the training images", **self._reading(views)) if views else []
-        self._teachers = {view: feed.place(teachers=stored) for view, stored in zip(views, outputs)}
+        self._teachers = dict(zip(views, feed.place_alike([{"teachers": stored} for stored in outputs])))
+        if any(examples.host for examples in self._teachers.values()):
+            logger.info("stored outputs: on the host, more than the room of device_data_gb=%g", recipe.device_data_gb)
 
     def _reading(self, views: list[View]) -> dict:
         options = self._recipe.dataset
@@ -117,7 +119,7 @@ class StoredViews:
         if "a" in self.steps:
             views = _student_views(self._recipe, stage)
             outputs = feature_bank.read_student(self._nets, variables, self._split, **self._reading(views))
-            self._student = {view: self._feed.place(student=stored) for view, stored in zip(views, outputs)}
+            self._student = dict(zip(views, self._feed.place_alike([{"student": stored} for stored in outputs])))
 
     def drop_student(self) -> None:
         """Free what `read_student` has stored."""

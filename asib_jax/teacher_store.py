@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from typing import Any, NamedTuple
 
-from asib_jax import checkpoint, idle_keys, parallel, weights
+from asib_jax import checkpoint, hosts, idle_keys, parallel, weights
 from asib_jax.data.sources import Split, blocks
 from asib_jax.experiment import TEACHERS
 from asib_jax.recipe import Recipe
@@ -58,7 +58,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
                     "batch_size": data.batch_size, "small_input": data.small_input},
         "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
     }
-    factor = len(parallel.local_devices(recipe.num_devices)) if recipe.scale_lr_with_devices else 1
+    factor = len(parallel.run_devices(recipe.num_devices)) if recipe.scale_lr_with_devices else 1
     if factor > 1:
         key["lr_factor"] = factor
     key = json.loads(json.dumps(key))  # as it will be read back
@@ -89,9 +89,11 @@ def find(recipe: Recipe, k: int) -> Place | None:
 def load(place: Place, train: Split) -> dict[str, Any] | None:
     """The variables kept at `place`; None if there is no such teacher.
 
-    Raises ValueError if it was trained on other images than `train`, or the folder is damaged.
+    Raises ValueError if it was trained on other images than `train`, the folder is damaged, or only some hosts see it.
     """
-    if not place.folder.exists():
+    exists = place.folder.exists()
+    hosts.same_everywhere({f"the presence of {place.folder} (results_dir has to be one folder for all hosts)": exists})
+    if not exists:
         return None
     about = _about(place.folder)
     if about is None:
@@ -107,8 +109,10 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
 
     reference: the `weights` it was given, as the configuration names them. A run that trained the same teacher at the
     same time may have been first: then that one stays. Raises OSError naming where the teacher lies if it cannot be
-    moved to its place.
+    moved to its place. Of several hosts the first keeps it.
     """
+    if not hosts.is_first():
+        return
     place.folder.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
     backbone = {name: leaves for name, leaves in variables["params"].items() if name != "distill_adapter"}

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from clu.parameter_overview import count_parameters
 
-from asib_jax import build, checkpoint, freezing, parallel, pretrained, state, steps, streams, teacher_store, weights
+from asib_jax import (build, checkpoint, freezing, hosts, parallel, pretrained, state, steps, streams, teacher_store,
+                      weights)
 from asib_jax.data.batches import training_rows
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
@@ -38,13 +39,14 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
       3. training from scratch for `train_epochs`.
     Training uses the whole training split but never the validation images.
 
-    Raises ValueError for weights that do not fit, or that fit only once fine-tuned.
+    Raises ValueError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts.
     """
     start, done, places = {}, {}, {}
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers)):
         model = nets.teachers[k]
         start[name] = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
         places[name] = _place(recipe, k, name, record)
+        hosts.same_everywhere({f"the SHA-256 of {name}.weights": places[name].key["teacher"]["weights"]})
         kept = teacher_store.load(places[name], data.teacher_train) if options.epochs else None
         if kept is not None:
             done[name] = _whole(pretrained.fit_variables(kept, start[name], model.architecture), places[name].folder)
@@ -136,7 +138,7 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
                 len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
     teacher_store.save(place, options.weights, best.variables, split,
                        {"validation_accuracy": best.accuracy, "epoch": best.epoch + 1})
-    shutil.rmtree(best.folder)
+    best.remove()
     return best.variables
 
 
@@ -166,11 +168,17 @@ class _Best:
 
     def keep(self, accuracy: float, epoch: int, variables: dict[str, Any]) -> None:
         """Replace what was best; the checkpoint before is removed only once the new one is complete."""
-        earlier = [path for path in self.folder.iterdir()] if self.folder.exists() else []
-        checkpoint.save(self.folder / f"epoch{epoch + 1:02d}", variables)
-        for path in earlier:
-            shutil.rmtree(path)
+        if hosts.is_first():
+            earlier = [path for path in self.folder.iterdir()] if self.folder.exists() else []
+            checkpoint.save(self.folder / f"epoch{epoch + 1:02d}", variables)
+            for path in earlier:
+                shutil.rmtree(path)
         self.accuracy, self.epoch, self.variables = accuracy, epoch, variables
+
+    def remove(self) -> None:
+        """From disk."""
+        if hosts.is_first():
+            shutil.rmtree(self.folder)
 
     def waited(self, accuracy: float, min_delta: float) -> int:
         """How many epochs have passed since one was better than the last of these by more than `min_delta`."""

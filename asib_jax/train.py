@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
-from asib_jax import a_step, b_step, build, checkpoint, checks, finished, parallel, teachers
+from asib_jax import a_step, b_step, build, checkpoint, checks, finished, hosts, parallel, teachers
 from asib_jax.data.sources import Split
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
@@ -34,17 +34,24 @@ def recorded(recipe: Recipe, record: Record) -> None:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
         logger.error("%s: %s", status, error)
-        logger.debug("where", exc_info=True)  # the traceback, in log.txt alone
+        # The traceback: in log.txt alone, which the first host has.
+        logger.log(logging.DEBUG if hosts.is_first() else logging.ERROR, "where", exc_info=True)
         raise
     record.finish("finished", summary)
 
 
 def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, object]:
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
-    record's folder."""
+    record's folder.
+
+    Raises ValueError, before any training, where hosts differ in their configuration, data or initial values.
+    """
     start = time.perf_counter()
-    feed = Feed(tuple(parallel.local_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+    hosts.same_everywhere(vars(recipe))
+    feed = Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
     data = build.load_data(recipe)
+    hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
+                           for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     describe(recipe, data, feed.devices)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
@@ -91,7 +98,8 @@ def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) ->
     logger.info("data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
                 data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
                 len(data.test.label), data.num_classes)
-    logger.info("devices: %d x %s, %s", len(devices), devices[0].device_kind, recipe.compute_dtype)
+    logger.info("devices: %d x %s%s, %s", len(devices), devices[0].device_kind,
+                f" on {jax.process_count()} hosts" if jax.process_count() > 1 else "", recipe.compute_dtype)
     if recipe.teachers_only:
         return
     logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
@@ -110,9 +118,12 @@ def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) ->
 def prepare(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
             variables: Variables) -> tuple[Run, Variables]:
     """The run's shared parts, and all variables on its devices before the first stage."""
+    hosts.same_everywhere({"the networks' initial values": variables})
     variables = parallel.replicate(variables, feed.devices)
     validation = evaluator(recipe, nets, variables, data.validation, "validation", feed)
     images, labels = feed.place(image=data.train.image), feed.place(label=data.train.label, index=data.train.index)
+    logger.info("training images: %s", "on the devices" if images.resident else "on the host, sent ahead of each call: "
+                f"more than the room of device_data_gb={recipe.device_data_gb:g}")
     stored = StoredViews(recipe, nets, data.train, feed, variables)
     return Run(recipe, nets, data, feed, record, reporter, validation, images, labels, stored), variables
 
@@ -172,7 +183,7 @@ def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split
 def evaluate_run(folder: pathlib.Path) -> str:
     """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
     recipe = finished.read_recipe(folder)
-    feed = Feed(tuple(parallel.local_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
+    feed = Feed(tuple(parallel.run_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
     data = build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)

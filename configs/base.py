@@ -35,8 +35,8 @@ def _run(config: ConfigDict) -> None:
     config.teacher_adapt_epochs = 12  # A-epochs of each stage; 0: no A-Step and no fusion network
     config.restore_best = True  # continue from the best epoch on validation at the end of each stage
     config.train_control = False  # also train the same student without teachers, for the same epochs
-    config.num_devices = 0  # 0: every local device
-    config.scale_lr_with_devices = False  # multiply every learning rate by the number of devices
+    config.num_devices = 0  # of each host; 0: all
+    config.scale_lr_with_devices = False  # multiply every learning rate by the devices of all hosts
     config.steps_per_call = 0  # training steps of one compiled call; 0: 32, or 1 where a CPU trains convolutions
     config.device_data_gb = 4.0  # GiB on each device for images and stored outputs; the rest waits on the host
     config.use_amp = True  # networks compute in amp_dtype; parameters, statistics and losses stay float32
@@ -44,7 +44,7 @@ def _run(config: ConfigDict) -> None:
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "": off
     config.compilation_cache = "~/.cache/asib_jax/xla"  # keeps compiled programs between runs; "": off
-    config.profile_steps = ()  # (10, 15): a jax profiler trace of those B-steps
+    config.profile_steps = ()  # (10, 15): a jax profiler trace of the calls with those B-steps
 
 
 def _data_and_networks(config: ConfigDict) -> None:
@@ -89,7 +89,7 @@ def _data_and_networks(config: ConfigDict) -> None:
         teacher.freeze_level = (-1,)  # as student_freeze_level; acts in A-Steps with use_teacher_finetuning
         teacher.freeze_bn = True
     config.a_step_views = 4  # V > 0: V fixed views per image, read by frozen networks once; 0: a new one each epoch
-    config.b_step_views = 0  # the same of the B-Step, for the teachers
+    config.b_step_views = 0  # the same of the B-Step: what the student sees, too
     config.bank_memory_gb = 8.0  # with more to store, networks read the same views at every step
     config.teacher_cache = ""  # a folder that keeps the frozen teachers' outputs between runs; "": none
     config.teachers_only = False  # make the teachers ready, measure them, and stop

@@ -50,7 +50,7 @@ def _digits(config: ConfigDict) -> None:
     config.train_control = True
     config.student_epochs_per_stage = (30, 30)
     config.teacher_adapt_epochs = 8
-    config.a_step_views, config.b_step_views = 16, 60  # one for each epoch: what streaming gives, in smaller programs
+    config.a_step_views, config.b_step_views = 16, 60  # as many as epochs: what 0 gives, in smaller programs
     config.synergy_only_epochs = 4
     config.ib_beta_warmup_epochs = 4
     config.enable_kd_after_syn_acc = 0.3

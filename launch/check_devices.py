@@ -2,6 +2,7 @@
 
 With several hosts, on each: --coordinator=HOST:PORT --processes=2 --process=0, and 1 on the other.
 """
+import contextlib
 import pathlib
 import sys
 
@@ -10,13 +11,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from absl import app, flags
 
-from asib_jax import device_check
+from asib_jax import device_check, hosts
 
 EXPECT = flags.DEFINE_integer("expect", 1, "The least number of devices, over all processes.", lower_bound=1)
 PLATFORM = flags.DEFINE_string("platform", "", "What the devices must be, e.g. gpu.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; by default told by the cluster.")
-PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; by default told by the cluster.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto (SLURM, ...).")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
+PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
 
 jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 
@@ -24,8 +25,6 @@ jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 def check() -> None:
     """Print what there is and how fast it is; raises at the first thing that is wrong."""
     print(*(f"{name} {version}" for name, version in device_check.versions().items()), sep=", ")
-    if COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     devices, local = device_check.all_devices(), jax.local_devices()
     print(f"backend {jax.default_backend()}, devices: {len(devices)}, in this process {len(local)}")
     print(*map(device_check.describe, devices), sep="\n")
@@ -49,10 +48,12 @@ def check() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    try:
-        check()
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value))
+            check()
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"error: {error}")
     print("no fault found")
 
 

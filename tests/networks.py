@@ -120,7 +120,7 @@ def make_batch(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
 
 def make_feed(devices: int = 1, **options) -> Feed:
     """The first devices, with room for everything unless `options` say otherwise."""
-    return Feed(tuple(parallel.local_devices(devices)), **{"room_gb": 1.0} | options)
+    return Feed(tuple(parallel.run_devices(devices)), **{"room_gb": 1.0} | options)
 
 
 def one_step(steps: Steps, feed: Feed, carry, fixed, controls, batch):

@@ -95,7 +95,7 @@ def test_steps_agree_on_any_number_of_devices(kind, count):
 
 def test_step_agrees_under_jit_with_a_sharded_batch():
     """The same pure step without an axis, its batch split over a mesh of four devices."""
-    mesh = Mesh(np.array(parallel.local_devices(4)), ("data",))
+    mesh = Mesh(np.array(parallel.run_devices(4)), ("data",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def compiled(step):

@@ -63,6 +63,28 @@ def test_every_example_counts_once_on_any_number_of_devices(count, by_hand):
     assert len({by_hand[name] for name in ("student", "synergy", "without_teachers")}) == 3  # none stands for another
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_stored_student_counts_as_the_one_that_is_run(count, by_hand):
+    """Until it is dropped: then the student of the variables counts."""
+    nets, variables = make()
+    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
+    own.read_student(variables)
+    other = jax.tree.map(lambda leaf: leaf, variables)
+    other.params["student"]["classifier"] = jax.tree.map(jnp.negative, variables.params["student"]["classifier"])
+    expected = {name: by_hand[name] for name in ("student", "synergy", "without_teachers", "average")}
+    assert own(variables) == own(other) == expected
+    own.drop_student()
+    assert own(variables) == expected != own(other)
+
+
+def test_batch_larger_than_the_split(by_hand):
+    """Three of four devices have nothing but padding."""
+    nets, variables = make()
+    large = Evaluator(nets, variables, SPLIT, name="test", batch_size=128, feed=make_feed(4))
+    assert large(variables)["synergy"] == by_hand["synergy"]
+    assert large.teacher_counts()["disagreement"] == by_hand["disagreement"]
+
+
 def test_accuracies_are_shares_of_the_split(by_hand):
     accuracies = evaluator(1).accuracies(make()[1])
     assert accuracies["synergy"] == by_hand["synergy"] / 21 and evaluator(1).count == 21

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from asib_jax import parallel
-from asib_jax.feed import Examples
+from asib_jax.feed import on_host
 from networks import make_feed
 
 SIZE = 21  # not a multiple of any number of devices
@@ -38,7 +38,7 @@ def test_every_step_gets_its_rows_in_order(devices, at_once, room_gb):
     feed = make_feed(devices, steps=at_once, room_gb=room_gb)
     traced = []
     steps = feed.compile(make_step(feed.axis_name, traced), donate_carry=True)
-    parts = feed.place(image=IMAGE, nested={"feat": FEAT}), Examples({}, {"label": LABEL, "short": SHORT})
+    parts = feed.place(image=IMAGE, nested={"feat": FEAT}), on_host(label=LABEL, short=SHORT)
     carry, seen, done = parallel.replicate(np.int32(1), feed.devices), [], 0
     for call in feed.calls(steps, ROWS, *parts):
         each = {"weight": np.arange(done, done + call.steps, dtype=np.int32)}
@@ -78,10 +78,22 @@ def test_room_is_taken_and_given_back():
     assert set(feed.place(x=np.zeros((4, 1024), np.uint8)).resident) == {"x"}
 
 
-def test_a_call_from_the_host_stays_within_its_bytes(monkeypatch):
+def test_what_is_placed_alike_lies_alike():
+    """Room for one of two: both stay on the host, so that one program serves them; parts must be of one length."""
+    feed = make_feed(1, room_gb=6 / 2 ** 20)
+    views = feed.place_alike([{"x": np.zeros((4, 1024), np.uint8)}] * 2)
+    assert [set(view.host) for view in views] == [{"x"}, {"x"}]
+    assert set(feed.place(x=np.zeros((4, 1024), np.uint8)).resident) == {"x"}
+    steps = feed.compile(make_step(None))
+    with pytest.raises(ValueError, match=r"parts of \[4, 21\] examples"):
+        next(feed.calls(steps, ROWS, views[0], on_host(label=LABEL)))
+
+
+@pytest.mark.parametrize("room_gb", [0, 1])
+def test_a_call_stays_within_its_bytes(monkeypatch, room_gb):
     """Four rows of 16 bytes and two steps' worth of bytes: two steps a call instead of 32."""
-    monkeypatch.setattr("asib_jax.feed._STREAMED_BYTES", 140)
-    feed = make_feed(1, room_gb=0)
+    monkeypatch.setattr("asib_jax.feed._CALL_BYTES", 140)
+    feed = make_feed(1, room_gb=room_gb)
     steps = feed.compile(make_step(None))
     calls = list(feed.calls(steps, ROWS, feed.place(label=LABEL, feat=FEAT)))
     assert [call.steps for call in calls] == [2, 2, 2, 1] and {len(call.rows) for call in calls} == {2}

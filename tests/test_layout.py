@@ -10,13 +10,13 @@ PACKAGE = ROOT / "asib_jax"
 
 # The order to read the package in: a file imports only from files above it.
 READING_ORDER = (
-    "streams", "losses", "schedules", "freezing", "parallel", "device_check",
+    "streams", "losses", "schedules", "freezing", "parallel", "hosts", "device_check",
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
     "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
     "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "feed", "loop",
     "feature_bank", "stored_views", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
-    "b_step", "finished", "export", "results", "train", "plan", "dry_run",
+    "b_step", "finished", "export", "results", "train", "plan", "dry_run", "workloads", "benchmark",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
@@ -191,7 +191,8 @@ def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
 
 def consumers() -> list[str]:
     """The code that acts on keys: all but what reads, checks and describes them."""
-    others = ("recipe.py", "checks.py", "idle_keys.py", "cost.py", "plan.py", "dry_run.py", "export.py")
+    others = ("recipe.py", "checks.py", "idle_keys.py", "cost.py", "plan.py", "dry_run.py", "export.py", "workloads.py",
+              "benchmark.py")
     return [path.read_text() for path in files("asib_jax", "launch") if path.name not in others]
 
 

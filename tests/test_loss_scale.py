@@ -74,7 +74,7 @@ def test_an_overflow_on_any_device_skips_the_step_on_all(count):
     """The second example, on two devices the second one's alone, overflows in the second step: every array keeps its
     value and the scale halves. The third step at half the scale, and the next two, count; after two finite steps the
     scale doubles with the third. All bitwise."""
-    devices = parallel.local_devices(count)
+    devices = parallel.run_devices(count)
     step, current, frozen = product_run(devices)
     history = take(step, current, frozen, BATCHES, devices)
     assert [metrics["skipped"] for _, metrics in history] == [0, 1, 0, 0, 0]
@@ -90,7 +90,7 @@ def test_an_overflow_on_any_device_skips_the_step_on_all(count):
 def test_two_devices_reach_the_state_of_one():
     """After the overflow, too: to 1e-6, as the mean over devices may round otherwise."""
     one, two = (take(*product_run(devices), BATCHES, devices)[-1][0]
-                for devices in map(parallel.local_devices, (1, 2)))
+                for devices in map(parallel.run_devices, (1, 2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
 
 
@@ -104,7 +104,7 @@ def run_epoch(step, current, frozen, batches):
 def test_means_of_an_epoch_are_over_the_steps_that_counted():
     """w stays 1 (the rate is 0), so that the loss is the mean of x: (1.5 + 2 + 2 + 1.5) / 4, not finite in the second
     step, where x itself is beyond float16."""
-    step, current, frozen = product_run(parallel.local_devices(1))
+    step, current, frozen = product_run(parallel.run_devices(1))
     batches = [BATCHES[0], examples(1, 1e5), *BATCHES[2:]]
     _, metrics, done = run_epoch(step, current, frozen, batches)
     assert metrics == {"loss": 1.75, "skipped": 1} and done == 5
@@ -112,13 +112,13 @@ def test_means_of_an_epoch_are_over_the_steps_that_counted():
 
 
 def test_an_epoch_of_overflows_alone_is_an_error():
-    step, current, frozen = product_run(parallel.local_devices(1))
+    step, current, frozen = product_run(parallel.run_devices(1))
     with pytest.raises(FloatingPointError, match="all 3 steps from step 7 overflow float16.*amp_dtype='bfloat16'"):
         run_epoch(step, current, frozen, [examples(1, 1e5)] * 3)
 
 
 def test_without_a_scale_one_infinite_loss_is_an_error():
-    step, current, frozen = product_run(parallel.local_devices(1))
+    step, current, frozen = product_run(parallel.run_devices(1))
     with pytest.raises(FloatingPointError, match="not finite: loss in the 2 steps from step 7"):
         run_epoch(step, current._replace(loss_scale=None), frozen, [BATCHES[0], examples(1, 1e5)])
 

@@ -9,14 +9,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from asib_jax import parallel
 
-DEVICES = parallel.local_devices(4)
+DEVICES = parallel.run_devices(4)
 
 
 def test_device_counts():
-    assert [len(parallel.local_devices(count)) for count in (1, 2, 0)] == [1, 2, len(jax.local_devices())]
+    assert [len(parallel.run_devices(count)) for count in (1, 2, 0)] == [1, 2, len(jax.local_devices())]
     for count in (-1, 99):
         with pytest.raises(ValueError, match=f"num_devices={count}, but 4 are here"):
-            parallel.local_devices(count)
+            parallel.run_devices(count)
     assert parallel.axis_name(DEVICES[:1]) is None and parallel.axis_name(DEVICES[:2]) == parallel.AXIS
 
 

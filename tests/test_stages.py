@@ -19,7 +19,7 @@ from asib_jax import a_step, b_step, build, parallel, plan, recipe as recipes, s
 from asib_jax.data.augment import augment
 from asib_jax.data.sources import Sizes
 from asib_jax.experiment import Record
-from asib_jax.feed import Examples, Steps
+from asib_jax.feed import Steps, on_host
 from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Variables, run_student, run_teachers
 from asib_jax.reporting import Reporter
@@ -387,10 +387,11 @@ def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(dat
         student = jax.tree.map(jnp.copy, initialise(nets.student, recipe.seed, "student", data.image_shape))
         assert ("distill_adapter" in student["params"]) == recipe.uses_fusion
         student["params"].pop("distill_adapter", None)
+        here = on_host(index=data.train.index)
         drawn = SimpleNamespace(params={}, batch_stats={})
         feed = make_feed()
         stored = StoredViews(dataclasses.replace(recipe, a_step_views=0, b_step_views=0), nets, data.train, feed, drawn)
-        run = Run(recipe, nets, data, feed, None, None, None, Examples({}, {}), Examples({}, {}), stored)
+        run = Run(recipe, nets, data, feed, None, None, None, here, here, stored)
         batches = [row for stage in (0, 1) for call in run.calls(Steps(None, 1), "b", stage, 1)
                    for row in data.train.index[call.rows]]
         keys = [jax.random.key_data(run.augment_key("b", stage, 1)) for stage in (0, 1)]

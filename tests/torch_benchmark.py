@@ -13,8 +13,9 @@ from torch_asib import ASIB, Settings
 
 _WINDOWS = {0: {"pad": 0, "flip": False}, 1: {"flip": True}, 3: {"flip": False}}  # data_aug: options of ASIB
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_FIXED = {"use_ib": True, "use_cccp": True, "kd_target": "synergy", "optimizer": "adamw", "student_feature": "distill_feat",
-          "ib_mbm_feature_norm": "none", "ib_mbm_residual": True, "teacher_adapt_alpha_kd": None, **dict.fromkeys((
+_FIXED = {"use_ib": True, "use_cccp": True, "kd_target": "synergy", "optimizer": "adamw",
+          "student_feature": "distill_feat", "ib_mbm_feature_norm": "none", "ib_mbm_residual": True,
+          "teacher_adapt_alpha_kd": None, **dict.fromkeys((
               "feat_kd_alpha", "reg_lambda", "ib_mbm_reg_lambda", "label_smoothing", "ce_label_smoothing",
               "kd_ens_alpha", "use_loss_clamp", "use_disagree_weight", "mixup_alpha", "cutmix_alpha_distill",
               "distill_hidden_dim", "use_partial_freeze", "student_freeze_bn", "train_distill_adapter_only",
@@ -33,7 +34,8 @@ def check(recipe: Recipe, devices: int) -> None:
         if value not in choices:
             raise ValueError(f"--vs_torch: {key} is {value!r}; the PyTorch version has {', '.join(map(str, choices))}")
     if len(recipe.model.student.mean) != 3:
-        raise ValueError(f"--vs_torch: the PyTorch networks read colour images, not dataset.name={recipe.dataset.name!r}")
+        raise ValueError(f"--vs_torch: the PyTorch networks read colour images, which dataset.name="
+                         f"{recipe.dataset.name!r} has not")
 
 
 def _plain(name: str) -> str:

@@ -23,10 +23,11 @@ def resnet(block, widths, counts, stem, classes):
                 self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
 
         def forward(self, x):
-            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_()))  # in place, as in torchvision
             if block == "bottleneck":
-                y = self.bn3(self.conv3(torch.relu(y)))
-            return torch.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
+                y = self.bn3(self.conv3(y.relu_()))
+            y += self.downsample(x) if hasattr(self, "downsample") else x
+            return y.relu_()
 
     class ResNet(nn.Module):
         def __init__(self):
@@ -44,7 +45,7 @@ def resnet(block, widths, counts, stem, classes):
             self.fc = nn.Linear(inputs, classes)
 
         def forward(self, x):
-            x = torch.relu(self.bn1(self.conv1(x)))
+            x = self.bn1(self.conv1(x)).relu_()
             x = nn.functional.max_pool2d(x, 3, 2, 1) if self.pool else x
             for i in range(self.stages):
                 x = getattr(self, f"layer{i + 1}")(x)
@@ -112,3 +113,25 @@ def vgg(widths, classes):
             return self.classifier(x.mean((2, 3)))
 
     return VGG()
+
+
+_DEPTHS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
+_COUNTS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+_TIMM = {"convnext_s": "convnext_small", "convnext_l": "convnext_large"}
+NAMED = (*_DEPTHS, *_COUNTS, *_TIMM)
+
+
+def by_name(name, small_input, classes):
+    """The network that asib_jax.models.MODELS calls so, one of NAMED, for colour images; ConvNeXt is timm's."""
+    if name in _DEPTHS:
+        return resnet("basic", (16, 32, 64), (_DEPTHS[name] // 6,) * 3, (3, 16, 1, False), classes)
+    if name in _COUNTS:
+        stem = (3, 64, 1, False) if small_input else (7, 64, 2, True)
+        return resnet("bottleneck", (64, 128, 256, 512), _COUNTS[name], stem, classes)
+    if torch.version.cuda is None:
+        import torchvision_cpu  # noqa: F401, before timm, which imports torchvision
+    import timm
+    network = timm.create_model(_TIMM[name], num_classes=classes)
+    if small_input:
+        network.stem[0] = nn.Conv2d(3, network.stem[0].out_channels, 3, 1, 1)
+    return network

@@ -1,0 +1,17 @@
+"""`launch/main.py` with tiny networks: one_host.py LOCAL_DEVICES [FLAGS]; a process of `test_hosts`."""
+import pathlib
+import runpy
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import jax
+
+from asib_jax.models import MODELS
+from networks import convolutions
+
+jax.config.update("jax_num_cpu_devices", int(sys.argv.pop(1)))
+jax.config.update("jax_disable_most_optimizations", True)  # compilation is the cost
+MODELS |= {"tiny": lambda small_input: convolutions(3), "tiny_teacher": lambda small_input: convolutions(4)}
+runpy.run_path(str(ROOT / "launch" / "main.py"), run_name="__main__")

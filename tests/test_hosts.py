@@ -1,0 +1,126 @@
+"""Several hosts, as processes of this machine: they compute what one does, agree first, and end together."""
+import csv
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from asib_jax import checkpoint, hosts, parallel
+from networks import make_split
+
+TESTS = pathlib.Path(__file__).resolve().parent
+FLAGS = {
+    "dataset.name": "npz", "dataset.path": "colours.npz", "dataset.batch_size": 8, "dataset.data_aug": 0,
+    "dataset.val_fraction": 0.2,
+    "model.student.name": "tiny", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
+    **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (
+        ("weights", ""), ("finetune_epochs", 0), ("train_epochs", 1), ("warmup_epochs", 0))},
+    "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "teacher_adapt_epochs": 1,
+    "student_epochs_per_stage": "(1,)", "synergy_only_epochs": 0, "enable_kd_after_syn_acc": 0.2,
+    "schedule.lr_warmup_epochs": 0, "optimizer": "sgd", "scale_lr_with_devices": True, "exp_id": "run",
+}
+
+
+@pytest.fixture
+def launch(tmp_path, tmp_path_factory):
+    """Run l1_ib in processes of two devices each, of which `num_devices` train: (exit status, output) of each."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.getbasetemp() / "xla")
+    training, test = make_split(50), make_split(10, seed=1)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+    def run(results: str, *own: dict, **changes) -> list[tuple[int, str]]:
+        """own: the flags of each process, and "data" where its folder does not hold any."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = "127.0.0.1:%d" % free.getsockname()[1]
+        processes = []
+        for number, (flags, has_data) in enumerate(own):
+            folder = tmp_path / f"{results}-{number}"
+            folder.mkdir()
+            if has_data:
+                np.savez(folder / "colours.npz", x_train=training.image, y_train=training.label, x_test=test.image,
+                         y_test=test.label)
+            flags = FLAGS | {"results_dir": tmp_path / results} | changes | flags
+            joined = [f"--coordinator={address}", f"--processes={len(own)}", f"--process={number}"] * (len(own) > 1)
+            processes.append(subprocess.Popen(
+                [sys.executable, TESTS / "one_host.py", "2", f"--config={TESTS.parent}/configs/l1_ib.py", *joined,
+                 *(f"--config.{key}={value}" for key, value in flags.items())],
+                cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        try:
+            return [(process.wait(timeout=60), process.stdout.read()) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    return run
+
+
+def row(folder: pathlib.Path) -> dict[str, str]:
+    with open(folder / "summary.csv", newline="") as file:
+        (found,) = csv.DictReader(file)
+    return {key: value for key, value in found.items() if key != "minutes"}
+
+
+def test_two_hosts_train_what_one_does(launch, tmp_path):
+    """Teachers, A-Step, B-Step, evaluation on one device of each of two hosts, and on two devices of one: bitwise the
+    same variables, for a sum of two is exact in any order. The first host alone writes, and it writes once."""
+    ((status, told),) = launch("one", ({"num_devices": 2}, True))
+    assert status == 0, told
+    (first, told), (second, silent) = launch("two", *[({"num_devices": 1}, True)] * 2)
+    assert (first, second) == (0, 0), told + silent
+    assert "devices: 2 x cpu on 2 hosts" in told and "teacher1 (tiny_teacher)" in told
+    assert "teacher1" not in silent  # no log lines, no table
+    one, two = (checkpoint.restore(tmp_path / name / "run" / "checkpoints" / "final") for name in ("one", "two"))
+    assert {"ib_mbm", "teacher1", "student"} <= one["variables"].keys()
+    jax.tree.map(np.testing.assert_array_equal, two, one)
+    assert row(tmp_path / "two") == row(tmp_path / "one")
+    run = tmp_path / "two" / "run"
+    assert {path.name for path in run.parent.glob("[!.]*")} == {"run", "teachers", "latest", "summary.csv"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"stage1_last", "stage1_best", "final"}
+    assert len(list((run / "tensorboard").iterdir())) == 1 and len(list((run.parent / "teachers").iterdir())) == 2
+    for number in (0, 1):
+        assert [path.name for path in (tmp_path / f"two-{number}").iterdir()] == ["colours.npz"]
+
+
+def test_hosts_that_disagree_stop(launch, tmp_path):
+    """Another seed on the second: both name it, and there is no result."""
+    for number, (status, told) in enumerate(launch("results", ({}, True), ({"seed": 5}, True))):
+        assert status == 1
+        assert f"seed is not the same on host 1 as on host 0 (here {5 * number})" in told
+    assert row(tmp_path / "results")["status"] == "failed"
+
+
+def test_a_host_that_fails_ends_the_other(launch, tmp_path):
+    """The second finds no data while the first waits for it: neither hangs, both say so."""
+    (first, told), (second, cause) = launch("results", ({}, True), ({}, False))
+    assert first != 0 and second == 1
+    assert "host 1: failed: " in cause and "colours.npz" in cause
+    assert row(tmp_path / "results")["status"] == "failed" and "failed: " in told
+
+
+def test_how_hosts_are_named():
+    for address, processes, process in (("there", 2, 0), ("there:1234", None, 0), ("there:1234", 2, None),
+                                        ("there:1234", 2, 2)):
+        with pytest.raises(ValueError, match=f"--coordinator={address} .*--process={process}: give HOST:PORT"):
+            hosts.joined(address, processes, process).__enter__()
+    with pytest.raises(ValueError, match="--processes and --process need --coordinator"):
+        hosts.joined(None, 2, 0).__enter__()
+
+
+def test_a_host_holds_its_own_places_alone():
+    """Four devices, the last two of which are here: the parts that belong to them, of seven examples and of batches."""
+    away = SimpleNamespace(process_index=jax.process_index() + 1)
+    here = jax.local_devices()[:2]
+    devices, x = [away, away, *here], np.arange(7)
+    placed = parallel.spread({"x": x}, devices)["x"]
+    np.testing.assert_array_equal(placed, [[4, 5], [6, 0]])
+    assert [shard.device for shard in placed.addressable_shards] == here
+    streamed = parallel.place_steps({"x": 10 * x}, np.array([[0, 1, 2, 3], [6, 5, 4, 9]]), devices)["x"]
+    np.testing.assert_array_equal(streamed, [[[20], [40]], [[30], [60]]])
+    assert parallel.replicate({"x": x}, devices)["x"].sharding.device_set == set(here)
