@@ -29,36 +29,42 @@ FLAGS = {
 
 @pytest.fixture
 def launch(tmp_path, tmp_path_factory):
-    """Run l1_ib in processes of two devices each, of which `num_devices` train: (exit status, output) of each."""
+    """Start l1_ib in processes of two devices each, of which `num_devices` train; killed at the end at the latest."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.getbasetemp() / "xla")
     training, test = make_split(50), make_split(10, seed=1)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}  # compilation is the cost
+    started = []
 
-    def run(results: str, *own: dict, **changes) -> list[tuple[int, str]]:
-        """own: the flags of each process, and "data" where its folder does not hold any."""
+    def start(results: str, *own: tuple[dict, bool]) -> list[subprocess.Popen]:
+        """own: the flags of each process, and whether the folder it runs in holds the data."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = "127.0.0.1:%d" % free.getsockname()[1]
-        processes = []
         for number, (flags, has_data) in enumerate(own):
             folder = tmp_path / f"{results}-{number}"
             folder.mkdir()
             if has_data:
                 np.savez(folder / "colours.npz", x_train=training.image, y_train=training.label, x_test=test.image,
                          y_test=test.label)
-            flags = FLAGS | {"results_dir": tmp_path / results} | changes | flags
+            flags = FLAGS | {"results_dir": tmp_path / results} | flags
             joined = [f"--coordinator={address}", f"--processes={len(own)}", f"--process={number}"] * (len(own) > 1)
-            processes.append(subprocess.Popen(
+            started.append(subprocess.Popen(
                 [sys.executable, TESTS / "one_host.py", "2", f"--config={TESTS.parent}/configs/l1_ib.py", *joined,
                  *(f"--config.{key}={value}" for key, value in flags.items())],
                 cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        try:
-            return [(process.wait(timeout=60), process.stdout.read()) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    return run
+        return started[-len(own) :]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """(exit status, output) of each."""
+    told = [process.communicate(timeout=150)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, told)]
 
 
 def row(folder: pathlib.Path) -> dict[str, str]:
@@ -70,9 +76,10 @@ def row(folder: pathlib.Path) -> dict[str, str]:
 def test_two_hosts_train_what_one_does(launch, tmp_path):
     """Teachers, A-Step, B-Step, evaluation on one device of each of two hosts, and on two devices of one: bitwise the
     same variables, for a sum of two is exact in any order. The first host alone writes, and it writes once."""
-    ((status, told),) = launch("one", ({"num_devices": 2}, True))
+    two, one = launch("two", *[({"num_devices": 1}, True)] * 2), launch("one", ({"num_devices": 2}, True))
+    ((status, told),) = ends(one)
     assert status == 0, told
-    (first, told), (second, silent) = launch("two", *[({"num_devices": 1}, True)] * 2)
+    (first, told), (second, silent) = ends(two)
     assert (first, second) == (0, 0), told + silent
     assert "devices: 2 x cpu on 2 hosts" in told and "teacher1 (tiny_teacher)" in told
     assert "teacher1" not in silent  # no log lines, no table
@@ -90,7 +97,7 @@ def test_two_hosts_train_what_one_does(launch, tmp_path):
 
 def test_hosts_that_disagree_stop(launch, tmp_path):
     """Another seed on the second: both name it, and there is no result."""
-    for number, (status, told) in enumerate(launch("results", ({}, True), ({"seed": 5}, True))):
+    for number, (status, told) in enumerate(ends(launch("results", ({}, True), ({"seed": 5}, True)))):
         assert status == 1
         assert f"seed is not the same on host 1 as on host 0 (here {5 * number})" in told
     assert row(tmp_path / "results")["status"] == "failed"
@@ -98,7 +105,7 @@ def test_hosts_that_disagree_stop(launch, tmp_path):
 
 def test_a_host_that_fails_ends_the_other(launch, tmp_path):
     """The second finds no data while the first waits for it: neither hangs, both say so."""
-    (first, told), (second, cause) = launch("results", ({}, True), ({}, False))
+    (first, told), (second, cause) = ends(launch("results", ({}, True), ({}, False)))
     assert first != 0 and second == 1
     assert "host 1: failed: " in cause and "colours.npz" in cause
     assert row(tmp_path / "results")["status"] == "failed" and "failed: " in told
