@@ -34,7 +34,8 @@ SMALL = {
     "model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
     **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("weights", ""), ("finetune_epochs", 0))},
     "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "num_devices": 1,
-    "student_epochs_per_stage": (2, 2), "synergy_only_epochs": 1, "enable_kd_after_syn_acc": 0.22,
+    "student_epochs_per_stage": (2, 2), "a_step_views": 0, "b_step_views": 0,
+    "synergy_only_epochs": 1, "enable_kd_after_syn_acc": 0.22,
     "synergy_kd_alpha": 0.05, "a_step_lr": 1e-3, "student_lr": 0.01, "schedule.lr_warmup_epochs": 0,
 }
 LABELS_ALONE = {"kd_alpha": 0.0, "ce_alpha": 1.0, "student_weight_decay": 0.1}

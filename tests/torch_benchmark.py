@@ -1,4 +1,5 @@
 """The PyTorch side of `launch/benchmark.py --vs_torch`: torch_asib's steps with a run's networks, data and settings."""
+import importlib.util
 import re
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def check(recipe: Recipe, devices: int) -> None:
             ("num_devices", devices, (1,)), *(("a network's name", name, torch_networks.NAMED) for name in names)):
         if value not in choices:
             raise ValueError(f"--vs_torch: {key} is {value!r}; the PyTorch version has {', '.join(map(str, choices))}")
+    if any(name.startswith("convnext") for name in names) and importlib.util.find_spec("timm") is None:
+        raise ValueError("--vs_torch: PyTorch's ConvNeXt is timm's: pip install timm")
     if len(recipe.model.student.mean) != 3:
         raise ValueError(f"--vs_torch: the PyTorch networks read colour images, which dataset.name="
                          f"{recipe.dataset.name!r} has not")

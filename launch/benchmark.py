@@ -1,0 +1,74 @@
+"""Measure a run's speed: python launch/benchmark.py --config=configs/l2_cccp.py [--synthetic] [--config.KEY=VALUE ...]
+
+--synthetic needs neither data nor weights. --vs_torch times the same steps in PyTorch, in turn with ours; it needs
+torch and, for ConvNeXt, timm.
+"""
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import absl.logging
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from asib_jax import benchmark, checks, parallel, recipe as recipes, workloads
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+SYNTHETIC = flags.DEFINE_boolean("synthetic", False, "Random images of the data set's size and random weights.")
+VS_TORCH = flags.DEFINE_boolean("vs_torch", False, "Measure tests/torch_asib.py, too.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "For all rounds of a measurement; a round is a call at least.",
+                             lower_bound=0.0)
+JSON = flags.DEFINE_string("json", "", "A file for everything measured.")
+
+jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE")
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger("asib_jax.benchmark").setLevel(logging.INFO)  # its progress alone
+    path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    try:
+        recipe = recipes.read(CONFIG.value)
+        recipe = workloads.synthetic(recipe) if SYNTHETIC.value else recipe
+        checks.check(recipe)
+        rival = vs_torch(recipe) if VS_TORCH.value else None
+        parallel.keep_compiled(recipe.compilation_cache)
+        report = benchmark.measure(recipe, random=SYNTHETIC.value, seconds=SECONDS.value, rival=rival)
+        report["config"] = ":".join(filter(None, (pathlib.Path(path).stem, profile)))
+        print(benchmark.text(report))
+        if JSON.value:
+            pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def vs_torch(recipe: recipes.Recipe) -> Callable:
+    """The PyTorch side, which is no part of the library. ValueError without PyTorch, or for what it cannot do."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        import torch_benchmark
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--vs_torch needs PyTorch ({error}): pip install torch") from error
+    torch_benchmark.check(recipe, len(parallel.run_devices(recipe.num_devices)))
+    return torch_benchmark.works
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parser, which shows a traceback for an unknown configuration key."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, TypeError) as error:
+        sys.exit(f"error in --config: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse)
