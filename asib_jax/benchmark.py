@@ -38,7 +38,7 @@ A-Step, B-Step: of the first stage; reading is not part of those from stored out
 MFLOP: of a training step for an image, 2 operations for a multiply-add, as XLA counts them before it optimises.
 compile s: the first call less the second, tracing included; cache: programs read from / added to jax's cache.
 projected: reading the views (the teachers' once, the student's in every stage) and all epochs, with ready teachers;
-  without evaluations, calibration of BatchNorm and compilation."""
+  without evaluations, the control, calibration of BatchNorm and compilation; stored outputs on the devices."""
 _HITS, _MISSES = (f"/jax/compilation_cache/cache_{name}" for name in ("hits", "misses"))
 
 
@@ -55,11 +55,11 @@ def warm_up(makers: dict[str, Callable[[], Work]], devices: Sequence[jax.Device]
         with _cache_events() as events:
             began = time.perf_counter()
             work = works[name] = make()
+            called = time.perf_counter()
             work(0.0)
-            first = time.perf_counter() - began
-        began = time.perf_counter()
+            done = time.perf_counter()
         work(0.0)
-        compile_seconds = max(0.0, first - (time.perf_counter() - began))
+        first, compile_seconds = done - began, max(0.0, done - called - (time.perf_counter() - done))
         found[name] = {"first_call_seconds": first, "compile_seconds": compile_seconds, "from_cache": events[_HITS],
                        "new_in_cache": events[_MISSES], "peak_bytes": peak_bytes(devices)}
         logger.info("%s: %.1f s to the end of the first call", TITLES[name], first)
@@ -182,13 +182,14 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
     rates = {name: statistics.median(values) for name, values in rounds.items()}
     matmul = matmul_rate(devices, recipe.compute_dtype)
     views = {name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates}
+    achieved = {name: rates[name] * count for name, count in flops.items()}
     paired = {name: paired_ratio(rounds[name], rounds[f"torch_{name[0]}"]) for name in flops} if rival else {}
     return {
         **environment(recipe, run, random, rival is not None), "rounds": ROUNDS, "seconds_each": seconds,
         "images_per_second": rates, "images_per_second_of_each_round": rounds, "warm_up": warm, "view_seconds": views,
         "first_step_seconds": before + next(iter(warm.values()))["first_call_seconds"],
         "matmul_flops_per_second": matmul, "flops_per_image": flops,
-        "flops_per_second": (achieved := {name: rates[name] * count for name, count in flops.items()}),
+        "flops_per_second": achieved,
         "share_of_matmul": {name: rate / matmul for name, rate in achieved.items()},
         "ratio_to_torch": paired,
         "projected_from_rates": projections(rates, run, recipe), "recipe": dataclasses.asdict(recipe)}

@@ -46,9 +46,9 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
 
 def _join(coordinator: str, processes: int | None, process: int | None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    if coordinator == "auto":
+    if coordinator == "auto" and processes is process is None:
         try:
-            jax.distributed.initialize(num_processes=processes, process_id=process)
+            jax.distributed.initialize()
         except ValueError as error:
             raise ValueError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
                              "elsewhere give --coordinator=HOST:PORT --processes --process") from error
@@ -84,7 +84,7 @@ def everywhere(found: Sequence[bool]) -> list[bool]:
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
-    """ValueError, on every host, unless the values, as many on each, are the same. Trees of arrays go by content."""
+    """ValueError, on every host, unless the values, of the same names on each, are the same. Trees of arrays go by content."""
     if jax.process_count() == 1:
         return
     digests = _of_all(np.stack([_digest(value) for value in values.values()]))  # [hosts, values, 32]

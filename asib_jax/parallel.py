@@ -133,9 +133,10 @@ def keep_compiled(folder: str) -> None:
     """Keep what took 0.3 s or more to compile in `folder`, and take it from there in later runs; "": neither.
 
     Where JAX_COMPILATION_CACHE_DIR is set, jax's own variables decide instead. Warns where `folder` cannot be written;
-    every program is then compiled anew.
+    every program is then compiled anew. Neither on several hosts: only the first would write, and a program that it
+    alone finds is not compiled with the others, who wait for its share of the tuning.
     """
-    if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.process_count() > 1:
         return
     try:
         path = pathlib.Path(folder).expanduser()

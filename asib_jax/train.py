@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
-from asib_jax import a_step, b_step, build, checkpoint, checks, finished, hosts, parallel, teachers
+from asib_jax import a_step, b_step, build, checkpoint, checks, device_check, finished, hosts, parallel, teachers
 from asib_jax.data.sources import Split
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
@@ -47,7 +47,8 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     Raises ValueError, before any training, where hosts differ in their configuration, data or initial values.
     """
     start = time.perf_counter()
-    hosts.same_everywhere(vars(recipe))
+    hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),
+                                          "the kind of devices": jax.local_devices()[0].device_kind})
     feed = Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
     data = build.load_data(recipe)
     hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])

@@ -114,20 +114,16 @@ def _until(end: float, calls: Iterable[Call]) -> Iterator[Call]:
 
 
 def reading(run: Run, variables: Variables, read: Callable) -> Work:
-    """A reader of `feature_bank` over as much of the training images as there is time for, in one go."""
-    options, split, rate = run.recipe.dataset, run.data.train, 0.0
+    """A reader of `feature_bank` over 32 batches of training images at a time, or all of fewer."""
+    options, split = run.recipe.dataset, run.data.train
+    part = split.take(np.arange(min(32 * options.batch_size, len(split.label))))
     read = functools.partial(read, run.nets, variables, keys=[run.augment_key("a", 0, 0)], feed=run.feed,
                              data_aug=options.data_aug, batch_size=options.batch_size)
 
-    def part(end: float) -> int:
-        nonlocal rate
-        began = time.perf_counter()
-        batches = max(1, int(rate * (end - began) / options.batch_size))
-        count = min(batches * options.batch_size, len(split.label))
-        read(split=split.take(np.arange(count)))
-        rate = count / (time.perf_counter() - began)
-        return count
-    return repeated(part)
+    def once(end: float) -> int:
+        read(split=part)
+        return len(part.label)
+    return repeated(once)
 
 
 def evaluation(run: Run, variables: Variables) -> Work:

@@ -5,6 +5,7 @@ torch and, for ConvNeXt, timm.
 """
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE")
     absl.logging.set_verbosity(absl.logging.WARNING)
+    if VS_TORCH.value:  # or jax takes three quarters of a GPU, and PyTorch has to do with the rest
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.getLogger("asib_jax.benchmark").setLevel(logging.INFO)  # its progress alone
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:

@@ -28,6 +28,9 @@ def check(recipe: Recipe, devices: int) -> None:
     for key, value in _FIXED.items():
         if getattr(recipe, key) != value:
             raise ValueError(f"--vs_torch: {key}={getattr(recipe, key)!r}, but the PyTorch version has {value!r} only")
+    if recipe.model.student.use_adapter or not recipe.grad_clip_norm or "convnext" in recipe.model.student.name:
+        raise ValueError("--vs_torch: the PyTorch version has no residual adapter, always clips (grad_clip_norm), and "
+                         "its ConvNeXt has no stochastic depth: set model.student and grad_clip_norm accordingly")
     names = [_plain(network.name) for network in (recipe.model.student, *recipe.teachers)]
     for key, value, choices in (
             ("dataset.data_aug", recipe.dataset.data_aug, _WINDOWS), ("amp_dtype", recipe.compute_dtype, _DTYPES),
