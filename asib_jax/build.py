@@ -106,7 +106,7 @@ def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, .
 
 
 def _drawn(init: Callable, *arguments: Any) -> dict:
-    """Initial values. A CPU's compiler need not optimise what runs once: a ResNet-8 then takes it 2.5 s instead of 12."""
+    """Initial values. A CPU's compiler need not optimise what runs once: 2.5 s for a ResNet-8, not 12."""
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(init, compiler_options=quick)(*arguments)
 

@@ -7,7 +7,7 @@ from asib_jax.recipe import Recipe
 _GIB = 2 ** 30
 _NOTES = """\
 GFLOPs: of one image's forward pass in evaluation, 2 operations for a multiply-add, before XLA optimises.
-GiB on each device, an estimate that XLA may undercut or exceed, beside at most device_data_gb of images and stored outputs:
+GiB on each device, an estimate that XLA may undercut or exceed, without images and stored outputs (device_data_gb):
   networks    variables of all networks of the run, float32
   state       what the step trains once more, and the optimizer's moments
   gradients   of what the step trains

@@ -14,7 +14,7 @@ _CALL_BYTES = 2 ** 28  # of one call's examples; two calls' are on the devices a
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """Named leaves of `count` examples: on the devices, as `parallel.spread` has them, or arrays [N, ...] on the host."""
+    """Named leaves of `count` examples: on the devices as `parallel.spread` has them, or [N, ...] on the host."""
 
     count: int
     bytes_each: float

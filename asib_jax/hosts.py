@@ -84,7 +84,7 @@ def everywhere(found: Sequence[bool]) -> list[bool]:
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
-    """ValueError, on every host, unless the values, of the same names on each, are the same. Trees of arrays go by content."""
+    """ValueError, on every host, unless the values, of the same names on each, are the same; arrays by content."""
     if jax.process_count() == 1:
         return
     digests = _of_all(np.stack([_digest(value) for value in values.values()]))  # [hosts, values, 32]

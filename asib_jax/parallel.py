@@ -58,9 +58,9 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
     """Compile `call(carry, fixed, controls, resident, streamed, rows, each, count) -> (carry, outputs)`.
 
     step: `(carry, fixed, controls, batch) -> (carry, outputs)`, made with `axis_name(devices)`; on several devices its
-    results are equal on all. rows: [S, B], row i of which is the batch's "row" in step i; resident: examples as `spread` places
-    them, of which it takes these rows; streamed: those that `place_steps` has placed for it; each: [S] leaves, controls
-    of one step; count: how many steps, at most S. outputs: of each step, [S, ...] leaves.
+    results are equal on all. rows: [S, B], row i of which is the batch's "row" in step i; resident: examples as `spread`
+    places them, of which it takes these rows; streamed: those that `place_steps` has placed for it; each: [S] leaves,
+    controls of one step; count: how many steps, at most S. outputs: of each step, [S, ...] leaves.
     """
     axis = axis_name(devices)
 

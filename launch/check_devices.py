@@ -15,7 +15,7 @@ from asib_jax import device_check, hosts
 
 EXPECT = flags.DEFINE_integer("expect", 1, "The least number of devices, over all processes.", lower_bound=1)
 PLATFORM = flags.DEFINE_string("platform", "", "What the devices must be, e.g. gpu.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto (SLURM, ...).")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
 PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
 

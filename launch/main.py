@@ -17,7 +17,7 @@ from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what the run would do, its sizes and its memory, and stop.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto (SLURM, ...).")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
 PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
 

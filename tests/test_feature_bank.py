@@ -72,7 +72,8 @@ def test_what_is_stored_has_the_compute_type_as_what_is_streamed(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, view, again)
     streamed_teachers, _ = jax.eval_shape(lambda: run_teachers(half, variables, jnp.float32(SPLIT.image)))
     streamed_student = jax.eval_shape(lambda: run_student(half, variables, jnp.float32(SPLIT.image)))
-    assert {feat.dtype for feat in (*view.feats, *streamed_teachers.feats, streamed_student.feat)} == {jnp.dtype("bfloat16")}
+    feats = (*view.feats, *streamed_teachers.feats, streamed_student.feat)
+    assert {feat.dtype for feat in feats} == {jnp.dtype("bfloat16")}
     assert {view.logits.dtype, streamed_teachers.logits.dtype, streamed_student.logit.dtype} == {np.dtype("float32")}
     for feat, wanted in zip(view.feats, stored()[0].feats):
         np.testing.assert_allclose(np.float32(feat), wanted, rtol=0.1, atol=0.05 * np.abs(wanted).max())

@@ -34,7 +34,7 @@ def make_step(axis, traced=None):
 @pytest.mark.parametrize("at_once", [1, 3, 32])
 @pytest.mark.parametrize("room_gb", [0, 1])
 def test_every_step_gets_its_rows_in_order(devices, at_once, room_gb):
-    """Bitwise, images, labels and features of two types, on the devices and on the host at once; the step is traced once."""
+    """Bitwise, images, labels and features of two types, on the devices and on the host at once; traced once."""
     feed = make_feed(devices, steps=at_once, room_gb=room_gb)
     traced = []
     steps = feed.compile(make_step(feed.axis_name, traced), donate_carry=True)

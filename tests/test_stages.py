@@ -450,7 +450,8 @@ def test_run_from_stored_views_is_the_run_that_streams_them(data_file, tmp_path)
     assert {"student/stage0", "ib_mbm/mu", "teacher1/distill_adapter"} <= moved(before, streamed)
     largest = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(streamed.params)))
     assert largest > 0.01
-    for name, changes, steps in (("device", {"steps_per_call": 4}, {"a", "b"}), ("four", {"num_devices": 4}, {"a", "b"}),
+    for name, changes, steps in (("device", {"steps_per_call": 4}, {"a", "b"}),
+                                 ("four", {"num_devices": 4}, {"a", "b"}),
                                  ("host", {"device_data_gb": 0.0}, {"a", "b"}),
                                  ("none", {"bank_memory_gb": 0.0, "steps_per_call": 3}, set())):
         _, stored, run = two_stages(data_file, tmp_path / name, a_step_views=4, b_step_views=4, **changes)

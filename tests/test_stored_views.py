@@ -33,7 +33,7 @@ def test_both_steps_read_what_is_stored_once():
     ({"a_step_views": 0}, {"b"}, "the A-Step runs the teachers at every step: a_step_views=0 asks for new views"),
     ({"b_step_views": 0}, {"a"}, "the B-Step runs the teachers at every step: b_step_views=0 asks for new views"),
     ({"mixup_alpha": 0.2}, {"a"}, "the B-Step runs the teachers at every step: they have to see the images that mixup"),
-    ({"cutmix_alpha_distill": 1.0}, {"a"}, "they have to see the images that mixup_alpha or cutmix_alpha_distill mixes"),
+    ({"cutmix_alpha_distill": 1.0}, {"a"}, "they have to see the images that mixup_alpha or cutmix_alpha_distill"),
     ({"use_teacher_finetuning": True}, set(), "the A-Step runs the teachers at every step: use_teacher_finetuning"),
     ({"bank_memory_gb": (TEACHERS + STUDENT - 1) / 2 ** 30}, {"b"},
      "the A-Step runs the teachers at every step: with it 0.00386 GiB exceed bank_memory_gb=0.0038"),
