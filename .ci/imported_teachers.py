@@ -13,6 +13,7 @@ import jax
 
 from asib_jax import build, feature_bank, models
 from asib_jax.data import sources
+from asib_jax.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
 
 EXPECTED = {"resnet56": 1473, "resnet44": 1472}
@@ -29,9 +30,10 @@ def main(data: str, weights: str) -> None:
                                           build.init_network(model, 0, name, test.image.shape[1:]))
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
-    bank = feature_bank.build(Networks(nets[0], tuple(nets)), Variables(params, stats), test, keys=[jax.random.key(0)],
-                              data_aug=0, batch_size=250, devices=jax.devices()[:1])
-    counts = feature_bank.correct_counts(bank, test.label)
+    (view,) = feature_bank.read_teachers(
+        Networks(nets[0], tuple(nets)), Variables(params, stats), test, keys=[jax.random.key(0)], data_aug=0,
+        batch_size=250, feed=Feed(tuple(jax.devices()[:1]), room_gb=1.0))
+    counts = feature_bank.correct_counts(view, test.label)
     for k, (name, expected) in enumerate(EXPECTED.items(), 1):
         print(f"{name}: {counts[f'teacher{k}']} of 2000 correct, expected {expected}")
     if [counts["teacher1"], counts["teacher2"]] != list(EXPECTED.values()):
