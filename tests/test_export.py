@@ -25,7 +25,8 @@ def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
     config.update_from_flattened_dict({"model.student.name": name, "dataset.small_input": small_input, **changes})
     recipe = recipes.read(config)
     model = build.build_networks(recipe, 10).student
-    return config, model, jax.eval_shape(lambda: build.init_network(model, 0, "student", shape))
+    with jax.disable_jit():  # initialisers name options for a compiler
+        return config, model, jax.eval_shape(lambda: build.init_network(model, 0, "student", shape))
 
 
 def draw(shapes, seed):
