@@ -122,14 +122,9 @@ def ema(old: float | None, new: float, alpha: float) -> float:
 def begin(run: Run, variables: Variables, progress: Progress, stage: int
           ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
     """The A-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
-    recipe, axis = run.recipe, run.feed.axis_name
-    training = make_training(recipe, run.nets, variables.params, stage, axis)
-    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.a_opt_state,
-                                  recipe.compute_dtype)
-    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
-    step = run.compiled(("a", str(training.mask)),
-                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
-                        trains_convolutions=bool(training.trained_stats))
+    recipe = run.recipe
+    training = make_training(recipe, run.nets, variables.params, stage, run.feed.axis_name)
+    current, frozen, step = run.begin("a", training, variables, progress.a_opt_state)
     rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
                          epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
                          devices=len(run.feed.devices))

@@ -95,14 +95,9 @@ def target_name(recipe: Recipe, controls: dict) -> str:
 def begin(run: Run, variables: Variables, progress: Progress, stage: int
           ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
     """The B-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
-    recipe, axis = run.recipe, run.feed.axis_name
-    training = make_training(recipe, run.nets, variables.params, stage, axis)
-    current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, progress.b_opt_state,
-                                  recipe.compute_dtype)
-    current = parallel.replicate(current, run.feed.devices)  # moments begin on one device; the step would compile twice
-    step = run.compiled(("b", str(training.mask)),
-                        lambda: steps.make_train_step(training.loss, training.tx, axis_name=axis),
-                        trains_convolutions=True)
+    recipe = run.recipe
+    training = make_training(recipe, run.nets, variables.params, stage, run.feed.axis_name)
+    current, frozen, step = run.begin("b", training, variables, progress.b_opt_state)
     rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
                          epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
                          devices=len(run.feed.devices))

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import checkpoint, freezing, models, pretrained, streams, weights
+from asib_jax import checkpoint, freezing, models, parallel, pretrained, streams, weights
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
+from asib_jax.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.recipe import Recipe
@@ -31,6 +32,11 @@ class Data(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, ...]:
         return self.test.image.shape[1:]
+
+
+def make_feed(recipe: Recipe) -> Feed:
+    """What brings examples to the recipe's devices. ValueError for devices that are not here."""
+    return Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
 
 
 class Rows(NamedTuple):

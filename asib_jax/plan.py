@@ -15,7 +15,6 @@ from asib_jax import (a_step, b_step, build, checks, cost, parallel, stored_view
                       weights)
 from asib_jax.data import sources
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
-from asib_jax.models.kd_model import KDModel
 from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.steps import Training
 

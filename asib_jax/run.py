@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from clu.parameter_overview import count_parameters
 
-from asib_jax import loop, schedules, stored_views, streams
+from asib_jax import loop, parallel, schedules, state, steps, stored_views, streams
 from asib_jax.build import Data
 from asib_jax.data.batches import training_rows
 from asib_jax.evaluate import Evaluator
@@ -17,6 +17,8 @@ from asib_jax.feed import Call, Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
+from asib_jax.state import TrainState
+from asib_jax.steps import Training
 from asib_jax.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
@@ -68,6 +70,16 @@ class Run:
             self._compiled[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions,
                                                     donate_carry=True)
         return self._compiled[key]
+
+    def begin(self, kind: str, training: Training, variables: Variables, opt_state: Any
+              ) -> tuple[TrainState, Variables, Steps]:
+        """Before the epochs of a `kind` of training: what it trains, what stands still, the step for its mask."""
+        current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, opt_state,
+                                      self.recipe.compute_dtype)
+        step = self.compiled((kind, str(training.mask)), lambda: steps.make_train_step(
+            training.loss, training.tx, axis_name=self.feed.axis_name), trains_convolutions=bool(training.trained_stats))
+        # Moments begin on one device; the step would compile twice.
+        return parallel.replicate(current, self.feed.devices), frozen, step
 
     def log_parameters(self, title: str, params: dict, trained: dict) -> None:
         """One line: trainable / total parameters of every network in a step."""

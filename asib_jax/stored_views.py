@@ -1,7 +1,8 @@
 """Which views of the training images frozen networks read once, where their outputs wait, and what that saves.
 
 With `a_step_views` or `b_step_views` = V an epoch of that step uses the augmentation of the run's epoch of its number
-modulo V (`schedules.view_of`). Whether outputs are stored changes nothing but time and memory.
+modulo V (`schedules.view_of`). Whether outputs are stored changes nothing but time, memory and
+rounding.
 """
 import logging
 from typing import NamedTuple

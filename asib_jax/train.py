@@ -49,7 +49,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     start = time.perf_counter()
     hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),
                                           "the kind of devices": jax.local_devices()[0].device_kind})
-    feed = Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+    feed = build.make_feed(recipe)
     data = build.load_data(recipe)
     hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
                            for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images

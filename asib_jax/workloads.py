@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import (a_step, b_step, build, cost, feature_bank, loop, parallel, plan, state, steps, streams, teachers,
-                      train)
+from asib_jax import a_step, b_step, build, cost, feature_bank, loop, plan, state, steps, streams, teachers, train
 from asib_jax.build import Data
 from asib_jax.data import sources
 from asib_jax.data.sources import Split
 from asib_jax.experiment import Record
-from asib_jax.feed import Call, Feed
+from asib_jax.feed import Call
 from asib_jax.models.ensemble import Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
@@ -57,7 +56,7 @@ def synthetic_data(recipe: Recipe) -> Data:
 
 def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Run, Variables]:
     """A run that streams, before its first step. random: teachers as they are initialised, else those of a run."""
-    feed = Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+    feed = build.make_feed(recipe)
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     own = build.init_student_and_fusion(recipe, nets, data.image_shape)
     if random:

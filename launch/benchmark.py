@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from asib_jax import benchmark, checks, parallel, recipe as recipes, workloads
+from asib_jax import benchmark, checks, command_line, parallel, recipe as recipes, workloads
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 SYNTHETIC = flags.DEFINE_boolean("synthetic", False, "Random images of the data set's size and random weights.")
@@ -64,14 +64,6 @@ def vs_torch(recipe: recipes.Recipe) -> Callable:
     return torch_benchmark.works
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser, which shows a traceback for an unknown configuration key."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, TypeError) as error:
-        sys.exit(f"error in --config: {error}")
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

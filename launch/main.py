@@ -11,7 +11,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from asib_jax import checks, dry_run, hosts, idle_keys, parallel, plan, recipe as recipes, reporting, train
+from asib_jax import (checks, command_line, dry_run, hosts, idle_keys, parallel, plan, recipe as recipes, reporting,
+                      train)
 from asib_jax.experiment import Record
 from configs import base
 
@@ -60,14 +61,6 @@ def run() -> None:
         sys.exit(f"see {record.folder / 'log.txt'}" if hosts.is_first() else 1)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser, which shows a traceback for an unknown configuration key."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, TypeError) as error:
-        sys.exit(f"error in --config: {error}")
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -16,7 +16,7 @@ READING_ORDER = (
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
     "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "feed", "loop",
     "feature_bank", "stored_views", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
-    "b_step", "finished", "export", "results", "train", "plan", "dry_run", "workloads", "benchmark",
+    "b_step", "finished", "export", "results", "train", "plan", "dry_run", "workloads", "benchmark", "command_line",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
