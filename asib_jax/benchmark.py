@@ -20,6 +20,7 @@ import jax
 
 from asib_jax import build, device_check, schedules, stored_views, workloads
 from asib_jax.build import Data
+from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
@@ -162,7 +163,7 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
     rival: (recipe, data, platform) to PyTorch's works, "torch_a" and "torch_b", which take turns with ours.
     """
     if recipe.teachers_only:
-        raise ValueError("teachers_only=True: there is no A- or B-Step to measure; set teachers_only=False")
+        raise UserError("teachers_only=True: there is no A- or B-Step to measure; set teachers_only=False")
     began = time.perf_counter()
     data = workloads.synthetic_data(recipe) if random else build.load_data(recipe)
     with tempfile.TemporaryDirectory() as folder, Reporter(folder, tensorboard=False, wandb="", config={}) as reporter:

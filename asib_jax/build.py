@@ -11,6 +11,7 @@ import numpy as np
 from asib_jax import checkpoint, freezing, models, parallel, pretrained, streams, weights
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
+from asib_jax.errors import UserError
 from asib_jax.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
@@ -35,7 +36,7 @@ class Data(NamedTuple):
 
 
 def make_feed(recipe: Recipe) -> Feed:
-    """What brings examples to the recipe's devices. ValueError for devices that are not here."""
+    """What brings examples to the recipe's devices. UserError for devices that are not here."""
     return Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
 
 
@@ -56,19 +57,19 @@ def load_data(recipe: Recipe) -> Data:
 
 
 def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
-    """The training split by its labels [N]. Raises ValueError for too few images, and the errors of `splits`."""
+    """The training split by its labels [N]. Raises UserError for too few images, and the errors of `splits`."""
     options = recipe.dataset
     teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
     train = teacher_train
     if options.train_subset and not recipe.teachers_only:
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]
     if len(train) < options.batch_size:
-        raise ValueError(f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on")
+        raise UserError(f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on")
     return Rows(train, teacher_train, validation)
 
 
 def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = None) -> Networks:
-    """Every network the recipe uses, without variables. ValueError for an unknown name, or widths that cannot meet.
+    """Every network the recipe uses, without variables. UserError for an unknown name, or widths that cannot meet.
 
     axis_name: over which training-mode BatchNorm takes its statistics, see `KDModel`.
     """
@@ -94,7 +95,7 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
         learnable_temperature=recipe.synergy_temp_learnable)
     networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
     if recipe.feat_kd_alpha and _query_dim(networks) != recipe.ib_mbm_out_dim:
-        raise ValueError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with "
+        raise UserError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with "
                          f"ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
     return networks
 
@@ -122,14 +123,14 @@ def read_weights(given: str, key: str, model: KDModel, variables: dict, level: i
 
     Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
 
-    Raises ValueError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
+    Raises UserError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
     errors of `weights` and `pretrained.import_weights`.
     """
     path = weights.locate(given, key)
     if path.is_dir():
         stored = checkpoint.restore(path)
         if "params" not in stored and "best" not in stored.get("students", {}):
-            raise ValueError(f"{key}={given!r} is no checkpoint of one network, nor of a run with a student; kept "
+            raise UserError(f"{key}={given!r} is no checkpoint of one network, nor of a run with a student; kept "
                              "teachers are results_dir/teachers/NAME/checkpoint")
         stored = stored if "params" in stored else stored["students"]["best"]
         imported = pretrained.fit_variables(stored, variables, model.architecture)
@@ -138,7 +139,7 @@ def read_weights(given: str, key: str, model: KDModel, variables: dict, level: i
     stem, *others = stage_names(model)
     random = [leaf for leaf in imported.fresh if f"params/{stem}/" in leaf]
     if random and 0 <= level <= len(others):
-        raise ValueError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
+        raise UserError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
                          f"{level}; train all stages first (-1)")
     return imported
 

@@ -14,6 +14,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from asib_jax import hosts
+from asib_jax.errors import UserError
 
 
 def _tree_digest(tree: dict) -> str:
@@ -39,7 +40,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     leave the devices first, so what is written does not depend on how many there were.
 
     Raises:
-        ValueError: `path` exists, or a leaf is a string or an array without elements.
+        UserError: `path` exists, or a leaf is a string or an array without elements.
     """
     if not hosts.is_first():
         return
@@ -56,24 +57,24 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
-        ValueError: its contents are not what was saved.
+        UserError: its contents are not what was saved.
     """
     path = os.path.abspath(path)
     with _checkpointer() as checkpointer:
         tree = checkpointer.restore(path)
     if _tree_digest(tree) != digest(path):
-        raise ValueError(f"checkpoint {path} is damaged: its contents do not match the digest stored with it")
+        raise UserError(f"checkpoint {path} is damaged: its contents do not match the digest stored with it")
     return tree
 
 
 def digest(path: str | os.PathLike) -> str:
     """The SHA-256 stored with the checkpoint at `path`, over its paths, types, shapes and values; reads no arrays.
 
-    Raises ValueError if there is none that `save` wrote.
+    Raises UserError if there is none that `save` wrote.
     """
     path = os.path.abspath(path)
     with _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).custom_metadata or {}
     if "sha256" not in metadata:
-        raise ValueError(f"{path} is not a checkpoint by asib_jax: it holds no digest")
+        raise UserError(f"{path} is not a checkpoint by asib_jax: it holds no digest")
     return metadata["sha256"]

@@ -5,6 +5,7 @@ import re
 from asib_jax import freezing, losses, models, parallel, schedules, weights
 from asib_jax.data.augment import POLICIES
 from asib_jax.data.sources import SOURCES
+from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, TeacherRecipe
 
 _AT_LEAST = {  # key: smallest value
@@ -33,7 +34,7 @@ _IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are n
 
 
 def check(recipe: Recipe) -> None:
-    """Raise ValueError, naming the value, the choices and the key, for a recipe that cannot be run as it says."""
+    """Raise UserError, naming the value, the choices and the key, for a recipe that cannot be run as it says."""
     for key, least in _AT_LEAST.items():
         _require(getattr(recipe, key) >= least, f"{key}={getattr(recipe, key)} must be at least {least}")
     for key in _POSITIVE:
@@ -64,7 +65,7 @@ def check(recipe: Recipe) -> None:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -229,7 +230,7 @@ def _check_fusion(recipe: Recipe) -> None:
 
 
 def check_gate(threshold: float, num_classes: int) -> str | None:
-    """ValueError for a gate below chance (SPEC 4); a warning text for one below 1.5 times chance."""
+    """UserError for a gate below chance (SPEC 4); a warning text for one below 1.5 times chance."""
     key = f"enable_kd_after_syn_acc={threshold:g}"
     _require(threshold >= 1 / num_classes, f"{key} is below chance for {num_classes} classes (1/{num_classes})")
     if threshold < 1.5 / num_classes:

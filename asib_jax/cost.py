@@ -10,6 +10,7 @@ from clu.parameter_overview import count_parameters
 from jax.extend.core import Literal
 
 from asib_jax import state
+from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Variables
 from asib_jax.steps import Training
 
@@ -45,7 +46,7 @@ def flops(function: Callable, *args: Any) -> float:
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        raise ValueError("operations are counted on the CPU, which JAX_PLATFORMS excludes; add ,cpu to it") from error
+        raise UserError("operations are counted on the CPU, which JAX_PLATFORMS excludes; add ,cpu to it") from error
     with jax.default_device(cpu):  # for a GPU jax counts compiled code only
         return jax.jit(function).lower(*args).cost_analysis()["flops"]
 

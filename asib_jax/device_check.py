@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asib_jax.errors import UserError
 from asib_jax.parallel import AXIS
 
 TOLERANCE = 1e-3  # of a product's entries, in their standard deviation; float32 sums of 2048 terms are within 1e-5
@@ -47,26 +48,26 @@ def memory(stats: dict[str, Any] | None) -> str:
 
 
 def all_devices() -> list[jax.Device]:
-    """Of all processes. ValueError where jax cannot start."""
+    """Of all processes. UserError where jax cannot start."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"jax cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: unset it, and "
+        raise UserError(f"jax cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: unset it, and "
                          f"for NVIDIA GPUs pip install -r requirements.txt. {error}") from error
 
 
 def check_devices(devices: Sequence[jax.Device], expected: int, platform: str) -> None:
-    """ValueError unless there are `expected` devices or more, as many in each process, of `platform` ("": of any)."""
+    """UserError unless there are `expected` devices or more, as many in each process, of `platform` ("": of any)."""
     found = ", ".join(sorted({device.platform for device in devices}))
     if platform and found != platform:
-        raise ValueError(f"--platform={platform}, but jax uses {found}: for NVIDIA GPUs pip install -r "
+        raise UserError(f"--platform={platform}, but jax uses {found}: for NVIDIA GPUs pip install -r "
                          "requirements.txt, see that nvidia-smi lists them, and unset JAX_PLATFORMS")
     if len(devices) < expected:
-        raise ValueError(f"--expect={expected}, but jax sees {len(devices)} ({found}): see what nvidia-smi lists, "
+        raise UserError(f"--expect={expected}, but jax sees {len(devices)} ({found}): see what nvidia-smi lists, "
                          "unset CUDA_VISIBLE_DEVICES, start every host's process, or lower --expect")
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:  # pmap's condition
-        raise ValueError(f"the processes have {[counts[k] for k in sorted(counts)]} devices: give each as many, with "
+        raise UserError(f"the processes have {[counts[k] for k in sorted(counts)]} devices: give each as many, with "
                          "CUDA_VISIBLE_DEVICES")
 
 
@@ -79,10 +80,10 @@ def all_reduce() -> np.ndarray:
 
 
 def check_sums(sums: Sequence[int], count: int) -> None:
-    """ValueError unless each sum is 1 + 2 + ... + count."""
+    """UserError unless each sum is 1 + 2 + ... + count."""
     right = count * (count + 1) // 2
     if any(found != right for found in sums):
-        raise ValueError(f"the all-reduce gives {[int(found) for found in sums]}, not {right} on each local device: "
+        raise UserError(f"the all-reduce gives {[int(found) for found in sums]}, not {right} on each local device: "
                          "the links between the devices are at fault; set NCCL_DEBUG=INFO to see which, "
                          "NCCL_P2P_DISABLE=1 to do without the direct ones")
 
@@ -125,9 +126,9 @@ def largest_error(rows: np.ndarray, reference: np.ndarray) -> float:
 
 
 def check_matmul(device: jax.Device, matmul: Matmul) -> None:
-    """ValueError if the device multiplies wrongly; NaN is wrong."""
+    """UserError if the device multiplies wrongly; NaN is wrong."""
     if not matmul.error <= TOLERANCE:
-        raise ValueError(f"device {device.id} multiplies wrongly: entries are off by up to {matmul.error:.2g} standard "
+        raise UserError(f"device {device.id} multiplies wrongly: entries are off by up to {matmul.error:.2g} standard "
                          f"deviations, where {TOLERANCE:g} is allowed; leave it out with CUDA_VISIBLE_DEVICES")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from asib_jax import hosts
+from asib_jax.errors import UserError
 
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 STATUSES = ("finished", "failed", "interrupted")
@@ -30,13 +31,12 @@ class Record:
         within the same second get different ones. Of several hosts the first alone has a record that is written.
 
         Raises:
-            FileExistsError: a run called `exp_id` exists.
-            ValueError: `exp_id` is not the name of a folder, or that of the teachers.
+            UserError: a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the teachers.
         """
         if exp_id != Path(exp_id).name:
-            raise ValueError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
+            raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
         if exp_id == TEACHERS:
-            raise ValueError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+            raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
@@ -96,7 +96,7 @@ def _new_folder(results: Path, name: str, exp_id: str) -> Path:
         except FileExistsError:
             if exp_id:
                 message = f"exp_id={exp_id!r}: {folder} exists; choose another, or none for a unique name"
-                raise FileExistsError(message) from None
+                raise UserError(message) from None
 
 
 def _plain(value: Any) -> Any:

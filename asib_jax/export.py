@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from asib_jax import finished, models, pretrained
+from asib_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -37,16 +38,14 @@ def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None 
     small_input, the run. A .safetensors file holds these too, as text.
 
     Raises:
-        FileNotFoundError: there is no such run, or it did not finish.
-        FileExistsError: the file exists.
-        ValueError: the run has no such student, its network has no PyTorch counterpart, or `out` is named otherwise.
+        UserError: there is no such run, it did not finish, the file exists, the run has no such student, its network has no PyTorch counterpart, or `out` is named otherwise.
     """
     out = out or run / f"student.{kind}"
     if out.suffix != f".{kind}":
-        raise ValueError(f"--out={out} must end in .{kind}, or --format say otherwise")
+        raise UserError(f"--out={out} must end in .{kind}, or --format say otherwise")
     recipe, students = finished.read_recipe(run), finished.load_students(run)
     if student not in students:
-        raise ValueError(f"--student={student}: the run in {run} has {', '.join(sorted(students)) or 'no student'}")
+        raise UserError(f"--student={student}: the run in {run} has {', '.join(sorted(students)) or 'no student'}")
     options, variables = recipe.model.student, students[student]
     architecture = models.backbone(options.name, recipe.dataset.small_input, "model.student.name")
     arrays = pretrained.export_weights(variables, architecture)
@@ -58,5 +57,5 @@ def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None 
         with open(out, "xb") as file:
             file.write(content)
     except FileExistsError:
-        raise FileExistsError(f"{out} exists; choose another with --out=FILE") from None
+        raise UserError(f"{out} exists; choose another with --out=FILE") from None
     return out, about

@@ -18,6 +18,7 @@ from asib_jax import hosts, parallel
 from asib_jax.data.augment import augment
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split, blocks
+from asib_jax.errors import UserError
 from asib_jax.feed import Feed, Steps, on_host
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers
 
@@ -31,7 +32,7 @@ def read_teachers(nets: Networks, variables: Variables, split: Split, *, keys: S
     """The teachers over `split`, once for the augmentation key of each view.
 
     cache: a folder; outputs stored there under a digest of networks, weights, images and view are read instead of
-    computed, if all hosts see them; the first stores them. Raises ValueError naming a file that cannot be read.
+    computed, if all hosts see them; the first stores them. Raises UserError naming a file that cannot be read.
     """
     teachers = _only(variables, nets.teacher_names)
     paths = [None] * len(keys)
@@ -134,7 +135,7 @@ def _load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
             return TeacherOutputs(tuple(stored[name].view(np.dtype(model.dtype)) for name, model in
                                         zip(nets.teacher_names, nets.teachers)), stored["logits"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
+        raise UserError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
 
 
 def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:

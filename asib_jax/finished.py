@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from asib_jax import build, checkpoint, recipe as recipes, weights
+from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, TeacherRecipe
@@ -51,19 +52,18 @@ def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
 
 
 def read_recipe(folder: pathlib.Path) -> Recipe:
-    """The recipe of the run in `folder`. FileNotFoundError if there is none."""
+    """The recipe of the run in `folder`. UserError if there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is no run folder: {path.name} is missing")
+        raise UserError(f"{folder} is no run folder: {path.name} is missing")
     return recipes.read(json.loads(path.read_text()))
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
     """The finished run in `folder`.
 
-    Raises:
-      FileNotFoundError: it did not finish.
-      ValueError: the checkpoint is damaged, or a teacher's weights are no longer the file the run used.
+    Raises UserError where it did not finish, the checkpoint is damaged, or a teacher's weights are no longer the file
+    that the run used.
     """
     stored = checkpoint.restore(folder / "checkpoints" / "final")
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -73,7 +73,7 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
             continue  # stored whole
         key = f"{name}.weights"
         if weights.digest(weights.locate(options.weights, key)) != metrics[f"weights/{name}"]:
-            raise ValueError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
+            raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
         random = build.init_network(model, recipe.seed, name, image_shape)
         backbone = build.read_weights(options.weights, key, model, random).variables

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from asib_jax.errors import UserError
+
 Tree = Mapping[str, Any]
 
 
@@ -16,10 +18,10 @@ def frozen_stages(level: int, num_stages: int, key: str) -> int:
     """How many leading stages stand still: none at level -1, all but the last `level` at levels 0 to num_stages.
 
     Raises:
-        ValueError: the level is out of range; the message names the config key `key`.
+        UserError: the level is out of range; the message names the config key `key`.
     """
     if not -1 <= level <= num_stages:
-        raise ValueError(f"{key}={level}: choose -1 (nothing frozen) or 0 to {num_stages}, the last stages that train")
+        raise UserError(f"{key}={level}: choose -1 (nothing frozen) or 0 to {num_stages}, the last stages that train")
     return 0 if level == -1 else num_stages - level
 
 
@@ -35,7 +37,7 @@ def trainable(params: Tree, model_stage_names: Sequence[str], level: int, freeze
     freezes every normalisation layer that would train; Flax gives them, and only them, a parameter called `scale`.
 
     Raises:
-        ValueError: the level is out of range, or a declared stage has no parameters (a stale declaration would freeze
+        UserError: the level is out of range, or a declared stage has no parameters (a stale declaration would freeze
             nothing).
     """
     missing = [name for name in model_stage_names if name not in params]

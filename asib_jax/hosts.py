@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from asib_jax import parallel
+from asib_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -30,11 +31,11 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     finds it in SLURM, Open MPI or Kubernetes. Leaving by an exception prints it, ends the process with exit status 1
     and thereby the other hosts, once they wait for this one.
 
-    Raises ValueError for an incomplete or malformed address, or if there is no cluster to ask.
+    Raises UserError for an incomplete or malformed address, or if there is no cluster to ask.
     """
     if not coordinator:
         if processes is not None or process is not None:
-            raise ValueError("--processes and --process need --coordinator=HOST:PORT, which is process 0's")
+            raise UserError("--processes and --process need --coordinator=HOST:PORT, which is process 0's")
         yield
         return
     _join(coordinator, processes, process)
@@ -50,11 +51,11 @@ def _join(coordinator: str, processes: int | None, process: int | None) -> None:
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise ValueError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
+            raise UserError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
                              "elsewhere give --coordinator=HOST:PORT --processes --process") from error
         return
     if not re.fullmatch(r".+:\d+", coordinator) or process not in range(processes or 0):
-        raise ValueError(f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
+        raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
                          "process 0, how many there are and which this is, from 0; or --coordinator=auto alone")
     # Without detection, which in an srun would give each process one device instead of all of its host.
     jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
@@ -84,7 +85,7 @@ def everywhere(found: Sequence[bool]) -> list[bool]:
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
-    """ValueError, on every host, unless the values, of the same names on each, are the same; arrays by content."""
+    """UserError, on every host, unless the values, of the same names on each, are the same; arrays by content."""
     if jax.process_count() == 1:
         return
     digests = _of_all(np.stack([_digest(value) for value in values.values()]))  # [hosts, values, 32]
@@ -93,7 +94,7 @@ def same_everywhere(values: Mapping[str, Any]) -> None:
         told = [f"{name} is not the same on host {', '.join(map(str, np.flatnonzero(wrong)))} as on host 0"
                 + (f" (here {value!r})" if isinstance(value, str | int | float) else "")
                 for (name, value), wrong in zip(values.items(), differ.T) if wrong.any()]
-        raise ValueError("; ".join(told) + ". Every host needs the same command, data and weights")
+        raise UserError("; ".join(told) + ". Every host needs the same command, data and weights")
 
 
 @functools.cache

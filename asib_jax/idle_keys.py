@@ -1,9 +1,9 @@
 """Which keys of a recipe have no effect in its run."""
 import dataclasses
 import math
-from operator import attrgetter
 
 from asib_jax.recipe import Recipe
+from asib_jax.typed_groups import flat
 
 # Keys that act only where a condition on the recipe holds.
 _ACTIVE = (
@@ -45,7 +45,7 @@ _ACTIVE = (
 )
 # The same of a teacher's own keys; conditions on the teacher and the recipe.
 _TEACHER_ACTIVE = (
-    (lambda t, r: bool(t.weights), ("saw_val",)),
+    (lambda t, r: bool(t.weights), ("saw_val", "weights_sha256")),
     (lambda t, r: t.train_epochs > 0, ("train_lr", "train_weight_decay")),
     (lambda t, r: t.finetune_epochs > 0, ("finetune_lr", "finetune_weight_decay", "finetune_freeze_level")),
     (lambda t, r: t.epochs > 0, ("warmup_epochs", "label_smoothing", "finetune_use_cutmix",
@@ -58,7 +58,8 @@ _TEACHER_ACTIVE = (
 # With teachers_only nothing else acts.
 _ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "scale_lr_with_devices",
                         "steps_per_call", "device_data_gb", "use_amp", "amp_dtype", "tensorboard", "wandb",
-                        "compilation_cache", "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm",
+                        "compilation_cache", "resume", "checkpoint_minutes", "checkpoint_steps",
+                        "max_nonfinite_steps", "deterministic", "platform", "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm",
                         "schedule"}
 
 
@@ -81,11 +82,8 @@ def without_effect(recipe: Recipe, defaults: Recipe) -> list[str]:
     def same(a, b):
         return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
 
-    def value(of: Recipe, key: str):
-        group, _, name = key.rpartition(".")
-        return getattr(of.teachers[int(group[7:]) - 1], name) if group.startswith("teacher") else attrgetter(key)(of)
+    def is_idle(key):
+        return key in idle or any(key.startswith(f"{group}.") for group in idle)
 
-    shared = min(len(recipe.teachers), len(defaults.teachers))
-    known = {key for key in inactive(recipe) if not key.startswith("teacher") or "." not in key
-             or int(key.partition(".")[0][7:]) <= shared}
-    return sorted(key for key in known if not same(value(recipe, key), value(defaults, key)))
+    idle, ours, theirs = inactive(recipe), flat(recipe), flat(defaults)
+    return sorted(key for key in ours if key in theirs and is_idle(key) and not same(ours[key], theirs[key]))

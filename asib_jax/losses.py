@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from asib_jax.errors import UserError
+
 Mean = Callable[[jax.Array], jax.Array]
 
 
@@ -119,10 +121,10 @@ def renormalise_alphas(ce_alpha: float, kd_alpha: float) -> tuple[float, float]:
     """The two loss weights, scaled to sum 1 only where both are positive and do not (SPEC 2).
 
     Raises:
-        ValueError: one is negative, or both are zero, which would leave nothing to learn from.
+        UserError: one is negative, or both are zero, which would leave nothing to learn from.
     """
     if not (ce_alpha >= 0 and kd_alpha >= 0 and ce_alpha + kd_alpha > 0):
-        raise ValueError(f"ce_alpha={ce_alpha}, kd_alpha={kd_alpha}: both must be at least 0 and one of them positive")
+        raise UserError(f"ce_alpha={ce_alpha}, kd_alpha={kd_alpha}: both must be at least 0 and one of them positive")
     total = ce_alpha + kd_alpha
     if ce_alpha == 0 or kd_alpha == 0 or math.isclose(total, 1.0):
         return ce_alpha, kd_alpha

@@ -17,6 +17,8 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from asib_jax.errors import UserError
+
 logger = logging.getLogger("asib_jax")
 
 AXIS = "devices"
@@ -25,14 +27,14 @@ AXIS = "devices"
 def run_devices(count: int) -> list[jax.Device]:
     """The first `count` devices of each host, or all of them for 0, host by host.
 
-    Raises ValueError where there are fewer, or the hosts have not as many, which pmap asks for.
+    Raises UserError where there are fewer, or the hosts have not as many, which pmap asks for.
     """
     hosts = [jax.local_devices(process_index=host) for host in range(jax.process_count())]
     if len({len(devices) for devices in hosts}) > 1:
-        raise ValueError(f"the hosts have {[len(devices) for devices in hosts]} devices: give each as many, with "
+        raise UserError(f"the hosts have {[len(devices) for devices in hosts]} devices: give each as many, with "
                          "CUDA_VISIBLE_DEVICES")
     if not 0 <= count <= len(hosts[0]):
-        raise ValueError(f"num_devices={count}, but {len(hosts[0])} are here: {hosts[0]}; 0 takes all")
+        raise UserError(f"num_devices={count}, but {len(hosts[0])} are here: {hosts[0]}; 0 takes all")
     return [device for devices in hosts for device in devices[: count or len(devices)]]
 
 
@@ -43,9 +45,9 @@ def _places_here(devices: Sequence[jax.Device]) -> slice:
 
 
 def check_batch(batch_size: int, devices: Sequence[jax.Device]) -> None:
-    """ValueError when the batch does not divide by the number of devices."""
+    """UserError when the batch does not divide by the number of devices."""
     if batch_size % len(devices):
-        raise ValueError(f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; "
+        raise UserError(f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; "
                          f"change it or set num_devices")
 
 

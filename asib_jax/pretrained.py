@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from asib_jax.errors import UserError
 from asib_jax.models.architecture import Architecture, Names
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}  # else the same name
@@ -33,7 +34,7 @@ def import_weights(state_dict: Mapping[str, np.ndarray], variables: Mapping[str,
         of our own adapters keep theirs. So do the classifier's where the class counts differ, and a kernel of the first
         stage that sees another window (`small_input`): `fresh` names them.
 
-    Raises ValueError, naming what is left, if a source key has no place in the model, a leaf has no source, or shapes
+    Raises UserError, naming what is left, if a source key has no place in the model, a leaf has no source, or shapes
     differ elsewhere.
     """
     arrays = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] != _COUNTER}
@@ -68,7 +69,7 @@ def _fit(found: Mapping[str, np.ndarray], variables: Mapping[str, Any], architec
             shapes.append(difference)
     unfilled = [path for path in target if path not in found and _owner(path) not in _OURS]
     if unmatched or unfilled or shapes:
-        raise ValueError("the weights do not fit the model"
+        raise UserError("the weights do not fit the model"
                          + _listing("source keys without a place in the model", unmatched)
                          + _listing("model leaves without a source", unfilled)
                          + _listing("different shapes", shapes))
@@ -78,11 +79,11 @@ def _fit(found: Mapping[str, np.ndarray], variables: Mapping[str, Any], architec
 def export_weights(variables: Mapping[str, Any], architecture: Architecture) -> dict[str, np.ndarray]:
     """The inverse, under the architecture's first naming convention, with BatchNorm's step counters at 0.
 
-    A distillation adapter is left out: no logit depends on it. Raises ValueError for a residual adapter, which the
+    A distillation adapter is left out: no logit depends on it. Raises UserError for a residual adapter, which the
     PyTorch network does not have.
     """
     if "residual_adapter" in variables["params"]:
-        raise ValueError("the network has a residual adapter (model.student.use_adapter), which its PyTorch "
+        raise UserError("the network has a residual adapter (model.student.use_adapter), which its PyTorch "
                          "counterpart has not")
     state = {}
     for path, leaf in flatten_dict(variables, sep="/").items():

@@ -4,12 +4,12 @@ Each field stands for the key of the same name in `configs/base.py`, where it is
 a key without a field and a field without a key are both errors. What the values must satisfy is in `checks.py`.
 """
 import dataclasses
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
+
+from asib_jax.errors import UserError
+from asib_jax.typed_groups import read_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class DatasetRecipe:
 class StudentRecipe:
     name: str
     weights: str
+    weights_sha256: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     use_adapter: bool
@@ -42,6 +43,7 @@ class ModelRecipe:
 class TeacherRecipe:
     name: str
     weights: str
+    weights_sha256: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     saw_val: bool
@@ -106,6 +108,12 @@ class Recipe:
     tensorboard: bool
     wandb: str
     compilation_cache: str
+    resume: str
+    checkpoint_minutes: float
+    checkpoint_steps: int
+    max_nonfinite_steps: int
+    deterministic: bool
+    platform: str
     profile_steps: tuple[int, ...]
     # data and networks
     dataset: DatasetRecipe
@@ -247,46 +255,13 @@ def read(config: Mapping[str, Any]) -> Recipe:
     """The recipe `config` (a ConfigDict or a nested dict) describes.
 
     Raises:
-      ValueError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
+      UserError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
     """
     config = dict(config.items())
     if "teachers" in config:
-        raise ValueError("unknown key teachers; teachers are the groups teacher1, teacher2, ...")
+        raise UserError("unknown key teachers; teachers are the groups teacher1, teacher2, ...")
     names = sorted((key for key in config if re.fullmatch(r"teacher\d+", key)), key=lambda key: int(key[7:]))
     if names != [f"teacher{k + 1}" for k in range(len(names))]:
-        raise ValueError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
-    groups = tuple(_read_group(TeacherRecipe, config.pop(name), f"{name}.") for name in names)
-    return _read_group(Recipe, {**config, "teachers": groups}, "")
-
-
-def _read_group(cls: type, group: Mapping[str, Any], prefix: str):
-    if not hasattr(group, "items"):
-        raise ValueError(f"{prefix[:-1]}={group!r} is a {type(group).__name__}; a group of keys is needed")
-    hints = typing.get_type_hints(cls)
-    for key in group:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            raise ValueError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
-    missing = [prefix + key for key in hints if key not in group]
-    if missing:
-        raise ValueError(f"missing keys: {', '.join(missing)}")
-    return cls(**{key: _coerce(group[key], hint, prefix + key) for key, hint in hints.items()})
-
-
-def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the field's type; an int serves as a float, one number as a tuple of one."""
-    if dataclasses.is_dataclass(hint):
-        return _read_group(hint, value, f"{key}.")
-    if typing.get_origin(hint) is types.UnionType:  # float | None
-        return None if value is None else _coerce(value, typing.get_args(hint)[0], key)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if dataclasses.is_dataclass(item):
-            return value  # the teachers, read already
-        values = value if isinstance(value, tuple | list) else (value,)
-        return tuple(_coerce(v, item, key) for v in values)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{key}={value!r} is of type {type(value).__name__}; {hint.__name__} is needed")
-    return value
+        raise UserError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
+    groups = tuple(read_group(TeacherRecipe, config.pop(name), f"{name}.") for name in names)
+    return read_group(Recipe, {**config, "teachers": groups}, "")

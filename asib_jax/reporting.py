@@ -12,6 +12,7 @@ import jax
 from tqdm import tqdm
 
 from asib_jax import hosts
+from asib_jax.errors import UserError
 
 
 class _Console(logging.Handler):
@@ -55,7 +56,7 @@ class Reporter:
     profiler trace of the calls with those B-steps to `folder/profile`. Of several hosts the first alone does any of it.
 
     Raises:
-        ModuleNotFoundError: `wandb` is asked for but not installed.
+        UserError: `wandb` is asked for but not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
@@ -124,7 +125,7 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise UserError(
             f"wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to \"\"") from None
     return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
 

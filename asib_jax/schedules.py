@@ -6,6 +6,8 @@ from 0.
 import math
 from collections.abc import Sequence
 
+from asib_jax.errors import UserError
+
 SCHEDULES = ("cosine", "step", "multistep")
 
 
@@ -50,24 +52,24 @@ def learning_rate(
     `milestones`. The last two count epochs from the start of training, warm-up included.
 
     Raises:
-        ValueError: the warm-up is longer than the training, the kind is unknown, or cosine would end above `base`.
+        UserError: the warm-up is longer than the training, the kind is unknown, or cosine would end above `base`.
     """
     if warmup_epochs > epochs:
-        raise ValueError(f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs")
+        raise UserError(f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs")
     warmup = warmup_epochs * steps_per_epoch
     if step < warmup:
         return base * (step + 1) / warmup
     epoch = step // steps_per_epoch
     if kind == "cosine":
         if min_lr > base:
-            raise ValueError(f"schedule.min_lr={min_lr} is above the learning rate it follows, {base}")
+            raise UserError(f"schedule.min_lr={min_lr} is above the learning rate it follows, {base}")
         progress = min((step - warmup) / max(1, epochs * steps_per_epoch - warmup), 1.0)
         return min_lr + (base - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     if kind == "step":
         return base * gamma ** (epoch // step_size)
     if kind == "multistep":
         return base * gamma ** sum(epoch >= milestone for milestone in milestones)
-    raise ValueError(f"schedule.type={kind!r}: choose one of {', '.join(SCHEDULES)}")
+    raise UserError(f"schedule.type={kind!r}: choose one of {', '.join(SCHEDULES)}")
 
 
 def view_of(lengths: Sequence[int], stage: int, epoch: int, views: int) -> tuple[int, int]:

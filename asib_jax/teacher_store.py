@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from asib_jax import checkpoint, hosts, idle_keys, parallel, weights
 from asib_jax.data.sources import Split, blocks
+from asib_jax.errors import UserError
 from asib_jax.experiment import TEACHERS
 from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
 _RECIPE = 2  # raised whenever the code of a teacher's training changes what comes of it
-_LATER = ("saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that act only after it is ready
+_LATER = ("weights_sha256", "saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that make it no other
 
 
 class Place(NamedTuple):
@@ -89,7 +90,7 @@ def find(recipe: Recipe, k: int) -> Place | None:
 def load(place: Place, train: Split) -> dict[str, Any] | None:
     """The variables kept at `place`; None if there is no such teacher.
 
-    Raises ValueError if it was trained on other images than `train`, the folder is damaged, or only some hosts see it.
+    Raises UserError if it was trained on other images than `train`, the folder is damaged, or only some hosts see it.
     """
     exists = place.folder.exists()
     hosts.same_everywhere({f"the presence of {place.folder} (results_dir has to be one folder for all hosts)": exists})
@@ -97,9 +98,9 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
         return None
     about = _about(place.folder)
     if about is None:
-        raise ValueError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
+        raise UserError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
     if about["images"] != images_digest(train):
-        raise ValueError(f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
+        raise UserError(f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
                          "another results_dir, or move that folder away")
     return checkpoint.restore(place.folder / "checkpoint")
 

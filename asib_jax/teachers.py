@@ -12,6 +12,7 @@ from clu.parameter_overview import count_parameters
 from asib_jax import (build, checkpoint, freezing, hosts, parallel, pretrained, state, steps, streams, teacher_store,
                       weights)
 from asib_jax.data.batches import training_rows
+from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.feed import Feed
@@ -39,7 +40,7 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
       3. training from scratch for `train_epochs`.
     Training uses the whole training split but never the validation images.
 
-    Raises ValueError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts.
+    Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts.
     """
     start, done, places = {}, {}, {}
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers)):
@@ -80,7 +81,7 @@ def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[st
                                           options.finetune_freeze_level if options.finetune_epochs else -1)
     differ = f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else ""
     if fresh and not options.finetune_epochs:
-        raise ValueError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "
+        raise UserError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "
                          f"{name}.finetune_epochs, or take weights fitted to the classes and the size of these images")
     logger.info("%s: %s from %s%s", name, options.name, options.weights, differ)
     return variables
@@ -88,7 +89,7 @@ def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[st
 
 def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
     if imported.fresh:
-        raise ValueError(f"the teacher in {folder} is not this network: {'; '.join(imported.fresh)}")
+        raise UserError(f"the teacher in {folder} is not this network: {'; '.join(imported.fresh)}")
     return imported.variables
 
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from asib_jax.errors import UserError
+
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a stream of pickles begins
 _DTYPES = {name: np.dtype(dtype) for name, dtype in (
     ("FloatStorage", np.float32), ("DoubleStorage", np.float64), ("HalfStorage", np.float16),
@@ -74,7 +76,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is damaged, holds something else than tensors, or names a function or class that weights do
+        UserError: it is damaged, holds something else than tensors, or names a function or class that weights do
             not need; the message tells how to convert it.
     """
     path = Path(path)
@@ -88,7 +90,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # damaged pickles and archives raise nearly anything
         convert = _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
-        raise ValueError(f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
+        raise UserError(f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
                          f"If PyTorch can read it, which with weights_only=True runs no code either, convert it with\n"
                          f"{convert}") from error
 

@@ -44,7 +44,7 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder.
 
-    Raises ValueError, before any training, where hosts differ in their configuration, data or initial values.
+    Raises UserError, before any training, where hosts differ in their configuration, data or initial values.
     """
     start = time.perf_counter()
     hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),

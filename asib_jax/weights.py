@@ -15,6 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from safetensors.numpy import load_file
 
 from asib_jax import checkpoint, torch_pickle
+from asib_jax.errors import UserError
 
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
 
@@ -24,7 +25,7 @@ def cached(weights: str) -> Path | None:
 
     Uses no network. A revision that was downloaded once stays what it was then, whatever its branch is now.
 
-    Raises ValueError if what follows "hf:" is no reference.
+    Raises UserError if what follows "hf:" is no reference.
     """
     reference = _reference(weights)
     if reference is None:
@@ -43,13 +44,13 @@ def locate(weights: str, key: str) -> Path:
     key: the config key that holds `weights`, for messages.
 
     Raises:
-        OSError: it cannot be downloaded; the message tells how to fetch it by hand.
-        ValueError: there is no such file or folder, or the cached file is damaged.
+        UserError: there is no such file or folder, the cached file is damaged, or it cannot be downloaded; then the
+            message tells how to fetch it by hand.
     """
     path, reference = cached(weights), _reference(weights)
     if reference is None:
         if path is None:
-            raise ValueError(f"{key}={weights!r} does not exist")
+            raise UserError(f"{key}={weights!r} does not exist")
         return path
     if path is None:
         path = _download(reference, f"{key}={weights!r}", key)
@@ -57,7 +58,7 @@ def locate(weights: str, key: str) -> Path:
     # of large files SHA-256. That may be a link itself, so it is not resolved.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", expected) and digest(path) != expected:
-        raise ValueError(f"{key}={weights!r}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
+        raise UserError(f"{key}={weights!r}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
                          f"Delete {path.resolve()} and start again")
     return path
 
@@ -67,17 +68,17 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
 
     bfloat16 is that of ml_dtypes. No code in a file is run; `torch_pickle.read` says what it takes of PyTorch's files.
 
-    Raises OSError if the file cannot be opened, ValueError naming it if it is of another kind or damaged.
+    Raises OSError if the file cannot be opened, UserError naming it if it is of another kind or damaged.
     """
     path = Path(path)
     if path.suffix not in _READERS:
-        raise ValueError(f"cannot read weights from {path}: expected a file named {', '.join(_READERS)}")
+        raise UserError(f"cannot read weights from {path}: expected a file named {', '.join(_READERS)}")
     try:
         return _READERS[path.suffix](path)
     except OSError:
         raise
     except Exception as error:  # each format has its own kinds for a damaged file
-        raise ValueError(f"cannot read weights from {path}: {error}") from error
+        raise UserError(f"cannot read weights from {path}: {error}") from error
 
 
 def digest(path: str | Path) -> str:
@@ -94,7 +95,7 @@ def _reference(weights: str) -> dict[str, str] | None:
         return None
     match = _HUB.fullmatch(weights)
     if not match:
-        raise ValueError(f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
+        raise UserError(f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
                          "set teacherK.weights or model.student.weights to such a reference or a path")
     return {"revision": "main", "filename": "model.safetensors"} | {k: v for k, v in match.groupdict().items() if v}
 
@@ -107,7 +108,7 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
         return Path(hf_hub_download(**reference))
     except Exception as error:  # mostly of the HTTP library's own kinds, and huggingface_hub has changed libraries
         repo, revision, file = (reference[name] for name in ("repo_id", "revision", "filename"))
-        raise OSError(
+        raise UserError(
             f"{setting}: {file} is not in the cache {constants.HF_HUB_CACHE} and could not be downloaded: {error}\n"
             f"Where there is a network, run with the same cache (HF_HOME)\n"
             f"  hf download {repo} {file} --revision {revision}\n"

@@ -44,6 +44,12 @@ def _run(config: ConfigDict) -> None:
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "": off
     config.compilation_cache = "~/.cache/asib_jax/xla"  # keeps compiled programs between runs; "": off
+    config.resume = ""  # "latest" or a run's folder: go on with that run instead of beginning one
+    config.checkpoint_minutes = 10.0  # between the snapshots that a run goes on from; 0: none by time
+    config.checkpoint_steps = 0  # the same in training steps; 0: none by steps
+    config.max_nonfinite_steps = 20  # so many steps in a row without finite gradients end the run
+    config.deterministic = False  # the same bits from every run on this machine; on CPUs they are so anyway
+    config.platform = ""  # "gpu" or "cpu": refuse to run on anything else
     config.profile_steps = ()  # (10, 15): a jax profiler trace of the calls with those B-steps
 
 
@@ -62,6 +68,7 @@ def _data_and_networks(config: ConfigDict) -> None:
     config.model.student = ConfigDict()
     config.model.student.name = "resnet101_scratch"
     config.model.student.weights = ""  # a file of pretrained weights (names ending in _pretrain)
+    config.model.student.weights_sha256 = ""  # of that file: any other is refused; "": not compared
     config.model.student.mean = (0.5071, 0.4865, 0.4409)  # of the pixels in [0, 1] this network's weights expect
     config.model.student.std = (0.2673, 0.2564, 0.2762)
     config.model.student.use_adapter = False  # residual 1x1-convolution adapter after the last-but-one stage
@@ -70,6 +77,7 @@ def _data_and_networks(config: ConfigDict) -> None:
         teacher = config[name] = ConfigDict()
         teacher.name = network
         teacher.weights = ""  # hf:OWNER/REPO, a .safetensors, .npz or .pth file, a checkpoint; "": trained from scratch
+        teacher.weights_sha256 = ""  # of that file: any other is refused; "": not compared
         teacher.mean = (0.5071, 0.4865, 0.4409)
         teacher.std = (0.2673, 0.2564, 0.2762)
         teacher.saw_val = True  # the given weights were fitted on our validation images too

@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from asib_jax import benchmark, checks, command_line, parallel, recipe as recipes, workloads
+from asib_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 SYNTHETIC = flags.DEFINE_boolean("synthetic", False, "Random images of the data set's size and random weights.")
@@ -54,12 +55,12 @@ def main(argv: list[str]) -> None:
 
 
 def vs_torch(recipe: recipes.Recipe) -> Callable:
-    """The PyTorch side, which is no part of the library. ValueError without PyTorch, or for what it cannot do."""
+    """The PyTorch side, which is no part of the library. UserError without PyTorch, or for what it cannot do."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         import torch_benchmark
     except ModuleNotFoundError as error:
-        raise ValueError(f"--vs_torch needs PyTorch ({error}): pip install torch") from error
+        raise UserError(f"--vs_torch needs PyTorch ({error}): pip install torch") from error
     torch_benchmark.check(recipe, len(parallel.run_devices(recipe.num_devices)))
     return torch_benchmark.works
 

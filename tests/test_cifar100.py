@@ -13,6 +13,7 @@ import pytest
 
 from asib_jax.data import archives, cifar100
 from asib_jax.data.sources import load
+from asib_jax.errors import UserError
 
 NAMES = tuple(f"class{c:02d}" for c in range(100))
 TRAIN, TEST = 7, 4  # images of either split
@@ -161,7 +162,7 @@ def prepare_with_tfds(folder, file_format="array_record"):
 
 def test_tfds_data_in_another_format_is_named(tmp_path):
     target = prepare_with_tfds(tmp_path, "tfrecord")
-    with pytest.raises(FileNotFoundError, match=f"prepared by tfds: {target} is not in the format array_record"):
+    with pytest.raises(UserError, match=f"prepared by tfds: {target} is not in the format array_record"):
         load("cifar100", data_dir=str(tmp_path))
 
 
@@ -169,7 +170,7 @@ def test_archive_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     origin = write_tar(tmp_path / "server" / "c.tar.gz", "cifar-100-python", python_version())
     monkeypatch.setattr(cifar100, "URL", origin.as_uri())
     folder = tmp_path / "data"
-    with pytest.raises(FileNotFoundError, match="md5"):  # not the published digest
+    with pytest.raises(UserError, match="md5"):  # not the published digest
         load("cifar100", data_dir=str(folder))
     assert list((folder / "downloads").iterdir()) == []
     monkeypatch.setattr(cifar100, "MD5", hashlib.md5(origin.read_bytes()).hexdigest())
@@ -182,7 +183,7 @@ def test_archive_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 
 def test_without_network_one_error_says_everything_within_seconds(tmp_path):
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         load("cifar100", data_dir=str(tmp_path))
     assert time.monotonic() - start < 10
     places = [str(tmp_path / "cifar100"), str(tmp_path / "downloads"), f"{cifar100.URL} cannot be reached"]

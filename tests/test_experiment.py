@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 
 CONFIG = {"seed": 3, "tau_schedule": (2.0, 6.0), "teacher1": {"name": "resnet8"}}
@@ -34,7 +35,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
 
 def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
     assert create(tmp_path, "mine").folder == tmp_path / "results" / "mine"
-    with pytest.raises(FileExistsError, match="exp_id='mine'"):
+    with pytest.raises(UserError, match="exp_id='mine'"):
         create(tmp_path, "mine")
     with pytest.raises(ValueError, match="exp_id='teachers' is the folder of the teachers"):
         create(tmp_path, "teachers")

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from asib_jax import build, checkpoint, export, finished, pretrained, recipe as recipes, weights
+from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
 from configs import ce_only
@@ -70,7 +71,7 @@ def test_what_the_file_says_of_itself(run):
                     "small_input": "true", "run": folder.name, "student": "best"}
     assert json.loads(said["mean"]) == list(about["mean"])
     written = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"student\.safetensors exists; choose another with --out"):
+    with pytest.raises(UserError, match=r"student\.safetensors exists; choose another with --out"):
         export.export(folder, "last", "safetensors")
     assert path.read_bytes() == written
 

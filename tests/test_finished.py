@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from asib_jax import build, finished, recipe, weights
+from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Variables
 from configs import l1_ib
@@ -89,5 +90,5 @@ def test_a_run_that_did_not_finish_is_named(saved, tmp_path):
     record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
     with pytest.raises(FileNotFoundError, match="final"):
         finished.load(record.folder, settings, nets, SHAPE)
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(UserError, match="is no run folder"):
         finished.read_recipe(tmp_path)

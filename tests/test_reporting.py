@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from asib_jax.errors import UserError
 from asib_jax.reporting import Reporter, Result, binomial_interval, results_table, setup_logging
 
 
@@ -106,7 +107,7 @@ def test_profile_is_written_for_the_steps_asked_for(tmp_path, steps_run):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_asked_for_but_not_installed_names_the_key_and_the_remedy(tmp_path):
-    with pytest.raises(ModuleNotFoundError, match="wandb='distil'.*pip install wandb"):
+    with pytest.raises(UserError, match="wandb='distil'.*pip install wandb"):
         Reporter(tmp_path, tensorboard=False, wandb="distil", config={})
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from asib_jax.data import archives, sources
 from asib_jax.data.sources import SOURCES, Split, blocks, load, sizes
+from asib_jax.errors import UserError
 from asib_jax.teacher_store import images_digest
 
 TRAIN, TEST = 7, 4  # images of either split
@@ -151,7 +152,7 @@ def test_missing_path_names_its_key(name):
 
 
 def test_path_that_does_not_exist_names_its_key(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.path"):
+    with pytest.raises(UserError, match=r"dataset\.path"):
         load("cifar100", path=str(tmp_path / "absent.npz"))
 
 
@@ -218,5 +219,5 @@ def test_sizes_of_published_data_sets(name, train, test, classes, largest, origi
     counts = np.bincount(found.labels)
     assert (counts.sum(), len(counts), counts.max()) == (train, classes, largest) and np.ptp(counts) <= 1
     assert (found.test, found.image_shape, found.num_classes, found.origin) == (test, (32, 32, 3), classes, origin)
-    with pytest.raises(FileNotFoundError, match=r"dataset\.path"):
+    with pytest.raises(UserError, match=r"dataset\.path"):
         sizes(name, path=str(tmp_path / "absent"))

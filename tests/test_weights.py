@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from safetensors.numpy import save, save_file
 
 from asib_jax import checkpoint
+from asib_jax.errors import UserError
 from asib_jax.weights import cached, digest, load, locate
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}
@@ -183,7 +184,7 @@ def test_not_cached_and_no_network(hub, monkeypatch):
 
     def refusal(reason):
         start = time.monotonic()
-        with pytest.raises(OSError, match=reason) as error:
+        with pytest.raises(UserError, match=reason) as error:
             locate("hf:me/net@v1/b.safetensors", KEY)
         assert time.monotonic() - start < 10  # huggingface_hub alone: 23 s
         return str(error.value)
@@ -201,7 +202,7 @@ def test_not_cached_and_no_network(hub, monkeypatch):
 
 
 def test_what_the_hub_does_not_have(hub):
-    with pytest.raises(OSError, match="(?s)absent.bin is not in the cache .*404"):
+    with pytest.raises(UserError, match="(?s)absent.bin is not in the cache .*404"):
         locate("hf:me/net/absent.bin", KEY)
     assert cached("hf:me/net/absent.bin") is None
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from asib_jax.errors import UserError
+
 Arrays = dict[str, np.ndarray]
 Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps class_names), and in words what was read
 NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -27,14 +29,14 @@ def read_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = 
     Large uint8 arrays that are not compressed (np.savez) are mapped, read-only: pages come from the file as they are
     used and no checksum is compared, so the file must stay as it is.
 
-    Raises ValueError naming the file and the array that is missing or cannot be read.
+    Raises UserError naming the file and the array that is missing or cannot be read.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an .npz file, or is cut short")
+        raise UserError(f"{path} is not an .npz file, or is cut short")
     with np.load(path, allow_pickle=False) as file:
         missing = [name for name in required if name not in file.files]
         if missing:
-            raise ValueError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(file.files)}")
+            raise UserError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(file.files)}")
         members = {member.filename.removesuffix(".npy"): member for member in file.zip.infolist()}
         arrays = {}
         for name in (name for name in (*required, *optional) if name in members):
@@ -42,7 +44,7 @@ def read_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = 
                 mapped = _map(path, file.zip, members[name])
                 arrays[name] = file[name] if mapped is None else mapped
             except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{path}: array {name} cannot be read (pickles are refused): {error}") from error
+                raise UserError(f"{path}: array {name} cannot be read (pickles are refused): {error}") from error
     return arrays
 
 
@@ -92,7 +94,7 @@ def read_cifar100(path: Path) -> Arrays:
     """CIFAR-100 (Krizhevsky 2009) with its 100 fine labels, from the official archive or its unpacked folder.
 
     `path` is a .tar.gz or a folder, of the Python or the binary version. Archives are read in memory: nothing is
-    unpacked to disk. Raises ValueError naming the files that were looked for, or one that is malformed.
+    unpacked to disk. Raises UserError naming the files that were looked for, or one that is malformed.
     """
     files = _folder_files(path) if path.is_dir() else _tar_files(path)
     for names, decode in ((_PYTHON_FILES, _decode_python), (_BINARY_FILES, _decode_binary)):
@@ -100,8 +102,8 @@ def read_cifar100(path: Path) -> Arrays:
             try:
                 return decode(*(files[name] for name in names))
             except (pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
-                raise ValueError(f"{path} is not CIFAR-100 as published: {type(error).__name__}: {error}") from error
-    raise ValueError(
+                raise UserError(f"{path} is not CIFAR-100 as published: {type(error).__name__}: {error}") from error
+    raise UserError(
         f"{path} holds neither {', '.join(_PYTHON_FILES)} (Python version) nor {', '.join(_BINARY_FILES)} "
         f"(binary version) of CIFAR-100; of these it holds {', '.join(sorted(files)) or 'nothing'}"
     )
@@ -120,7 +122,7 @@ def _tar_files(path: Path) -> dict[str, bytes]:
                 if member.isfile() and folder in _CIFAR_FOLDERS and name in _PYTHON_FILES + _BINARY_FILES:
                     files[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as a tar archive: {error}") from error
+        raise UserError(f"{path} cannot be read as a tar archive: {error}") from error
     return files
 
 
@@ -150,8 +152,8 @@ def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:
     """[N,3072] rows stored channel by channel -> [N,32,32,3], a view.
 
-    Raises ValueError with `name` and the shape found.
+    Raises UserError with `name` and the shape found.
     """
     if rows.ndim != 2 or rows.shape[1] != _PIXELS:
-        raise ValueError(f"{name} must have shape [N,{_PIXELS}], found {list(rows.shape)}")
+        raise UserError(f"{name} must have shape [N,{_PIXELS}], found {list(rows.shape)}")
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

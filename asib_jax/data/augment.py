@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from asib_jax import streams
+from asib_jax.errors import UserError
 
 _JITTER = 0.4  # colour factors are drawn from 1 +- this
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601 weights of red, green, blue
@@ -18,11 +19,11 @@ _ERASE_RATIO = (0.3, 1 / 0.3)  # height / width
 def augment(key: jax.Array, index: jax.Array, images: jax.Array, policy: int) -> jax.Array:
     """Images [B,H,W,C] (uint8 or float, 0..255) changed by one of `POLICIES` -> float32 [B,H,W,C], 0..255.
 
-    `index` [B] is the position in the data set, which keys each image. Raises ValueError naming `dataset.data_aug`
+    `index` [B] is the position in the data set, which keys each image. Raises UserError naming `dataset.data_aug`
     for an unknown policy.
     """
     if policy not in POLICIES:
-        raise ValueError(f"dataset.data_aug = {policy} is unknown; it must be one of {', '.join(map(str, POLICIES))}")
+        raise UserError(f"dataset.data_aug = {policy} is unknown; it must be one of {', '.join(map(str, POLICIES))}")
     return jax.vmap(POLICIES[policy])(streams.per_example(key, index), images.astype(jnp.float32))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from asib_jax.data import archives
 from asib_jax.data.archives import Found
+from asib_jax.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
@@ -28,7 +29,7 @@ class Unavailable(Exception):
 def read(path: Path) -> Found:
     """CIFAR-100 from an .npz (x_train, y_train, x_test, y_test), the official archive, or its unpacked folder.
 
-    Raises ValueError where the file is none of these.
+    Raises UserError where the file is none of these.
     """
     if path.suffix == ".npz":
         return archives.read_npz(path, archives.NAMES, ("class_names",)), str(path)
@@ -38,7 +39,7 @@ def read(path: Path) -> Found:
 def find(folder: Path) -> Found:
     """CIFAR-100 by the first of `WAYS` that is open, with `folder` for prepared and downloaded data.
 
-    Raises FileNotFoundError, within seconds if there is no network, saying why each way is shut and what to do.
+    Raises UserError, within seconds if there is no network, saying why each way is shut and what to do.
     """
     shut = []
     for name, way in WAYS.items():
@@ -46,7 +47,7 @@ def find(folder: Path) -> Found:
             return way(folder)
         except Unavailable as why:
             shut.append(f"  {name}: {why}")
-    raise FileNotFoundError("\n".join([
+    raise UserError("\n".join([
         "CIFAR-100 was not found. Looked for:", *shut,
         f"Set dataset.path to an .npz holding {', '.join(archives.NAMES)}, to cifar-100-python.tar.gz or to its "
         "unpacked folder; or use the profile `:digits` (--config=configs/l1_ib.py:digits), whose images come with "

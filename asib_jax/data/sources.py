@@ -12,6 +12,7 @@ from asib_jax import streams
 from asib_jax.data import archives, cifar100
 from asib_jax.data.archives import Arrays, Found
 from asib_jax.data.splits import stratified_rows
+from asib_jax.errors import UserError
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BLOCK_BYTES = 16 << 20
@@ -105,11 +106,11 @@ def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
     """The data set `name`, one of `SOURCES`.
 
     `path` is a file or folder of one's own; `data_dir` ("": $TFDS_DATA_DIR, else ~/tensorflow_datasets) is where
-    prepared and downloaded data live. Raises ValueError for an unknown name (`dataset.name`), a missing path
-    (`dataset.path`) or malformed data, naming the array, and FileNotFoundError where nothing is found.
+    prepared and downloaded data live. Raises UserError for an unknown name (`dataset.name`), a missing path
+    (`dataset.path`), malformed data, naming the array, or where nothing is found.
     """
     if name not in SOURCES:
-        raise ValueError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
+        raise UserError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     arrays, origin = SOURCES[name](_existing(path), folder)
     return _checked(name, arrays, origin)
@@ -118,7 +119,7 @@ def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
 def _existing(path: str) -> Path | None:
     given = Path(path).expanduser() if path else None
     if given and not given.exists():
-        raise FileNotFoundError(f"dataset.path = {path!r} does not exist")
+        raise UserError(f"dataset.path = {path!r} does not exist")
     return given
 
 
@@ -127,18 +128,18 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
-            raise ValueError(f"{origin}: x_{split} must be uint8 [N,H,W,channels], not empty; found {_kind(x)}")
+            raise UserError(f"{origin}: x_{split} must be uint8 [N,H,W,channels], not empty; found {_kind(x)}")
         if x.shape[1:] != arrays["x_train"].shape[1:]:
-            raise ValueError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
+            raise UserError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
         if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
-            raise ValueError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
+            raise UserError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
     names = arrays.get("class_names", np.arange(int(arrays["y_train"].max()) + 1).astype(str))
     if names.dtype.kind != "U" or names.ndim != 1:
-        raise ValueError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
+        raise UserError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
     for split in ("train", "test"):
         y = arrays[f"y_{split}"]
         if y.min() < 0 or y.max() >= len(names):
-            raise ValueError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
+            raise UserError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
     train, test = (
         Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
         for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
@@ -181,7 +182,7 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
     source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
     batches = sorted(source.glob("train_data_batch_*.npz"), key=lambda file: int(file.stem.rpartition("_")[2]))
     if not batches or not (source / "val_data.npz").is_file():
-        raise ValueError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
+        raise UserError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
     arrays = {"class_names": np.arange(1000).astype(str)}
     for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
         images, labels = [], []
@@ -210,7 +211,7 @@ def _folder(path: Path | None, folder: Path) -> Found:
     names = _subfolders(source / "train")
     unknown = sorted(set(_subfolders(source / "test")) - set(names))
     if unknown:
-        raise ValueError(f"{source / 'test'} has classes that train has not: {', '.join(unknown)}")
+        raise UserError(f"{source / 'test'} has classes that train has not: {', '.join(unknown)}")
     arrays = {"class_names": np.asarray(names)}
     for split in ("train", "test"):
         files = [
@@ -220,7 +221,7 @@ def _folder(path: Path | None, folder: Path) -> Found:
             if file.suffix.lower() in _PICTURES
         ]
         if not files:
-            raise ValueError(f"{source / split}/<class> holds no picture ({', '.join(_PICTURES)})")
+            raise UserError(f"{source / split}/<class> holds no picture ({', '.join(_PICTURES)})")
         arrays[f"x_{split}"] = _read_pictures([file for file, _ in files])
         arrays[f"y_{split}"] = np.asarray([label for _, label in files])
     return arrays, str(source)
@@ -228,7 +229,7 @@ def _folder(path: Path | None, folder: Path) -> Found:
 
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"dataset.path must hold train/<class> and test/<class>; there is no folder {folder}")
+        raise UserError(f"dataset.path must hold train/<class> and test/<class>; there is no folder {folder}")
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
@@ -240,7 +241,7 @@ def _read_pictures(files: list[Path]) -> np.ndarray:
         with Image.open(file) as picture:
             images.append(np.asarray(picture.convert("RGB")))
         if images[-1].shape != images[0].shape:
-            raise ValueError(
+            raise UserError(
                 f"all pictures must have one size: {files[0]} is {images[0].shape[1]}x{images[0].shape[0]} "
                 f"but {file} is {images[-1].shape[1]}x{images[-1].shape[0]}"
             )
@@ -249,7 +250,7 @@ def _read_pictures(files: list[Path]) -> np.ndarray:
 
 def _required(path: Path | None, what: str) -> Path:
     if path is None:
-        raise ValueError(f"this dataset.name needs dataset.path: {what}")
+        raise UserError(f"this dataset.name needs dataset.path: {what}")
     return path
 
 

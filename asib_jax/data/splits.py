@@ -2,19 +2,20 @@
 import numpy as np
 
 from asib_jax import streams
+from asib_jax.errors import UserError
 
 
 def train_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Divides the rows of `labels` ([N] integers) into (train_rows, val_rows), both sorted, disjoint and complete.
 
     The validation set has round(fraction * N) rows, spread over the classes in proportion, with at least one image of
-    every class on each side (SPEC 7). Raises ValueError naming `dataset.val_fraction` where that is impossible.
+    every class on each side (SPEC 7). Raises UserError naming `dataset.val_fraction` where that is impossible.
     """
     count = round(fraction * len(labels))
     sizes = np.unique(labels, return_counts=True)[1]
     classes, smallest = len(sizes), sizes.min()
     if smallest < 2 or not classes <= count <= len(labels) - classes:
-        raise ValueError(
+        raise UserError(
             f"dataset.val_fraction = {fraction} asks for {count} of {len(labels)} images, which cannot leave an image "
             f"of each of {classes} classes (the smallest has {smallest}) on both sides; with at least 2 images a class "
             f"it must lie between {classes / len(labels):.3g} and {1 - classes / len(labels):.3g}"
@@ -26,11 +27,11 @@ def train_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 def stratified_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Exactly `count` sorted rows of `labels` ([N] integers), spread over the classes in proportion.
 
-    Raises ValueError naming `dataset.train_subset` if `count` exceeds N or is less than one image a class.
+    Raises UserError naming `dataset.train_subset` if `count` exceeds N or is less than one image a class.
     """
     classes = len(np.unique(labels))
     if not classes <= count <= len(labels):
-        raise ValueError(f"dataset.train_subset = {count} must lie in {classes} (one image a class)..{len(labels)}")
+        raise UserError(f"dataset.train_subset = {count} must lie in {classes} (one image a class)..{len(labels)}")
     return stratified_rows(labels, count, streams.rng(seed, "train_subset"))
 
 

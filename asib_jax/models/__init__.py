@@ -2,6 +2,7 @@
 import re
 from collections.abc import Callable, Sequence
 
+from asib_jax.errors import UserError
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
@@ -48,11 +49,11 @@ def backbone(name: str, small_input: bool, key: str) -> Architecture:
 
     The suffix builds the same network: whether weights are imported into it is not decided here.
 
-    Raises ValueError for an unknown name, which the configuration `key` holds.
+    Raises UserError for an unknown name, which the configuration `key` holds.
     """
     plain = re.sub(r"_(scratch|pretrain)$", "", name)
     if plain not in MODELS:
-        raise ValueError(f"unknown model {name!r}; {key} must be one of {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}; {key} must be one of {', '.join(MODELS)}")
     return MODELS[plain](small_input)
 
 
@@ -73,11 +74,11 @@ def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, num_hea
 
     Widths of query and teachers are inferred at initialisation; classes are the teachers'.
 
-    Raises ValueError if the teachers are read at different widths.
+    Raises UserError if the teachers are read at different widths.
     """
     widths = [feature_dim(teacher) for teacher in teachers]
     if len(set(widths)) > 1:
-        raise ValueError(f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
+        raise UserError(f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
                          "which gives all of them distill_out_dim")
     ib_mbm = IB_MBM(dim=dim, num_heads=num_heads, use_ib=use_ib, feature_norm=feature_norm, logvar_clip=logvar_clip,
                     min_std=min_std, residual=residual)

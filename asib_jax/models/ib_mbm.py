@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from asib_jax.errors import UserError
 from asib_jax.models.layers import dropout, linear, symmetric_uniform
 
 FEATURE_NORMS = ("none", "l2")
@@ -77,7 +78,7 @@ class IB_MBM(nn.Module):
     Dense layers start as PyTorch's `nn.Linear` (see `linear`), LayerNorms from scale 1, bias 0, the attention as its
     own docstring says.
 
-    Raises ValueError if num_heads does not divide dim or feature_norm is unknown.
+    Raises UserError if num_heads does not divide dim or feature_norm is unknown.
     """
 
     dim: int
@@ -90,9 +91,9 @@ class IB_MBM(nn.Module):
 
     def __post_init__(self):
         if self.dim % self.num_heads:
-            raise ValueError(f"ib_mbm_n_head = {self.num_heads} does not divide ib_mbm_out_dim = {self.dim}")
+            raise UserError(f"ib_mbm_n_head = {self.num_heads} does not divide ib_mbm_out_dim = {self.dim}")
         if self.feature_norm not in FEATURE_NORMS:
-            raise ValueError(f"ib_mbm_feature_norm = {self.feature_norm!r} must be one of {', '.join(FEATURE_NORMS)}")
+            raise UserError(f"ib_mbm_feature_norm = {self.feature_norm!r} must be one of {', '.join(FEATURE_NORMS)}")
         super().__post_init__()
 
     @nn.compact

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from asib_jax.errors import UserError
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.layers import dropout, keys_of, linear
 
@@ -76,7 +77,7 @@ class KDModel(nn.Module):
         dropout_keys: [B] typed keys, one per example, for dropout and stochastic depth in the stages that are not
             frozen and before the classifier; None: none.
 
-        Raises ValueError if mean or std have neither one value nor one per channel, or the images are too small.
+        Raises UserError if mean or std have neither one value nor one per channel, or the images are too small.
         """
         x = self._normalise(pixels)
         stages = self.architecture.stages
@@ -89,7 +90,7 @@ class KDModel(nn.Module):
                              kernel_init=nn.initializers.zeros)(x)
         if 0 in x.shape:  # their mean would be nan
             height, width = pixels.shape[1:3]
-            raise ValueError(f"images of {height}x{width} pixels leave a map of {x.shape[1:3]} after the last stage; "
+            raise UserError(f"images of {height}x{width} pixels leave a map of {x.shape[1:3]} after the last stage; "
                              "take larger ones, dataset.small_input=True, or another network")
         feat_2d = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if self.architecture.pooled_norm:
@@ -106,7 +107,7 @@ class KDModel(nn.Module):
         channels = pixels.shape[-1]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
-                raise ValueError(f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
+                raise UserError(f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
                                  f"set {name} to one value or {channels}")
         return (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
 
