@@ -17,9 +17,10 @@ from asib_jax import hosts
 from asib_jax.errors import UserError
 
 
-def _tree_digest(tree: dict) -> str:
-    """SHA-256 over the paths, types, shapes and bytes of all leaves; orbax loads flipped bits without complaint."""
-    sha = hashlib.sha256()
+def _digest(tree: dict, about: str) -> str:
+    """SHA-256 over the text and the paths, types, shapes and bytes of all leaves; orbax loads flipped bits without
+    complaint."""
+    sha = hashlib.sha256(about.encode())
     for path, leaf in sorted(flatten_dict(tree).items()):
         array = np.asarray(leaf)
         sha.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
@@ -33,20 +34,23 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-def save(path: str | os.PathLike, tree: Any) -> None:
-    """Write `tree` to the new folder `path` and wait until it is complete; a crash on the way leaves no such folder.
+def save(path: str | os.PathLike, tree: Any, about: str = "") -> None:
+    """Write `tree` to the folder `path` and wait until it is complete; a crash on the way leaves no such folder.
 
     Tuples, NamedTuples and optimiser states are stored as nested dicts: `flax.serialization.to_state_dict`. Arrays
-    leave the devices first, so what is written does not depend on how many there were.
+    leave the devices first, so what is written does not depend on how many there were. What is at `path` already is
+    replaced: by a run that goes on and does once more what it did before.
 
-    Raises:
-        UserError: `path` exists, or a leaf is a string or an array without elements.
+    about: text kept with the arrays, as safe as they are.
+
+    Raises ValueError if a leaf is a string or an array without elements.
     """
     if not hosts.is_first():
         return
     arrays = jax.device_get(serialization.to_state_dict(tree))
+    metadata = {"sha256": _digest(arrays, about), "about": about}
     with _checkpointer() as checkpointer:
-        checkpointer.save(os.path.abspath(path), arrays, custom_metadata={"sha256": _tree_digest(arrays)})
+        checkpointer.save(os.path.abspath(path), arrays, custom_metadata=metadata, force=True)
         checkpointer.wait_until_finished()
 
 
@@ -55,26 +59,45 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
 
     `flax.serialization.from_state_dict(template, restored)` puts it back into tuples and NamedTuples.
 
-    Raises:
-        FileNotFoundError: there is no checkpoint at `path`.
-        UserError: its contents are not what was saved.
+    Raises UserError where there is no checkpoint, or its contents are not what was saved.
     """
+    return restore_with_text(path)[0]
+
+
+def restore_with_text(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """The same, and the text kept with it."""
     path = os.path.abspath(path)
-    with _checkpointer() as checkpointer:
-        tree = checkpointer.restore(path)
-    if _tree_digest(tree) != digest(path):
+    if not os.path.isdir(path):
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        with _checkpointer() as checkpointer:
+            metadata, tree = _metadata(checkpointer, path), checkpointer.restore(path)
+    except UserError:
+        raise
+    except Exception as error:  # of orbax's and TensorStore's many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {reason}") from error
+    if _digest(tree, metadata["about"]) != metadata["sha256"]:
         raise UserError(f"checkpoint {path} is damaged: its contents do not match the digest stored with it")
-    return tree
+    return tree, metadata["about"]
 
 
 def digest(path: str | os.PathLike) -> str:
-    """The SHA-256 stored with the checkpoint at `path`, over its paths, types, shapes and values; reads no arrays.
+    """The SHA-256 stored with the checkpoint at `path`, over its paths, types, shapes, values and text; reads no
+    arrays.
 
     Raises UserError if there is none that `save` wrote.
     """
     path = os.path.abspath(path)
     with _checkpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).custom_metadata or {}
-    if "sha256" not in metadata:
+        return _metadata(checkpointer, path)["sha256"]
+
+
+def _metadata(checkpointer: ocp.StandardCheckpointer, path: str) -> dict[str, str]:
+    try:
+        found = checkpointer.metadata(path).custom_metadata or {}
+    except Exception as error:  # of orbax's kinds, for files that are not JSON
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(found.get("sha256"), str):
         raise UserError(f"{path} is not a checkpoint by asib_jax: it holds no digest")
-    return metadata["sha256"]
+    return {"about": "", **found}

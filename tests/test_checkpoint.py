@@ -1,5 +1,6 @@
 """Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
 import hashlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import serialization
 
 from asib_jax import checkpoint
+from asib_jax.errors import UserError
 
 
 def make_state():
@@ -33,15 +35,16 @@ def test_round_trip_is_bitwise_and_fits_back_into_the_optimiser_state(tmp_path, 
         np.testing.assert_array_equal(before, after)
 
 
-def test_existing_checkpoint_is_not_overwritten(tmp_path):
-    checkpoint.save(tmp_path / "best", {"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match="best already exists"):
-        checkpoint.save(tmp_path / "best", {"w": jnp.zeros(3)})
-    np.testing.assert_array_equal(checkpoint.restore(tmp_path / "best")["w"], np.ones(3))
+def test_saving_again_replaces(tmp_path):
+    checkpoint.save(tmp_path / "best", {"w": jnp.ones(3)}, "first")
+    checkpoint.save(tmp_path / "best", {"w": jnp.zeros(3)}, "second")
+    restored, text = checkpoint.restore_with_text(tmp_path / "best")
+    np.testing.assert_array_equal(restored["w"], np.zeros(3))
+    assert text == "second"
 
 
 def test_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="there is no checkpoint .*nowhere"):
         checkpoint.restore(tmp_path / "nowhere")
 
 
@@ -54,26 +57,50 @@ def test_digest_is_the_one_stored_and_only_ours_have_it(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "foreign", {"w": values})
     for read, path in ((checkpoint.digest, "foreign"), (checkpoint.restore, "foreign"), (checkpoint.digest, "nowhere")):
-        with pytest.raises(ValueError, match=f"{path} is not a checkpoint by asib_jax"):
+        with pytest.raises(UserError, match=f"{path} is not a checkpoint by asib_jax"):
             read(tmp_path / path)
 
 
 def test_unsaved_leaf_leaves_nothing_that_could_be_restored(tmp_path):
     with pytest.raises(ValueError, match="zero size"):
         checkpoint.save(tmp_path / "half", {"w": jnp.ones(3), "empty": jnp.zeros((0, 2))})
-    with pytest.raises(FileNotFoundError, match="half"):
+    with pytest.raises(UserError, match="there is no checkpoint .*half"):
         checkpoint.restore(tmp_path / "half")
     checkpoint.save(tmp_path / "half", {"w": jnp.ones(3)})
     np.testing.assert_array_equal(checkpoint.restore(tmp_path / "half")["w"], np.ones(3))
 
 
-def test_flipped_bit_is_noticed(tmp_path):
-    """Incompressible values, so that a bit of their stored bytes can be flipped without breaking the format."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint of two leaves, incompressible, and its text."""
+    path = tmp_path_factory.mktemp("whole") / "run"
     values = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
-    checkpoint.save(tmp_path / "run", {"w": values})
-    file = max((file for file in (tmp_path / "run").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[content.index(values[2000:2004].tobytes())] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="run is damaged"):
-        checkpoint.restore(tmp_path / "run")
+    checkpoint.save(path, {"w": values, "b": np.arange(3)}, '{"epoch": 3}')
+    return path
+
+
+def every_file(path):
+    return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("change", ["flipped", "cut", "missing", "empty"])
+def test_whatever_happens_to_a_file_is_noticed(whole, tmp_path, change):
+    """Every file of a checkpoint, one after the other: nothing but what was saved, or our error, comes back."""
+    intact, noticed = checkpoint.restore(whole), 0
+    for number, name in enumerate(every_file(whole)):
+        copy = tmp_path / str(number)
+        shutil.copytree(whole, copy)
+        content = bytearray((copy / name).read_bytes())
+        if change == "flipped":
+            content[len(content) // 2] ^= 1
+        (copy / name).write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(change, content))
+        if change == "missing":
+            (copy / name).unlink()
+        try:
+            restored, text = checkpoint.restore_with_text(copy)
+        except UserError:
+            noticed += 1
+            continue
+        assert text == '{"epoch": 3}'  # a file that nothing depends on
+        jax.tree.map(np.testing.assert_array_equal, restored, intact)
+    assert noticed >= 2
