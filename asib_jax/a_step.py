@@ -1,20 +1,23 @@
 """The A-Step: fit the fusion network while teachers and student stand still (SPEC 4)."""
+import dataclasses
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from flax.serialization import to_state_dict
 
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
 from asib_jax.feed import Steps
+from asib_jax.loop import Part, Tally, run_epoch, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.snapshots import Snapshot
 from asib_jax.state import TrainState
 from asib_jax.steps import ATerms, BTerms, Training
 
@@ -34,9 +37,10 @@ def calibrate(run: Run, variables: Variables) -> Variables:
     for number in range(math.ceil(50 / run.steps_per_epoch)):
         names = {"augment": "calibrate", "mix": "calibrate/mix", "dropout": "calibrate/dropout"}
         controls = {f"{stream}_key": streams.key(run.recipe.seed, name, number) for stream, name in names.items()}
-        current, _, _ = run.epoch("BatchNorm statistics", step, current, frozen,
-                                  run.calls(step, "calibrate", 0, number), first_step=0, controls=controls,
-                                  learning_rate=lambda step: 0.0)
+        with run.bar("BatchNorm statistics") as bar:
+            current = run_epoch(step, current, frozen, run.calls(step, "calibrate", 0, number), tally := Tally(),
+                                controls=controls, learning_rate=lambda step: 0.0, first_step=0, on_images=bar.update)
+        tally.means(0)
     return state.join(current, frozen)
 
 
@@ -119,12 +123,12 @@ def ema(old: float | None, new: float, alpha: float) -> float:
     return new if old is None else alpha * new + (1 - alpha) * old
 
 
-def begin(run: Run, variables: Variables, progress: Progress, stage: int
+def begin(run: Run, variables: Variables, progress: Progress, stage: int, snapshot: Snapshot | None = None
           ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
     """The A-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
     recipe = run.recipe
     training = make_training(recipe, run.nets, variables.params, stage, run.feed.axis_name)
-    current, frozen, step = run.begin("a", training, variables, progress.a_opt_state)
+    current, frozen, step = run.begin("a", training, variables, progress.a_opt_state, snapshot)
     rate = learning_rate(recipe, base=recipe.a_step_lr, steps_per_epoch=run.steps_per_epoch,
                          epochs=recipe.a_epochs * len(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
                          devices=len(run.feed.devices))
@@ -136,37 +140,72 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
 
     Returns the best state on validation, perhaps the incoming one; `progress.synergy_acc` becomes its accuracy.
     """
-    recipe = run.recipe
-    current, frozen, step, rate = begin(run, variables, progress, stage)
+    recipe, title = run.recipe, f"stage {stage + 1} A"
+    if snapshot := run.snapshots.take(run.part("a", stage)):
+        variables = run.resume(snapshot, progress, variables, "a")
+    current, frozen, step, rate = begin(run, variables, progress, stage, snapshot)
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
     run.stored.read_student(variables, stage)
     run.validation.read_student(variables)
-    best_acc = run.validation.accuracies(variables)["synergy"]  # the incoming state competes, but opens no gate
-    best = jax.device_get(current)
-    for epoch in range(recipe.a_epochs):
-        start = time.perf_counter()
-        controls = controls_of(run, progress, stage, epoch)
-        current, metrics, done = run.epoch(f"stage {stage + 1} A {epoch + 1}/{recipe.a_epochs}", step, current, frozen,
-                                           run.calls(step, "a", stage, epoch), controls=controls, learning_rate=rate,
-                                           first_step=progress.a_steps)
-        progress.a_steps, progress.epochs = progress.a_steps + done, progress.epochs + 1
+    if snapshot:
+        best = _Best(snapshot.values["best_synergy_acc"], {"batch_stats": {}, **snapshot.arrays["best"]})
+    else:  # the incoming state competes, but opens no gate
+        best = _Best(run.validation.accuracies(variables)["synergy"], _held(current))
+
+    def after(epoch: int, current: TrainState, controls: dict, metrics: dict, steps: int, seconds: float) -> None:
+        progress.a_steps, progress.epochs = progress.a_steps + steps, progress.epochs + 1
         progress.ib_epochs += int(recipe.use_ib and controls["certain"])
-        whole = state.join(current, frozen)
-        if current.batch_stats:  # the teachers train
-            run.validation.read_teachers(whole)
-        accuracy = run.validation.accuracies(whole)["synergy"]
-        progress.synergy_acc = ema(progress.synergy_acc, accuracy, recipe.synergy_ema_alpha)
+        accuracy = _watch(run, progress, current, frozen)
         scalars = {name: float(controls[name]) for name in ("tau", "beta", "open")}
         scalars |= {"lr": rate(progress.a_steps - 1), "val_synergy_acc": accuracy}
-        run.log_epoch("a", stage, epoch, {**metrics, **scalars}, seconds=time.perf_counter() - start,
-                      total=progress.epochs)
-        if accuracy > best_acc:
-            best_acc, best = accuracy, jax.device_get(current)
+        run.log_epoch("a", stage, epoch, {**metrics, **scalars}, seconds=seconds, total=progress.epochs)
+        if accuracy > best.accuracy:
+            best.accuracy, best.held = accuracy, _held(current)
+
+    def content(current: TrainState) -> tuple[dict, dict]:
+        arrays, values = run.snapshot(progress, state.join(current, frozen), current)
+        return {**arrays, "best": best.held}, {**values, "best_synergy_acc": best.accuracy}
+
+    current = run_part(Part(
+        name=run.part("a", stage), epochs=recipe.a_epochs, step=step, frozen=frozen, learning_rate=rate,
+        controls=lambda epoch: controls_of(run, progress, stage, epoch), first_step=lambda: progress.a_steps,
+        calls=lambda epoch, first: run.calls(step, "a", stage, epoch, first),
+        bar=lambda epoch: run.bar(f"{title} {epoch + 1}/{recipe.a_epochs}"), after=after, content=content),
+        current, run.snapshots, snapshot)
+    return _end(run, progress, current, frozen, best, stage)
+
+
+@dataclasses.dataclass
+class _Best:
+    """held: on the host, what the best state has that a step changes."""
+
+    accuracy: float
+    held: dict[str, Any]
+
+
+def _held(current: TrainState) -> dict[str, Any]:
+    return jax.device_get({"params": current.params, "batch_stats": current.batch_stats,
+                           "opt_state": to_state_dict(current.opt_state)})
+
+
+def _watch(run: Run, progress: Progress, current: TrainState, frozen: Variables) -> float:
+    """Measure the synergy ensemble on validation after an A-epoch."""
+    whole = state.join(current, frozen)
+    if current.batch_stats:  # the teachers train
+        run.validation.read_teachers(whole)
+    accuracy = run.validation.accuracies(whole)["synergy"]
+    progress.synergy_acc = ema(progress.synergy_acc, accuracy, run.recipe.synergy_ema_alpha)
+    return accuracy
+
+
+def _end(run: Run, progress: Progress, current: TrainState, frozen: Variables, best: _Best, stage: int) -> Variables:
+    """All variables, with the best state in place."""
     run.stored.drop_student()
     run.validation.drop_student()
-    progress.synergy_acc, progress.a_opt_state = best_acc, best.opt_state
-    variables = state.join(best, frozen)
+    progress.synergy_acc, progress.a_opt_state = best.accuracy, best.held["opt_state"]
+    variables = state.join(current._replace(params=best.held["params"], batch_stats=best.held["batch_stats"]), frozen)
     if current.batch_stats:  # the teachers train
         run.validation.read_teachers(variables)
-    logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1, 100 * best_acc)
+    logger.info("stage %d A-Step: best validation accuracy of the synergy ensemble %.2f %%", stage + 1,
+                100 * best.accuracy)
     return parallel.share(variables, run.feed.devices)

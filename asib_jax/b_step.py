@@ -1,7 +1,6 @@
 """The B-Step: distil the student while all else stands still (SPEC 5)."""
 import functools
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,12 @@ import numpy as np
 from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
 from asib_jax.a_step import ema
 from asib_jax.feed import Steps
+from asib_jax.loop import Part, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.snapshots import Snapshot
 from asib_jax.state import TrainState
 from asib_jax.steps import BTerms, Training
 
@@ -92,12 +93,12 @@ def target_name(recipe: Recipe, controls: dict) -> str:
     return "synergy mixed with avg" if controls["average_share"] else "synergy"
 
 
-def begin(run: Run, variables: Variables, progress: Progress, stage: int
+def begin(run: Run, variables: Variables, progress: Progress, stage: int, snapshot: Snapshot | None = None
           ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
     """The B-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
     recipe = run.recipe
     training = make_training(recipe, run.nets, variables.params, stage, run.feed.axis_name)
-    current, frozen, step = run.begin("b", training, variables, progress.b_opt_state)
+    current, frozen, step = run.begin("b", training, variables, progress.b_opt_state, snapshot)
     rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
                          epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
                          devices=len(run.feed.devices))
@@ -110,37 +111,43 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     `progress` gets the last student, the best one on validation over the run, and the steps distilled from each target.
     With `restore_best` the best one continues, with fresh moments.
     """
-    recipe = run.recipe
-    current, frozen, step, rate = begin(run, variables, progress, stage)
+    recipe, epochs = run.recipe, run.recipe.b_epochs[stage]
+    if snapshot := run.snapshots.take(run.part("b", stage)):
+        variables = run.resume(snapshot, progress, variables, "b")
+        if recipe.trains_teachers:
+            run.validation.read_teachers(variables)
+    current, frozen, step, rate = begin(run, variables, progress, stage, snapshot)
     run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
-    if run.nets.ib_mbm is not None:
+    if run.nets.ib_mbm is not None and not snapshot:
         watched = run.validation.accuracies(variables)
         run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
-    for epoch in range(recipe.b_epochs[stage]):
-        start = time.perf_counter()
-        controls = controls_of(run, progress, stage, epoch)
-        current, metrics, done = run.epoch(
-            f"{run.prefix}stage {stage + 1} B {epoch + 1}/{recipe.b_epochs[stage]}", step, current, frozen,
-            run.calls(step, "b", stage, epoch), controls=controls, learning_rate=rate, first_step=progress.b_steps,
-            on_steps=run.reporter.on_steps)
-        progress.b_steps, progress.epochs = progress.b_steps + done, progress.epochs + 1
+
+    def after(epoch: int, current: TrainState, controls: dict, metrics: dict, steps: int, seconds: float) -> None:
+        progress.b_steps, progress.epochs = progress.b_steps + steps, progress.epochs + 1
         progress.b_epochs += 1
-        progress.distilled_steps[target_name(recipe, controls)] += done
+        progress.distilled_steps[target_name(recipe, controls)] += steps
         watch(run, progress, state.join(current, frozen), stage, epoch, {
             **metrics, "tau": float(controls["tau"]), "gate": float(controls["gate"]),
-            "lr": rate(progress.b_steps - 1)}, start)
+            "lr": rate(progress.b_steps - 1)}, seconds)
+
+    current = run_part(Part(
+        name=run.part("b", stage), epochs=epochs, step=step, frozen=frozen, learning_rate=rate,
+        controls=lambda epoch: controls_of(run, progress, stage, epoch), first_step=lambda: progress.b_steps,
+        calls=lambda epoch, first: run.calls(step, "b", stage, epoch, first),
+        bar=lambda epoch: run.bar(f"{run.prefix}stage {stage + 1} B {epoch + 1}/{epochs}"), after=after,
+        content=lambda current: run.snapshot(progress, state.join(current, frozen), current),
+        on_steps=run.reporter.on_steps), current, run.snapshots, snapshot)
     return _end_stage(run, state.join(current, frozen), current.opt_state, progress)
 
 
 def watch(run: Run, progress: Progress, variables: Variables, stage: int, epoch: int, scalars: dict,
-          start: float) -> None:
+          seconds: float) -> None:
     """Measure on validation after a B-epoch: the student, and the target it learns from; keep the best student."""
     accuracies = {f"val_{name}": value for name, value in run.validation.accuracies(variables).items()}
     student = accuracies["val_student"]
     if "val_synergy" in accuracies:
         progress.synergy_acc = ema(progress.synergy_acc, accuracies["val_synergy"], run.recipe.synergy_ema_alpha)
-    run.log_epoch("b", stage, epoch, {**scalars, **accuracies}, seconds=time.perf_counter() - start,
-                  total=progress.epochs)
+    run.log_epoch("b", stage, epoch, {**scalars, **accuracies}, seconds=seconds, total=progress.epochs)
     if student > progress.best_acc:
         progress.best_acc, progress.best_epoch = student, f"stage {stage + 1}, epoch {epoch + 1}"
         progress.best_student = _student(run, variables)

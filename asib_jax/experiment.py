@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from asib_jax import hosts
 from asib_jax.errors import UserError
@@ -17,11 +17,18 @@ STATUSES = ("finished", "failed", "interrupted")
 
 
 class Record:
-    """One run: `folder` holds config.json, metrics.json, log.txt and checkpoints/; `metrics` maps keys to scalars."""
+    """One run: `folder` holds config.json, about.json, metrics.json, log.txt and checkpoints/; `metrics` maps keys to
+    scalars, `about` says what the run is and how far it came (its "status").
+
+    The folder is locked as long as the process lives: a second one that would go on with the same run is refused.
+    """
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]):
         self.folder, self.name, self.config = folder, name, config
         self.metrics: dict[str, Any] = {}
+        self.about: dict[str, Any] = {"name": name, "status": "running", "begun": time.time()}
+        self._earlier: dict[str, Any] = {}
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, results_dir: str | os.PathLike, name: str, exp_id: str, config: dict[str, Any]) -> "Record":
@@ -30,50 +37,87 @@ class Record:
         `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
         within the same second get different ones. Of several hosts the first alone has a record that is written.
 
-        Raises:
-            UserError: a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the teachers.
+        Raises UserError where a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the
+        teachers.
         """
-        if exp_id != Path(exp_id).name:
-            raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
-        if exp_id == TEACHERS:
-            raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+        check_exp_id(exp_id)
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
-        _write(record.folder / "config.json", text)
         (record.folder / "checkpoints").mkdir()
         (record.folder / "log.txt").touch()
-        record.save()
+        write(record.folder / "config.json", text)
+        record._open()
         return record
+
+    @classmethod
+    def reopen(cls, folder: Path, config: dict[str, Any]) -> "Record":
+        """The record of a run that is to go on under `config`, without metrics: `go_on_from` gives them.
+
+        Raises UserError while another process has the run.
+        """
+        about = read_about(folder)
+        record = (cls if hosts.is_first() else _Unwritten)(folder, about["name"], config)
+        record.about = about | {"status": "running", "resumed": about.get("resumed", 0) + 1}
+        if hosts.is_first():
+            record._open()
+            write(folder / "config.json", json.dumps(config, indent=2))
+        return record
+
+    def _open(self) -> None:
+        self._lock = open(self.folder / ".lock", "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(f"the run {self.folder} is going on in another process ({self._lock.read().strip()}); "
+                            "end that first") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._lock.flush()
+        self.save()
+
+    def go_on_from(self, metrics: dict[str, Any]) -> None:
+        """Take up the metrics that an interrupted run had logged. What is logged once more must be equal."""
+        self.metrics, self._earlier = dict(metrics), dict(metrics)
+        self.save()
+
+    def confirm(self, key: str, value: str, what: str) -> None:
+        """Log a digest; UserError if the run had another one before it was interrupted. what: what it is of."""
+        if self._earlier.get(key, value) != value:
+            raise UserError(f"{what} is not what this run began with: its SHA-256 is {value}, not {self._earlier[key]}")
+        self.log(key, value)
 
     def log(self, key: str, value: Any) -> None:
         """Store a scalar under a slash key such as `stage2/b/epoch07/val_acc`; timings belong under `time/`.
 
-        Raises:
-            ValueError: the key was logged before, or the value is an array of several elements.
+        Raises ValueError where the key was logged before, or the value is an array of several elements.
         """
-        if key in self.metrics:
+        if key in self.metrics and not (key in self._earlier and self._earlier[key] == _plain(value)):
             raise ValueError(f"metric {key!r} is already {self.metrics[key]}; keys carry stage, step and epoch")
         self.metrics[key] = _plain(value)
 
     def save(self) -> None:
-        """Write metrics.json; a reader finds the old or the new file, never a part of one."""
-        _write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
+        """Write metrics.json and about.json; a reader finds the old or the new file, never a part of one."""
+        write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
+        write(self.folder / "about.json", json.dumps(self.about, indent=2))
 
     def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
-        """Write the metrics, add the run's row to `results_dir/summary.csv` and point `latest` at its folder.
+        """Write the metrics, put the run's row into `results_dir/summary.csv`, point `latest` at its folder, unlock it.
 
         The row holds exp_id, name, status, seed, `error` and the fields of `summary` at full precision. A figure that
         was not measured is left out or None and becomes an empty cell, never 0: a failed run has no accuracy.
         """
         if status not in STATUSES:
             raise ValueError(f"status={status!r}: choose one of {', '.join(STATUSES)}")
+        self.about |= {"status": status, "ended": time.time()}
         self.save()
         row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
                "error": " ".join(error.split()), **{key: _plain(value) for key, value in summary.items()}}
         _add_row(self.folder.parent / "summary.csv", row)
         _point_latest(self.folder)
+        self._lock.close()
 
 
 class _Unwritten(Record):
@@ -103,7 +147,26 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value  # numpy and jax scalars
 
 
-def _write(path: Path, text: str) -> None:
+def check_exp_id(exp_id: str) -> None:
+    """UserError for what cannot name a run's folder; "" leaves the name to the run."""
+    if exp_id != Path(exp_id).name:
+        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
+    if exp_id == TEACHERS:
+        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What about.json says of the run in `folder`. UserError if that is no run folder, or the file is damaged."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return {"name": str(about["name"]), "status": str(about["status"]), "begun": float(about["begun"]), **about}
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run folder: about.json is missing") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
+
+
+def write(path: Path, text: str) -> None:
     """Replace the file at once."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
@@ -111,7 +174,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV table, and to its header the columns that are new. Runs that end together take turns."""
+    """Put a row into a CSV table, in the place of one with the same exp_id or at the end, and into its header the
+    columns that are new. Runs that end together take turns; a process that dies leaves no lock behind."""
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         columns, rows = [], []
@@ -122,8 +186,11 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys([*columns, *row]), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*rows, row])
-        _write(path, text.getvalue())
+        earlier = [place for place, other in enumerate(rows) if other["exp_id"] == row["exp_id"]]
+        for place in earlier or [len(rows)]:
+            rows[place : place + 1] = [row]
+        writer.writerows(rows)
+        write(path, text.getvalue())
 
 
 def _point_latest(folder: Path) -> None:
@@ -134,4 +201,4 @@ def _point_latest(folder: Path) -> None:
         os.replace(temporary, folder.with_name("latest"))
     except OSError:
         temporary.unlink(missing_ok=True)
-        _write(folder.with_name("latest.txt"), folder.name + "\n")
+        write(folder.with_name("latest.txt"), folder.name + "\n")

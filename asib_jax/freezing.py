@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
@@ -75,14 +77,13 @@ def merge(a: Tree, b: Tree) -> dict:
 def carry(old: Any, new: Any) -> Any:
     """The optimiser state `new`, with every leaf whose path and shape also occur in `old` taken from there.
 
+    old: such a state, or the nested dicts that a checkpoint makes of it (`flax.serialization.to_state_dict`).
+
     After the set of trainable parameters has changed, those that stay keep their moments and the step count goes on.
     It is shared, so Adam no longer corrects the zero moments of a leaf that joins late: its first step is
     (1 - b1) / sqrt(1 - b2), with the usual constants 3.2, times as long.
     """
-    before = dict(jax.tree_util.tree_leaves_with_path(old))
-
-    def leaf(path, fresh):
-        kept = before.get(path)
-        return fresh if kept is None or kept.shape != fresh.shape else kept
-
-    return jax.tree_util.tree_map_with_path(leaf, new)
+    before, fresh = (flatten_dict(serialization.to_state_dict(state), keep_empty_nodes=True) for state in (old, new))
+    kept = {path: before[path] if path in before and np.shape(before[path]) == np.shape(leaf) else leaf
+            for path, leaf in fresh.items()}
+    return serialization.from_state_dict(new, unflatten_dict(kept))

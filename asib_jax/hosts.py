@@ -84,6 +84,11 @@ def everywhere(found: Sequence[bool]) -> list[bool]:
     return list(found) if jax.process_count() == 1 else _of_all(np.array(found, bool)).all(axis=0).tolist()
 
 
+def anywhere(found: Sequence[bool]) -> list[bool]:
+    """Of each finding, as many on every host, whether any host made it."""
+    return list(found) if jax.process_count() == 1 else _of_all(np.array(found, bool)).any(axis=0).tolist()
+
+
 def same_everywhere(values: Mapping[str, Any]) -> None:
     """UserError, on every host, unless the values, of the same names on each, are the same; arrays by content."""
     if jax.process_count() == 1:

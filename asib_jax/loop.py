@@ -1,73 +1,133 @@
-"""Run epochs of any training step: teachers, A-Step and B-Step alike."""
+"""Run the epochs of any training step: teachers, A-Step and B-Step alike."""
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from asib_jax.feed import Call, Steps
 from asib_jax.models.ensemble import Variables
+from asib_jax.snapshots import Snapshot, Snapshots
 from asib_jax.state import TrainState
 
 _IN_FLIGHT = 32  # steps; CPU collectives of several devices stall beyond that. Of examples from the host: one call
+_PATIENCE = 2.0  # seconds that may pass until a signal is heeded: longer steps wait for fewer in flight
 
 
-def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable[Call], *, controls: dict,
+@dataclasses.dataclass
+class Tally:
+    """What the steps of an epoch have come to so far. totals: sums over the steps that were not skipped."""
+
+    steps: int = 0
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, metrics: dict[str, np.ndarray], steps: int) -> None:
+        """Add the metrics [steps] of a call; where a step was skipped they are of a loss that overflowed."""
+        done = metrics["skipped"] == 0 if "skipped" in metrics else slice(None)
+        for name, values in metrics.items():
+            summed = values if name == "skipped" else values[done]
+            self.totals[name] = self.totals.get(name, 0.0) + float(np.sum(summed, dtype=np.float64))
+        self.steps += steps
+
+    def means(self, first_step: int) -> dict[str, float]:
+        """Of every metric over the steps that were not skipped; "skipped" is how many were.
+
+        first_step: of the run, for messages. Raises FloatingPointError naming the metrics that are not finite, or if
+        every step was skipped.
+        """
+        skipped = self.totals.get("skipped", 0.0)
+        if 0 < self.steps == skipped:
+            raise FloatingPointError(f"all {self.steps} steps from step {first_step} overflow float16 at any loss scale "
+                                     f"tried; set amp_dtype='bfloat16' or lower the learning rate")
+        means = {name: total if name == "skipped" else total / (self.steps - skipped)
+                 for name, total in self.totals.items()}
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(f"not finite: {', '.join(broken)} in the {self.steps} steps from step "
+                                     f"{first_step}; lower the learning rate or set grad_clip_norm")
+        return means
+
+
+@dataclasses.dataclass
+class Part:
+    """Some epochs with one compiled step: a teacher's training, or the A- or B-Step of a stage.
+
+    name: as `Snapshots` knows it. controls: of an epoch, arrays that are constant over it. calls: of an epoch from one
+    of its steps on. learning_rate: of a step of the run. first_step: of the run, where the epoch begins that is next.
+    bar: shows images done of an epoch. after: told epoch, state, controls, the metrics' means, steps and seconds; true
+    ends the part. content: of a snapshot, its arrays and values, given the state.
+    """
+
+    name: str
+    epochs: int
+    step: Steps
+    frozen: Variables
+    controls: Callable[[int], dict[str, Any]]
+    calls: Callable[[int, int], Iterator[Call]]
+    learning_rate: Callable[[int], float]
+    first_step: Callable[[], int]
+    bar: Callable[[int], tqdm]
+    after: Callable[..., bool | None]
+    content: Callable[[TrainState], tuple[dict[str, Any], dict[str, Any]]]
+    on_steps: Callable[[int, int], None] = lambda first, last: None
+
+
+def run_part(part: Part, state: TrainState, snapshots: Snapshots, begun: Snapshot | None) -> TrainState:
+    """All epochs of a part, or those that a snapshot leaves to do; then `state` is the snapshot's."""
+    epoch, tally = (begun.epoch, Tally(**begun.tally)) if begun else (0, Tally())
+    over = False
+    while epoch < part.epochs and not over:
+        start, controls = time.perf_counter(), part.controls(epoch)
+        with part.bar(epoch) as bar:
+            def offer(state: TrainState, steps: int) -> None:
+                snapshots.offer(part.name, epoch, dataclasses.asdict(tally), steps, lambda: part.content(state))
+
+            state = run_epoch(part.step, state, part.frozen, part.calls(epoch, tally.steps), tally, controls=controls,
+                              learning_rate=part.learning_rate, first_step=part.first_step(), on_images=bar.update,
+                              on_steps=part.on_steps, offer=offer, at_most=snapshots.steps or _IN_FLIGHT)
+        over = part.after(epoch, state, controls, tally.means(part.first_step()), tally.steps,
+                          time.perf_counter() - start)
+        epoch, tally = epoch + 1, Tally()
+    return state
+
+
+def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterator[Call], tally: Tally, *, controls: dict,
               learning_rate: Callable[[int], float], first_step: int,
               on_images: Callable[[int], None] = lambda images: None,
-              on_steps: Callable[[int, int], None] = lambda first, last: None
-              ) -> tuple[TrainState, dict[str, float], int]:
-    """One pass over `calls`, each prepared while the devices work on the one before.
+              on_steps: Callable[[int, int], None] = lambda first, last: None,
+              offer: Callable[[TrainState, int], None] = lambda state, steps: None, at_most: int = _IN_FLIGHT
+              ) -> TrainState:
+    """One pass over `calls`, each prepared while the devices work on the one before; `tally` counts its steps.
 
-    controls: arrays constant over the epoch; learning_rate: of a step of the run, which starts here at `first_step`.
-    on_images: told how many images have been done, every few steps; on_steps: told the first and the last step of the
-    run that a call is about to do.
-
-    Returns the state, every metric's mean over the steps, and the number of steps. Steps that a loss scale skipped
-    count as steps, but in no mean; the metric "skipped" is how many they were.
-    Raises FloatingPointError naming the metrics that are not finite, or if every step was skipped.
+    first_step: of the run, where the epoch begins. on_images: told how many images have been done, every few steps;
+    on_steps: told the first and the last step of the run that a call is about to do. offer: given the state and the
+    steps since the last offer, whenever no step is in flight, after `at_most` steps or one call.
     """
-    totals: dict[str, float] = {}
-    pending, images, steps, collected = [], 0, 0, 0
+    pending, steps, window, since = [], tally.steps, 1, time.monotonic()
 
-    def collect():
-        for metrics, count in jax.device_get(pending):
-            _add(totals, {name: values[:count] for name, values in metrics.items()})
+    def collect() -> None:
+        nonlocal window, since
+        before = tally.steps
+        for metrics, count, images in jax.device_get(pending):
+            tally.add({name: values[:count] for name, values in metrics.items()}, count)
+            on_images(images)
         pending.clear()
+        quick = time.monotonic() - since < _PATIENCE / 2
+        window, since = min(2 * window if quick else max(1, window // 2), _IN_FLIGHT, at_most), time.monotonic()
+        offer(state, tally.steps - before)
 
     for call in calls:
-        if steps > collected and (call.streamed or steps - collected + call.steps > _IN_FLIGHT):
+        if pending and (call.streamed or steps - tally.steps + call.steps > window):
             collect()
-            on_images(images)
-            images, collected = 0, steps
-        numbers = np.arange(call.steps)
+        numbers = np.arange(steps, steps + call.steps)
         on_steps(first_step + steps, first_step + steps + call.steps - 1)
-        each = {"lr": np.float32([learning_rate(first_step + steps + n) for n in numbers]),
-                "step": np.int32(steps + numbers)}
+        each = {"lr": np.float32([learning_rate(first_step + n) for n in numbers]), "step": np.int32(numbers)}
         state, metrics = step.run(state, frozen, controls, call, each)
-        pending.append((metrics, call.steps))
-        steps, images = steps + call.steps, images + call.steps * call.rows.shape[1]
+        pending.append((metrics, call.steps, call.steps * call.rows.shape[1]))
+        steps += call.steps
     collect()
-    on_images(images)
-    return state, _means(totals, steps, first_step), steps
-
-
-def _add(totals: dict[str, float], metrics: dict[str, np.ndarray]) -> None:
-    """Add up the metrics [steps] of a call; where a step was skipped they are of a loss that overflowed."""
-    done = metrics["skipped"] == 0 if "skipped" in metrics else slice(None)
-    for name, values in metrics.items():
-        summed = values if name == "skipped" else values[done]
-        totals[name] = totals.get(name, 0.0) + float(np.sum(summed, dtype=np.float64))
-
-
-def _means(totals: dict[str, float], steps: int, first_step: int) -> dict[str, float]:
-    skipped = totals.get("skipped", 0.0)
-    if 0 < steps == skipped:
-        raise FloatingPointError(f"all {steps} steps from step {first_step} overflow float16 at any loss scale tried; "
-                                 f"set amp_dtype='bfloat16' or lower the learning rate")
-    means = {name: total if name == "skipped" else total / (steps - skipped) for name, total in totals.items()}
-    broken = [name for name, value in means.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(f"not finite: {', '.join(broken)} in the {steps} steps from step {first_step}; "
-                                 f"lower the learning rate or set grad_clip_norm")
-    return means
+    return state

@@ -53,20 +53,21 @@ class Reporter:
 
     `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
     in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
-    profiler trace of the calls with those B-steps to `folder/profile`. Of several hosts the first alone does any of it.
+    profiler trace of the calls with those B-steps to `folder/profile`. purge_from: in a run that goes on, the step from
+    which TensorBoard forgets what was drawn before. Of several hosts the first alone does any of it.
 
     Raises:
         UserError: `wandb` is asked for but not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
-                 profile_steps: tuple[int, ...] = ()):
+                 profile_steps: tuple[int, ...] = (), purge_from: int | None = None):
         folder = Path(folder)
         first = hosts.is_first()
         self._profile_folder, self._profiling = folder / "profile", False
         self._profile_steps = profile_steps if first else ()
         self._wandb = _start_wandb(folder, wandb, config) if wandb and first else None
-        self._tensorboard = _start_tensorboard(folder) if tensorboard and first else None
+        self._tensorboard = _start_tensorboard(folder, purge_from) if tensorboard and first else None
 
     @staticmethod
     def epoch_bar(images: int, description: str) -> tqdm:
@@ -116,9 +117,9 @@ class Reporter:
         self.close()
 
 
-def _start_tensorboard(folder: Path) -> Any:
+def _start_tensorboard(folder: Path, purge_from: int | None) -> Any:
     import tensorboardX  # imports PyTorch where that is installed, which takes a second
-    return tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_from)
 
 
 def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
@@ -127,7 +128,7 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
     except ModuleNotFoundError:
         raise UserError(
             f"wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to \"\"") from None
-    return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
+    return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
 
 
 class Result(NamedTuple):

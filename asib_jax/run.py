@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 from clu.parameter_overview import count_parameters
+from tqdm import tqdm
 
-from asib_jax import loop, parallel, schedules, state, steps, stored_views, streams
+from asib_jax import parallel, schedules, state, steps, stored_views, streams
 from asib_jax.build import Data
 from asib_jax.data.batches import training_rows
 from asib_jax.evaluate import Evaluator
@@ -17,6 +18,7 @@ from asib_jax.feed import Call, Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
+from asib_jax.snapshots import Snapshot, Snapshots
 from asib_jax.state import TrainState
 from asib_jax.steps import Training
 from asib_jax.stored_views import StoredViews
@@ -47,6 +49,26 @@ class Progress:
         return self.synergy_acc is not None and self.synergy_acc >= threshold
 
 
+    def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All of it for a snapshot: its arrays, by name, and its plain values."""
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ({name: held[name] for name in _ARRAYS if held[name] is not None},
+                {name: value for name, value in held.items() if name not in _ARRAYS})
+
+    def restore(self, arrays: dict[str, Any], values: dict[str, Any]) -> None:
+        """Become what `content` told."""
+        for name in _ARRAYS:
+            setattr(self, name, arrays.get(name))
+        for name in ("best_student", "last_student"):
+            if name in arrays:
+                setattr(self, name, {"batch_stats": {}, **arrays[name]})  # a network without BatchNorm
+        for name, value in values.items():
+            setattr(self, name, collections.Counter(value) if name == "distilled_steps" else value)
+
+
+_ARRAYS = ("a_opt_state", "b_opt_state", "best_student", "last_student")  # of Progress
+
+
 @dataclasses.dataclass
 class Run:
     """One run's recipe, networks, data, devices and record. `prefix` sets the control's metric keys apart."""
@@ -61,6 +83,7 @@ class Run:
     images: Examples  # of the training split
     labels: Examples  # and their indices
     stored: StoredViews
+    snapshots: Snapshots
     prefix: str = ""
     _compiled: dict = dataclasses.field(default_factory=dict)
 
@@ -71,11 +94,12 @@ class Run:
                                                     donate_carry=True)
         return self._compiled[key]
 
-    def begin(self, kind: str, training: Training, variables: Variables, opt_state: Any
-              ) -> tuple[TrainState, Variables, Steps]:
+    def begin(self, kind: str, training: Training, variables: Variables, opt_state: Any,
+              snapshot: Snapshot | None = None) -> tuple[TrainState, Variables, Steps]:
         """Before the epochs of a `kind` of training: what it trains, what stands still, the step for its mask."""
         current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx, opt_state,
                                       self.recipe.compute_dtype)
+        current = state.with_loss_scale(current, snapshot and snapshot.arrays)
         step = self.compiled((kind, str(training.mask)), lambda: steps.make_train_step(
             training.loss, training.tx, axis_name=self.feed.axis_name), trains_convolutions=bool(training.trained_stats))
         # Moments begin on one device; the step would compile twice.
@@ -111,18 +135,43 @@ class Run:
         """The augmentation stream of an epoch of `step`; that of a stage and epoch is one for A- and B-Step."""
         return streams.key(self.recipe.seed, "augment", *stored_views.view(self.recipe, step, stage, epoch))
 
-    def calls(self, steps: Steps, step: str, stage: int, epoch: int) -> Iterator[Call]:
-        """One epoch of the student's training images in an order of its own, with stored outputs if any."""
+    def part(self, step: str, stage: int) -> str:
+        """What `Snapshots` calls the A- or B-Step of a stage, and the metrics too."""
+        return f"{self.prefix}stage{stage + 1}/{step}"
+
+    def calls(self, steps: Steps, step: str, stage: int, epoch: int, first: int = 0) -> Iterator[Call]:
+        """One epoch of the student's training images in an order of its own, from its step `first` on, with stored
+        outputs if any."""
         order = streams.rng(self.recipe.seed, f"order/{step}", stage, epoch)
-        rows = training_rows(len(self.data.train.label), self.recipe.dataset.batch_size, order)
+        rows = training_rows(len(self.data.train.label), self.recipe.dataset.batch_size, order)[first:]
         stored = self.stored.of(step, stage, epoch)
         images = [] if stored and step == "a" else [self.images]  # every network that the A-Step runs has read them
         return self.feed.calls(steps, rows, self.labels, *images, *stored)
 
-    def epoch(self, title: str, step: Steps, state, frozen: Variables, calls: Iterator[Call], **options):
-        """`loop.run_epoch` under a progress bar."""
-        with self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title) as bar:
-            return loop.run_epoch(step, state, frozen, calls, on_images=bar.update, **options)
+    def bar(self, title: str) -> tqdm:
+        """A progress bar over an epoch's images."""
+        return self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title)
+
+    def snapshot(self, progress: Progress, whole: Variables, state: TrainState
+                 ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `loop.Part.content` gives of an A- or B-Step: all variables that this run has changed or drawn."""
+        own = {name: whole.of(name) for name in whole.params}
+        if not self.recipe.trains_teachers:
+            for name in self.nets.teacher_names:  # given or kept elsewhere
+                own[name] = {"params": {child: leaves for child, leaves in whole.params[name].items()
+                                        if child == "distill_adapter"}}
+        arrays, values = progress.content()
+        return {"progress": arrays, "variables": own, "opt_state": state.opt_state, "loss_scale": state.loss_scale}, values
+
+    def resume(self, snapshot: Snapshot, progress: Progress, variables: Variables, step: str) -> Variables:
+        """The variables of such a snapshot, whose `progress` then goes on in an A- or B-Step, "a" or "b"."""
+        progress.restore(snapshot.arrays.get("progress", {}), snapshot.values)
+        setattr(progress, f"{step}_opt_state", snapshot.arrays["opt_state"])
+        params, stats = dict(variables.params), dict(variables.batch_stats)
+        for name, branch in snapshot.arrays["variables"].items():
+            params[name] = {**params[name], **branch.get("params", {})}
+            stats |= {name: branch["batch_stats"]} if "batch_stats" in branch else {}
+        return parallel.replicate(Variables(params, stats), self.feed.devices)
 
 
 def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int, devices: int

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.serialization import from_state_dict
 from flax.training.dynamic_scale import DynamicScale
 
 from asib_jax import freezing
@@ -75,6 +76,13 @@ def begin(variables: Variables, mask: Any, trained_stats: tuple[str, ...], tx: o
     opt_state = fresh if opt_state is None else freezing.carry(opt_state, fresh)
     state = TrainState(params, stats, opt_state, first_loss_scale(compute_dtype))
     return jax.tree.map(jnp.copy, state), Variables(frozen_params, frozen_stats)
+
+
+def with_loss_scale(state: TrainState, held: Mapping[str, Any] | None) -> TrainState:
+    """The state with the loss scale that `held`, nested dicts of arrays, has, where it needs one."""
+    if held is None or state.loss_scale is None:
+        return state
+    return state._replace(loss_scale=from_state_dict(state.loss_scale, held["loss_scale"]))
 
 
 def join(state: TrainState, frozen: Variables) -> Variables:

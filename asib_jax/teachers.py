@@ -1,8 +1,8 @@
 """Ready teachers: kept from an earlier run, imported, fine-tuned or trained from scratch."""
+import dataclasses
 import functools
 import logging
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -16,21 +16,23 @@ from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.feed import Feed
-from asib_jax.loop import run_epoch
+from asib_jax.loop import Part, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.pretrained import Imported
 from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.reporting import Reporter
 from asib_jax.run import learning_rate
+from asib_jax.snapshots import Snapshot, Snapshots
+from asib_jax.state import TrainState
 from asib_jax.steps import BTerms, Training
 from asib_jax.teacher_store import Place
 
 logger = logging.getLogger("asib_jax")
 
 
-def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter
-          ) -> Variables:
+def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
+          snapshots: Snapshots) -> Variables:
     """Variables of every teacher, by name. Adapters start at random, keyed by the run's seed.
 
     Where a teacher comes from, the first of these that the configuration allows:
@@ -38,29 +40,46 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
          checkpoint that an earlier run with the same key left in `teacher_store`;
       2. `weights`, fine-tuned for `finetune_epochs` if that is positive;
       3. training from scratch for `train_epochs`.
+    A run that goes on trains those that it trained, or was about to train, when it was interrupted.
     Training uses the whole training split but never the validation images.
 
-    Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts.
+    Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts, and for
+    a teacher that is not what the run began with.
     """
-    start, done, places = {}, {}, {}
+    start, done, places, train_now = {}, {}, {}, _train_now(recipe, nets, snapshots)
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers)):
         model = nets.teachers[k]
         start[name] = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
         places[name] = _place(recipe, k, name, record)
         hosts.same_everywhere({f"the SHA-256 of {name}.weights": places[name].key["teacher"]["weights"]})
-        kept = teacher_store.load(places[name], data.teacher_train) if options.epochs else None
+        kept = teacher_store.load(places[name], data.teacher_train) if name not in train_now and options.epochs else None
         if kept is not None:
             done[name] = _whole(pretrained.fit_variables(kept, start[name], model.architecture), places[name].folder)
             logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, places[name].folder)
         elif options.weights:
             start[name] = _given(options, name, model, start[name])
+    if not snapshots.resumed:
+        snapshots.trained = train_now = [name for k, name in enumerate(nets.teacher_names)
+                                         if recipe.teachers[k].epochs and name not in done]
     for k, name in enumerate(nets.teacher_names):  # after every file has been read: their errors come early
-        if name not in done:
-            done[name] = start[name]
-            if recipe.teachers[k].epochs:
-                done[name] = train(recipe, nets, k, places[name], start[name], data, feed, record, reporter)
+        if name in train_now:
+            done[name] = train(recipe, nets, k, places[name], start[name], data, feed, record, reporter, snapshots)
+        elif recipe.teachers[k].epochs and name not in done:
+            raise UserError(f"{name} is no longer in {places[name].folder}, where this run found or left it: put it back")
+        if recipe.teachers[k].epochs:
+            record.confirm(f"kept/{name}", checkpoint.digest(places[name].folder / "checkpoint"),
+                           f"{name} in {places[name].folder}")
+    done = {name: done.get(name, start[name]) for name in nets.teacher_names}
     return Variables({name: variables["params"] for name, variables in done.items()},
                      {name: variables["batch_stats"] for name, variables in done.items()})
+
+
+def _train_now(recipe: Recipe, nets: Networks, snapshots: Snapshots) -> list[str]:
+    """Of a run that goes on, the teachers whose training is not over."""
+    trained = snapshots.trained
+    if snapshots.ahead in trained:
+        return trained[trained.index(snapshots.ahead) :]
+    return []
 
 
 def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
@@ -94,53 +113,65 @@ def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[str, Any], data: build.Data,
-          feed: Feed, record: Record, reporter: Reporter) -> dict[str, Any]:
+          feed: Feed, record: Record, reporter: Reporter, snapshots: Snapshots) -> dict[str, Any]:
     """Supervised training of teacher `k` with AdamW, kept at `place`: its best epoch on validation.
 
-    It ends early after `early_stopping_patience` epochs of which none was better by `early_stopping_min_delta`. While
-    it goes on, the best epoch so far is a checkpoint of the run.
+    It ends early after `early_stopping_patience` epochs of which none was better by `early_stopping_min_delta`.
     """
     options, model, name = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
     split, batch_size, axis = data.teacher_train, recipe.dataset.batch_size, feed.axis_name
     training = make_training(recipe, k, model, variables["params"], axis)
     step = feed.compile(steps.make_train_step(training.loss, training.tx, axis_name=axis), trains_convolutions=True,
                         donate_carry=True)
-    examples = feed.place(**split._asdict())
-    whole = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
-    current, frozen = parallel.replicate(state.begin(whole, training.mask, training.trained_stats, training.tx, None,
-                                                     recipe.compute_dtype), feed.devices)
+    examples, snapshot = feed.place(**split._asdict()), snapshots.take(name)
+    best = _Best(**snapshot.values["best"], variables=snapshot.arrays.get("best")) if snapshot else _Best()
+    current, frozen = _begin(recipe, training, variables, snapshot, feed)
     logger.info("%s: %s %s, trainable/total parameters %s/%s", name, "fine-tuning" if options.weights else "training",
                 options.name, f"{count_parameters(current.params):,}", f"{count_parameters(variables['params']):,}")
     validation = Evaluator(Networks(model.clone(adapter_dim=0)), Variables({}, {}), data.validation, name="validation",
                            batch_size=batch_size, feed=feed)
-    steps_per_epoch = len(split.label) // batch_size
+    steps_per_epoch, start = len(split.label) // batch_size, time.perf_counter()
     rate = learning_rate(recipe, base=options.lr, steps_per_epoch=steps_per_epoch, epochs=options.epochs,
                          warmup_epochs=options.warmup_epochs, devices=len(feed.devices))
-    best, start, done = _Best(record.folder / "checkpoints" / f"{name}_best"), time.perf_counter(), 0
-    for epoch in range(options.epochs):
-        began = time.perf_counter()
-        with reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}") as bar:
-            order = streams.rng(recipe.seed, f"order/{teacher_store.streams_name(recipe, k)}", epoch)
-            rows = training_rows(len(split.label), batch_size, order)
-            current, metrics, count = run_epoch(
-                step, current, frozen, feed.calls(step, rows, examples), learning_rate=rate, first_step=done,
-                controls=controls_of(recipe, k, epoch), on_images=bar.update)
-        done += count
+
+    def calls(epoch: int, first: int):
+        order = streams.rng(recipe.seed, f"order/{teacher_store.streams_name(recipe, k)}", epoch)
+        return feed.calls(step, training_rows(len(split.label), batch_size, order)[first:], examples)
+
+    def after(epoch: int, current: TrainState, controls: dict, metrics: dict, steps: int, seconds: float) -> bool:
         whole = state.join(current, frozen)
-        metrics |= {"lr": rate(done - 1), "val_acc": validation.accuracies(whole)["student"]}
-        _log_epoch(record, name, epoch, metrics, time.perf_counter() - began)
-        if metrics["val_acc"] > best.accuracy:
-            best.keep(metrics["val_acc"], epoch, jax.device_get(whole.of("student")))
-        if best.waited(metrics["val_acc"], options.early_stopping_min_delta) == options.early_stopping_patience > 0:
-            logger.info("%s: stopped early, %d epochs without a better validation accuracy", name,
-                        options.early_stopping_patience)
-            break
+        accuracy = validation.accuracies(whole)["student"]
+        _log_epoch(record, name, epoch, {**metrics, "lr": rate(best.steps + steps - 1), "val_acc": accuracy}, seconds)
+        return best.over(options, accuracy, epoch, steps, whole.of("student"))
+
+    run_part(Part(
+        name=name, epochs=options.epochs, step=step, frozen=frozen, learning_rate=rate, calls=calls, after=after,
+        controls=lambda epoch: controls_of(recipe, k, epoch), first_step=lambda: best.steps,
+        bar=lambda epoch: reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}"),
+        content=lambda current: _content(current, frozen, best)), current, snapshots, snapshot)
     logger.info("%s: %s trained on %d images in %.0f s, best in epoch %d: %.2f %% on validation", name, options.name,
                 len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
     teacher_store.save(place, options.weights, best.variables, split,
                        {"validation_accuracy": best.accuracy, "epoch": best.epoch + 1})
-    best.remove()
     return best.variables
+
+
+def _begin(recipe: Recipe, training: Training, variables: dict[str, Any], snapshot: Snapshot | None, feed: Feed
+           ) -> tuple[TrainState, Variables]:
+    """What trains and what stands still, as the snapshot has it if there is one."""
+    own = {"batch_stats": {}, **snapshot.arrays["variables"]} if snapshot else variables
+    whole = Variables({"student": own["params"]}, {"student": own["batch_stats"]})
+    current, frozen = state.begin(whole, training.mask, training.trained_stats, training.tx,
+                                  snapshot.arrays["opt_state"] if snapshot else None, recipe.compute_dtype)
+    return parallel.replicate((state.with_loss_scale(current, snapshot and snapshot.arrays), frozen), feed.devices)
+
+
+def _content(current: TrainState, frozen: Variables, best: "_Best") -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `loop.Part` has it."""
+    arrays = {"variables": state.join(current, frozen).of("student"), "opt_state": current.opt_state,
+              "loss_scale": current.loss_scale, "best": best.variables}
+    return arrays, {"best": {field.name: getattr(best, field.name) for field in dataclasses.fields(best)
+                             if field.name != "variables"}}
 
 
 def controls_of(recipe: Recipe, k: int, epoch: int) -> dict[str, jax.Array]:
@@ -160,32 +191,28 @@ def _log_epoch(record: Record, name: str, epoch: int, metrics: dict[str, float],
                 epoch + 1, metrics["loss"], 100 * metrics["acc"], 100 * metrics["val_acc"], seconds)
 
 
+@dataclasses.dataclass
 class _Best:
-    """The best epoch on validation so far, in memory and on disk, and how long ago it was clearly better."""
+    """The best epoch on validation so far, on the host; how many steps there were, and when it was clearly better."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.accuracy, self.epoch, self.variables = folder, -1.0, -1, None
-        self._mark, self._waited = -1.0, 0
+    accuracy: float = -1.0
+    epoch: int = -1
+    variables: dict[str, Any] | None = None
+    steps: int = 0
+    mark: float = -1.0  # the last accuracy that was better by more than early_stopping_min_delta
+    waited: int = 0  # epochs since
 
-    def keep(self, accuracy: float, epoch: int, variables: dict[str, Any]) -> None:
-        """Replace what was best; the checkpoint before is removed only once the new one is complete."""
-        if hosts.is_first():
-            earlier = [path for path in self.folder.iterdir()] if self.folder.exists() else []
-            checkpoint.save(self.folder / f"epoch{epoch + 1:02d}", variables)
-            for path in earlier:
-                shutil.rmtree(path)
-        self.accuracy, self.epoch, self.variables = accuracy, epoch, variables
-
-    def remove(self) -> None:
-        """From disk."""
-        if hosts.is_first():
-            shutil.rmtree(self.folder)
-
-    def waited(self, accuracy: float, min_delta: float) -> int:
-        """How many epochs have passed since one was better than the last of these by more than `min_delta`."""
-        better = accuracy > self._mark + min_delta
-        self._mark, self._waited = (accuracy, 0) if better else (self._mark, self._waited + 1)
-        return self._waited
+    def over(self, options: TeacherRecipe, accuracy: float, epoch: int, steps: int, variables: dict[str, Any]) -> bool:
+        """Take note of an epoch; whether training ends early."""
+        self.steps += steps
+        if accuracy > self.accuracy:
+            self.accuracy, self.epoch, self.variables = accuracy, epoch, jax.device_get(variables)
+        better = accuracy > self.mark + options.early_stopping_min_delta
+        self.mark, self.waited = (accuracy, 0) if better else (self.mark, self.waited + 1)
+        early = self.waited == options.early_stopping_patience > 0
+        if early:
+            logger.info("stopped early, %d epochs without a better validation accuracy", self.waited)
+        return early
 
 
 def make_training(recipe: Recipe, k: int, model: KDModel, params: dict[str, Any], axis_name: str | None = None

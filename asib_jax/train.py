@@ -3,7 +3,6 @@ import collections
 import dataclasses
 import logging
 import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
@@ -19,34 +18,46 @@ from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.results import Results, final_results, render
 from asib_jax.run import Progress, Run
+from asib_jax.signals import Interrupted, Stop
+from asib_jax.snapshots import Snapshot, Snapshots
 from asib_jax.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
 
 
-def recorded(recipe: Recipe, record: Record) -> None:
-    """`train`, its outcome written down whatever it is: a failed or interrupted run is never a finished one."""
+def recorded(recipe: Recipe, record: Record, last: Snapshot | None = None) -> None:
+    """`train`, its outcome written down whatever it is: a failed or interrupted run is never a finished one.
+
+    last: the snapshot to go on from. Raises Interrupted after a signal, with a snapshot that holds all that was done.
+    """
+    record.go_on_from(last.metrics if last else {})
     try:
-        with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
-                      profile_steps=recipe.profile_steps, config=record.config) as reporter:
-            summary = train(recipe, record, reporter)
+        with Stop() as stop, Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
+                                      profile_steps=recipe.profile_steps, config=record.config,
+                                      purge_from=last.values.get("epochs", 0) + 1 if last else None) as reporter:
+            snapshots = Snapshots(record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps,
+                                  last=last)
+            try:
+                summary = train(recipe, record, reporter, snapshots)
+            finally:
+                snapshots.close()
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
         logger.error("%s: %s", status, error)
         # The traceback: in log.txt alone, which the first host has.
         logger.log(logging.DEBUG if hosts.is_first() else logging.ERROR, "where", exc_info=True)
         raise
     record.finish("finished", summary)
+    snapshots.remove()
 
 
-def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, object]:
+def train(recipe: Recipe, record: Record, reporter: Reporter, snapshots: Snapshots) -> dict[str, object]:
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder.
 
     Raises UserError, before any training, where hosts differ in their configuration, data or initial values.
     """
-    start = time.perf_counter()
     hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),
                                           "the kind of devices": jax.local_devices()[0].device_kind})
     feed = build.make_feed(recipe)
@@ -58,13 +69,13 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
         logger.warning(warning)
     if recipe.teachers_only:
-        ready, validation = teachers.ready(recipe, nets, data, feed, record, reporter), None
+        ready, validation = teachers.ready(recipe, nets, data, feed, record, reporter, snapshots), None
         done = Finished(ready, {}, collections.Counter())
         finished.save(record, recipe, nets, done)
     else:
-        done, validation = distil(recipe, nets, data, feed, record, reporter)
+        done, validation = distil(recipe, nets, data, feed, record, reporter, snapshots)
     results = evaluate_finished(recipe, nets, data, feed, done, validation)
-    minutes = (time.perf_counter() - start) / 60
+    minutes = snapshots.seconds / 60
     for key, value in results.summary.items():
         record.log(f"final/{key}", value)
     record.log("time/total_minutes", minutes)
@@ -72,26 +83,36 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     return {**results.summary, "minutes": minutes}
 
 
-def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter
-           ) -> tuple[Finished, Evaluator]:
+def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
+           snapshots: Snapshots) -> tuple[Finished, Evaluator]:
     """Teachers ready, every stage, the control: what is finished then, and saved, and the evaluator of validation."""
     student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
-    ready = teachers.ready(recipe, nets, data, feed, record, reporter)
+    ready = teachers.ready(recipe, nets, data, feed, record, reporter, snapshots)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
-    run, variables = prepare(recipe, nets, data, feed, record, reporter, variables)
+    run, variables = prepare(recipe, nets, data, feed, record, reporter, snapshots, variables)
+    if snapshots.ahead.startswith("control/"):
+        done = finished.load(record.folder, recipe, nets, data.image_shape)
+    else:
+        done = distilled(run, variables)
+    if recipe.train_control and recipe.uses_teachers:
+        control = train_control(run)
+        finished.save_control(record, control)
+        done = dataclasses.replace(done, students=done.students | control)
+    return done, run.validation
+
+
+def distilled(run: Run, variables: Variables) -> Finished:
+    """What all stages come to, saved."""
+    recipe, nets = run.recipe, run.nets
     if recipe.trains_teachers:  # the table has them as the A-Steps leave them
-        before = evaluator(recipe, nets, variables, data.test, "test", feed).teacher_counts()
-        run.log_scalars("before", {f"test_acc_{name}": before[name] / len(data.test.label)
-                                   for name in nets.teacher_names})
+        before = evaluator(recipe, nets, variables, run.data.test, "test", run.feed)
+        counts = before.teacher_counts()
+        run.log_scalars("before", {f"test_acc_{name}": counts[name] / before.count for name in nets.teacher_names})
     variables, progress = run_stages(run, variables)
     students = {"last": progress.last_student, "best": progress.best_student}
     done = Finished(variables, students, progress.distilled_steps)
-    finished.save(record, recipe, nets, done)  # before the control: what is finished is on disk whatever becomes of it
-    if recipe.train_control and recipe.uses_teachers:
-        control = train_control(run, progress.epochs)
-        finished.save_control(record, control)
-        done = dataclasses.replace(done, students=students | control)
-    return done, run.validation
+    finished.save(run.record, recipe, nets, done)  # before the control: it is on disk whatever becomes of that
+    return done
 
 
 def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) -> None:
@@ -117,7 +138,7 @@ def describe(recipe: Recipe, data: build.Data, devices: Sequence[jax.Device]) ->
 
 
 def prepare(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
-            variables: Variables) -> tuple[Run, Variables]:
+            snapshots: Snapshots, variables: Variables) -> tuple[Run, Variables]:
     """The run's shared parts, and all variables on its devices before the first stage."""
     hosts.same_everywhere({"the networks' initial values": variables})
     variables = parallel.replicate(variables, feed.devices)
@@ -126,17 +147,19 @@ def prepare(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record
     logger.info("training images: %s", "on the devices" if images.resident else "on the host, sent ahead of each call: "
                 f"more than the room of device_data_gb={recipe.device_data_gb:g}")
     stored = StoredViews(recipe, nets, data.train, feed, variables)
-    return Run(recipe, nets, data, feed, record, reporter, validation, images, labels, stored), variables
+    return (Run(recipe, nets, data, feed, record, reporter, validation, images, labels, stored, snapshots), variables)
 
 
 def run_stages(run: Run, variables: Variables, epochs_before: int = 0) -> tuple[Variables, Progress]:
     """Every stage's A-Step and B-Step. Each stage's last student, and the best of the run so far, are saved."""
     progress = Progress(epochs=epochs_before)
-    if run.recipe.uses_fusion and not run.recipe.model.student.weights:
+    if run.recipe.uses_fusion and not run.recipe.model.student.weights and not run.snapshots.ahead:
         variables = a_step.calibrate(run, variables)
     for stage in range(len(run.recipe.b_epochs)):
-        if run.recipe.uses_fusion:
+        if run.recipe.uses_fusion and not run.snapshots.over(run.part("a", stage)):
             variables = a_step.run_a_step(run, variables, progress, stage)
+        if run.snapshots.over(run.part("b", stage)):
+            continue
         variables = b_step.run_b_step(run, variables, progress, stage)
         folder, name = run.record.folder / "checkpoints", f"{run.prefix.replace('/', '_')}stage{stage + 1}"
         checkpoint.save(folder / f"{name}_last", progress.last_student)
@@ -150,10 +173,10 @@ def without_teachers(recipe: Recipe) -> Recipe:
                                teacher_adapt_epochs=0, train_control=False)
 
 
-def train_control(run: Run, epochs_before: int) -> dict[str, dict]:
+def train_control(run: Run) -> dict[str, dict]:
     """The last and best student of the same run without teachers, as `Finished.students` names them."""
     logger.info("control: the same student without teachers")
-    recipe = without_teachers(run.recipe)
+    recipe, stages = without_teachers(run.recipe), len(run.recipe.b_epochs)
     nets = build.build_networks(recipe, run.data.num_classes, run.feed.axis_name)
     student = build.init_student_and_fusion(recipe, nets, run.data.image_shape)
     variables = parallel.replicate(student, run.feed.devices)
@@ -161,7 +184,8 @@ def train_control(run: Run, epochs_before: int) -> dict[str, dict]:
     stored = StoredViews(recipe, nets, run.data.train, run.feed, variables)
     control = dataclasses.replace(run, recipe=recipe, nets=nets, validation=validation, stored=stored,
                                   prefix="control/", _compiled={})
-    _, progress = run_stages(control, variables, epochs_before)
+    before = (run.recipe.a_epochs * stages if run.recipe.uses_fusion else 0) + sum(run.recipe.b_epochs)
+    _, progress = run_stages(control, variables, before)
     return {"control_last": progress.last_student, "control_best": progress.best_student}
 
 

@@ -22,6 +22,7 @@ from asib_jax.models.ensemble import Variables
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.run import Progress, Run
+from asib_jax.snapshots import Snapshots
 from asib_jax.stored_views import StoredViews
 
 Work = Callable[[float], int]  # works for about so many seconds, but one call at least; on how many images
@@ -65,10 +66,10 @@ def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random
         ready = Variables(*({name: variables[part] for name, variables in drawn.items()}
                             for part in ("params", "batch_stats")))
     else:
-        ready = teachers.ready(recipe, nets, data, feed, record, reporter)
+        ready = teachers.ready(recipe, nets, data, feed, record, reporter, Snapshots(record))
     variables = Variables(own.params | ready.params, own.batch_stats | ready.batch_stats)
     recipe = dataclasses.replace(recipe, a_step_views=0, b_step_views=0, teacher_cache="")
-    return train.prepare(recipe, nets, data, feed, record, reporter, variables)
+    return train.prepare(recipe, nets, data, feed, record, reporter, Snapshots(record), variables)
 
 
 def with_one_view(run: Run, variables: Variables) -> Run:
@@ -98,10 +99,10 @@ def training(run: Run, variables: Variables, kind: str) -> Work:
     def epoch(end: float) -> int:
         nonlocal current
         calls = _until(end, run.calls(step, kind, 0, 0))
-        current, _, done = loop.run_epoch(step, current, frozen, calls, controls=controls, learning_rate=rate,
-                                          first_step=0)
+        current = loop.run_epoch(step, current, frozen, calls, tally := loop.Tally(), controls=controls,
+                                 learning_rate=rate, first_step=0)
         jax.block_until_ready(current)
-        return done * run.recipe.dataset.batch_size
+        return tally.steps * run.recipe.dataset.batch_size
     return repeated(epoch)
 
 

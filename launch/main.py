@@ -11,12 +11,13 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from asib_jax import (checks, command_line, dry_run, hosts, idle_keys, parallel, plan, recipe as recipes, reporting,
-                      train)
+from asib_jax import (checks, command_line, dry_run, experiment, hosts, idle_keys, parallel, plan, recipe as recipes,
+                      reporting, resume, signals, snapshots, train)
 from asib_jax.experiment import Record
 from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+RESUME = flags.DEFINE_boolean("resume", False, "Go on with the newest run of this configuration: config.resume=latest.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what the run would do, its sizes and its memory, and stop.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
@@ -39,6 +40,8 @@ def run() -> None:
     """The run that the flags describe; exits with a message where it fails."""
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:
+        if RESUME.value and not CONFIG.value.resume:
+            CONFIG.value.resume = resume.LATEST
         recipe = recipes.read(CONFIG.value)
         checks.check(recipe)
         idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
@@ -48,7 +51,16 @@ def run() -> None:
                 print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning)), sep="\n")
             return
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
-        record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
+        found = resume.find(recipe)
+        hosts.same_everywhere({"the run to go on with": str(found)})
+        if found and experiment.read_about(found)["status"] == "finished":
+            print(f"{found} has finished: there is nothing to go on with")
+            return
+        if found:
+            record, last = Record.reopen(found, CONFIG.value.to_dict()), snapshots.last_whole(found)
+        else:
+            record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
+            last = None
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     logger = reporting.setup_logging(record.folder)
@@ -56,7 +68,9 @@ def run() -> None:
         logger.warning(warning)
     parallel.keep_compiled(recipe.compilation_cache)
     try:
-        train.recorded(recipe, record)
+        train.recorded(recipe, record, last)
+    except signals.Interrupted:
+        sys.exit(signals.EXIT_INTERRUPTED)
     except Exception:  # told already; the traceback is in log.txt
         sys.exit(f"see {record.folder / 'log.txt'}" if hosts.is_first() else 1)
 
