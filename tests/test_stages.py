@@ -6,7 +6,6 @@ values of its recipe.
 import collections
 import dataclasses
 import functools
-import importlib
 from types import SimpleNamespace
 
 import jax
@@ -15,55 +14,34 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, parallel, plan, recipe as recipes, state, steps, train
+from asib_jax import a_step, b_step, build, parallel, plan, state, steps, train
 from asib_jax.data.augment import augment
 from asib_jax.data.sources import Sizes
 from asib_jax.experiment import Record
 from asib_jax.feed import Steps, on_host
-from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Variables, run_student, run_teachers
 from asib_jax.reporting import Reporter
 from asib_jax.run import Progress, Run, learning_rate
+from asib_jax.snapshots import Snapshots
 from asib_jax.stored_views import StoredViews
-from networks import convolutions, make_feed, make_split, random_variables
+from networks import make_feed, random_variables
+from tiny_runs import STEPS, read_recipe, tiny_networks, write_data
 
 LADDER = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
-STEPS = 10  # of an epoch: 80 images in batches of 8
-SMALL = {
-    "dataset.name": "npz", "dataset.batch_size": 8, "dataset.data_aug": 0, "dataset.val_fraction": 0.2,
-    "model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
-    **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("weights", ""), ("finetune_epochs", 0))},
-    "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "num_devices": 1,
-    "student_epochs_per_stage": (2, 2), "a_step_views": 0, "b_step_views": 0,
-    "synergy_only_epochs": 1, "enable_kd_after_syn_acc": 0.22,
-    "synergy_kd_alpha": 0.05, "a_step_lr": 1e-3, "student_lr": 0.01, "schedule.lr_warmup_epochs": 0,
-}
 LABELS_ALONE = {"kd_alpha": 0.0, "ce_alpha": 1.0, "student_weight_decay": 0.1}
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_networks():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, network in {"tiny": convolutions(8, 8, 8), "tiny_teacher": convolutions(8, 16)}.items():
-            patch.setitem(MODELS, name, lambda small_input, network=network: network)
+def networks():
+    with tiny_networks():
         yield
 
 
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "colours.npz"
-    training, test = make_split(100), make_split(23, seed=1)
-    np.savez(path, x_train=training.image, y_train=training.label, x_test=test.image, y_test=test.label)
-    return str(path)
-
-
-def read_recipe(name, data_file, **changes):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    epochs = {"teacher_adapt_epochs": min(config.teacher_adapt_epochs, 2)}  # where the config has an A-Step at all
-    config.update_from_flattened_dict({"dataset.path": data_file, **SMALL, **epochs, **changes})
-    return recipes.read(config)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def new_record(folder):
@@ -79,7 +57,8 @@ def start(recipe, folder):
     drawn = random_variables(nets) if nets.teachers else ours
     variables = Variables(*({**drawn_part, **part} for drawn_part, part in zip(drawn, ours)))
     reporter = Reporter(folder, tensorboard=False, wandb="", config={})
-    return train.prepare(recipe, nets, data, feed, new_record(folder), reporter, variables)
+    return train.prepare(recipe, nets, data, feed, record := new_record(folder), reporter,
+                         Snapshots(record), variables)
 
 
 def variant(run, folder, same_program=False, **changes):
@@ -392,7 +371,7 @@ def test_every_config_of_the_ladder_starts_from_the_same_student_and_batches(dat
         drawn = SimpleNamespace(params={}, batch_stats={})
         feed = make_feed()
         stored = StoredViews(dataclasses.replace(recipe, a_step_views=0, b_step_views=0), nets, data.train, feed, drawn)
-        run = Run(recipe, nets, data, feed, None, None, None, here, here, stored)
+        run = Run(recipe, nets, data, feed, None, None, None, here, here, stored, None)
         batches = [row for stage in (0, 1) for call in run.calls(Steps(None, 1), "b", stage, 1)
                    for row in data.train.index[call.rows]]
         keys = [jax.random.key_data(run.augment_key("b", stage, 1)) for stage in (0, 1)]
