@@ -142,7 +142,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     """
     recipe, title = run.recipe, f"stage {stage + 1} A"
     if snapshot := run.snapshots.take(run.part("a", stage)):
-        variables = run.resume(snapshot, progress, variables, "a")
+        variables = run.resume(snapshot, progress, variables)
     current, frozen, step, rate = begin(run, variables, progress, stage, snapshot)
     run.log_parameters(f"stage {stage + 1} A-Step", variables.params, current.params)
     run.stored.read_student(variables, stage)
@@ -163,7 +163,7 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
             best.accuracy, best.held = accuracy, _held(current)
 
     def content(current: TrainState) -> tuple[dict, dict]:
-        arrays, values = run.snapshot(progress, state.join(current, frozen), current)
+        arrays, values = run.snapshot("a", progress, state.join(current, frozen), current)
         return {**arrays, "best": best.held}, {**values, "best_synergy_acc": best.accuracy}
 
     current = run_part(Part(

@@ -113,7 +113,7 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
     """
     recipe, epochs = run.recipe, run.recipe.b_epochs[stage]
     if snapshot := run.snapshots.take(run.part("b", stage)):
-        variables = run.resume(snapshot, progress, variables, "b")
+        variables = run.resume(snapshot, progress, variables)
         if recipe.trains_teachers:
             run.validation.read_teachers(variables)
     current, frozen, step, rate = begin(run, variables, progress, stage, snapshot)
@@ -135,7 +135,7 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         controls=lambda epoch: controls_of(run, progress, stage, epoch), first_step=lambda: progress.b_steps,
         calls=lambda epoch, first: run.calls(step, "b", stage, epoch, first),
         bar=lambda epoch: run.bar(f"{run.prefix}stage {stage + 1} B {epoch + 1}/{epochs}"), after=after,
-        content=lambda current: run.snapshot(progress, state.join(current, frozen), current),
+        content=lambda current: run.snapshot("b", progress, state.join(current, frozen), current),
         on_steps=run.reporter.on_steps), current, run.snapshots, snapshot)
     return _end_stage(run, state.join(current, frozen), current.opt_state, progress)
 

@@ -160,7 +160,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         return {"name": str(about["name"]), "status": str(about["status"]), "begun": float(about["begun"]), **about}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no run folder: about.json is missing") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error

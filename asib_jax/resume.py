@@ -38,8 +38,9 @@ def find(recipe: Recipe) -> Path | None:
                             + "\n  ".join(found) + "\nGive it the same, or begin a new run without resume")
         return folder
     results = Path(recipe.results_dir).expanduser()
-    runs = sorted(results.glob(f"{recipe.exp_id or '*'}/about.json"), key=lambda path: -read_about(path.parent)["begun"])
-    alike = [path.parent for path in runs if not path.parent.is_symlink() and not differences(path.parent, recipe)]
+    runs = [path.parent for path in results.glob(f"{recipe.exp_id or '*'}/about.json") if not path.parent.is_symlink()]
+    newest_first = sorted(runs, key=lambda run: read_about(run)["begun"], reverse=True)
+    alike = [run for run in newest_first if not differences(run, recipe)]
     if not alike:
         logger.warning("resume='latest': none of the %d runs in %s is of this configuration, so a new one begins",
                        len(runs), results)

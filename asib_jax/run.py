@@ -152,21 +152,22 @@ class Run:
         """A progress bar over an epoch's images."""
         return self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title)
 
-    def snapshot(self, progress: Progress, whole: Variables, state: TrainState
+    def snapshot(self, step: str, progress: Progress, whole: Variables, state: TrainState
                  ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `loop.Part.content` gives of an A- or B-Step: all variables that this run has changed or drawn."""
+        """What `loop.Part.content` gives of an A- or B-Step, "a" or "b": all variables that this run has changed or
+        drawn, and how far it has come."""
         own = {name: whole.of(name) for name in whole.params}
         if not self.recipe.trains_teachers:
             for name in self.nets.teacher_names:  # given or kept elsewhere
                 own[name] = {"params": {child: leaves for child, leaves in whole.params[name].items()
                                         if child == "distill_adapter"}}
         arrays, values = progress.content()
-        return {"progress": arrays, "variables": own, "opt_state": state.opt_state, "loss_scale": state.loss_scale}, values
+        arrays[f"{step}_opt_state"] = state.opt_state
+        return {"progress": arrays, "variables": own, "loss_scale": state.loss_scale}, values
 
-    def resume(self, snapshot: Snapshot, progress: Progress, variables: Variables, step: str) -> Variables:
-        """The variables of such a snapshot, whose `progress` then goes on in an A- or B-Step, "a" or "b"."""
-        progress.restore(snapshot.arrays.get("progress", {}), snapshot.values)
-        setattr(progress, f"{step}_opt_state", snapshot.arrays["opt_state"])
+    def resume(self, snapshot: Snapshot, progress: Progress, variables: Variables) -> Variables:
+        """The variables of such a snapshot, whose `progress` then goes on."""
+        progress.restore(snapshot.arrays["progress"], snapshot.values)
         params, stats = dict(variables.params), dict(variables.batch_stats)
         for name, branch in snapshot.arrays["variables"].items():
             params[name] = {**params[name], **branch.get("params", {})}

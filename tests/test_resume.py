@@ -2,20 +2,25 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from asib_jax import build, experiment, recipe as recipes, resume, snapshots, train
+from asib_jax import checkpoint, experiment, recipe as recipes, resume, snapshots, train, typed_groups
 from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.signals import Interrupted
 from asib_jax.snapshots import Snapshots
 from run_contents import assert_same
-from tiny_runs import read_recipe, tiny_networks, write_data
+from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,15 +57,15 @@ def data_file(tmp_path_factory):
 
 
 class Watcher:
-    """Sees what every offer of a snapshot holds, and sends the signal before those that `stops` names by their count."""
+    """Sees what every offer of a snapshot holds, and sends the signal before those that `stops` names."""
 
-    def __init__(self, patch, stops=()):
-        self.seen, self.count, self.stops = {}, 0, set(stops)
+    def __init__(self, patch, stops=lambda part, epoch, steps, count: False):
+        self.seen, self.count = {}, 0
         offer = Snapshots.offer
 
         def watched(snapshots_, part, epoch, tally, steps, content):
             self.count += 1
-            if self.count in self.stops:
+            if stops(part, epoch, tally["steps"], self.count):
                 signal.raise_signal(signal.SIGTERM)
             tree, values = content()
             tree = jax.device_get(snapshots._pruned(snapshots.serialization.to_state_dict(tree)))
@@ -78,7 +83,7 @@ def begin(recipe, folder):
     return recipe, Record.create(folder, "test_0", "run", {"seed": 0})
 
 
-def go_on(recipe, record):
+def go_on(record):
     """As launch/main.py does after an interruption."""
     return Record.reopen(record.folder, record.config), snapshots.last_whole(record.folder)
 
@@ -93,7 +98,7 @@ def run_to_the_end(recipe, record):
         except Interrupted:
             interruptions += 1
             assert experiment.read_about(record.folder)["status"] == "interrupted"
-            record, last = go_on(recipe, record)
+            record, last = go_on(record)
 
 
 CASES = {
@@ -115,7 +120,7 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, often, data_file, tmp_p
         assert run_to_the_end(*begin(recipe, tmp_path / "untouched")) == 0
     with monkeypatch.context() as patch:
         stops = range(4, untouched.count, often)  # offers within epochs and at their ends
-        stopped = Watcher(patch, stops)
+        stopped = Watcher(patch, lambda part, epoch, steps, count: count in stops)
         assert run_to_the_end(*begin(recipe, tmp_path / "stopped")) == len(stops)
     assert_same(tmp_path / "untouched", tmp_path / "stopped")
     assert {part for part, _, _ in stopped.seen} == {part for part, _, _ in untouched.seen}
@@ -129,41 +134,73 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, often, data_file, tmp_p
 
 # What a run goes on from --------------------------------------------------------------------------------------------
 
+LABELS = {"tensorboard": False, "dataset.data_aug": 1, "student_epochs_per_stage": (2,), "optimizer": "sgd",
+          "checkpoint_steps": 2}
+
 
 @pytest.fixture(scope="module")
 def interrupted(data_file, tmp_path_factory):
-    """A run of labels alone, interrupted after two snapshots; its recipe and folder."""
-    recipe = read_recipe("ce_only", data_file, **{"tensorboard": False, "dataset.data_aug": 1,
-                                                  "student_epochs_per_stage": (3,)})
+    """The configuration and the folder of a run of labels alone, interrupted after 10 of its 20 steps."""
     folder = tmp_path_factory.mktemp("interrupted")
-    recipe = dataclasses.replace(recipe, results_dir=str(folder), checkpoint_steps=2)
+    config = read_config("ce_only", data_file, **LABELS, results_dir=str(folder))
     with pytest.MonkeyPatch.context() as patch:
-        Watcher(patch, stops=[9])
-        with pytest.raises(Interrupted, match="by SIGTERM in stage1/b, epoch 2, after 8 steps; --resume goes on from "):
-            train.recorded(recipe, Record.create(folder, "test_0", "run", plain(recipe)))
-    return recipe, folder / "run"
+        Watcher(patch, lambda part, epoch, steps, count: steps == 10)
+        record = Record.create(folder, "test_0", "run", config.to_dict())
+        with pytest.raises(Interrupted, match="by SIGTERM in stage1/b, epoch 1, after 10 steps; --resume goes on from"):
+            train.recorded(recipes.read(config), record)
+    return config, folder / "run"
 
 
-def plain(recipe):
-    """The configuration of a recipe, as config.json has it."""
-    values = dataclasses.asdict(recipe)
-    return values | {f"teacher{k}": values["teachers"][k - 1] for k in range(1, len(recipe.teachers) + 1)} - {"teachers"}
-
-
-def test_the_last_whole_snapshot_is_used(interrupted, tmp_path, caplog):
-    """Of two, with a file of the newer one cut short; without any whole one there is nothing to go on from."""
-    _, run = interrupted
+@pytest.fixture
+def copy(interrupted, tmp_path):
+    """Its recipe for, and the path of, a copy that a test may change."""
+    config, run = interrupted
     shutil.copytree(run, tmp_path / "run")
-    older, newer = snapshots.paths(tmp_path / "run")
-    assert snapshots.last_whole(tmp_path / "run").number == int(newer.name) == int(older.name) + 1
+    return dataclasses.replace(recipes.read(config), results_dir=str(tmp_path)), tmp_path / "run"
+
+
+def finish(recipe, run):
+    record, last = go_on(Record(run, "", json.loads((run / "config.json").read_text())))
+    train.recorded(recipe, record, last)
+    return checkpoint.restore(run / "checkpoints" / "final")["students"]
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted, tmp_path_factory):
+    """What it comes to on one device."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(interrupted[1], folder / "run")
+    return finish(dataclasses.replace(recipes.read(interrupted[0]), results_dir=str(folder)), folder / "run")
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_ten_steps_after_it_went_on_with_other_devices_a_run_is_where_it_would_be(copy, finished, devices):
+    recipe, run = copy
+    students = finish(dataclasses.replace(recipe, num_devices=devices), run)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), students, finished)
+
+
+def test_the_last_whole_snapshot_is_used(copy, caplog):
+    """Of two, with a file of the newer one cut short; without any whole one there is nothing to go on from."""
+    _, run = copy
+    older, newer = snapshots.paths(run)
+    last = snapshots.last_whole(run)
+    assert (last.number, last.part, last.epoch, last.tally["steps"]) == (int(newer.name), "stage1/b", 0, 10)
     cut(newer)
-    last = snapshots.last_whole(tmp_path / "run")
-    assert last.number == int(older.name) and (last.part, last.epoch) == ("stage1/b", 1)
+    last = snapshots.last_whole(run)
+    assert (last.number, last.epoch) == (int(older.name), 0) and last.tally["steps"] < 10
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert str(newer) in warning and f"going on from the one before, {older}" in warning
+    assert f"checkpoint {newer} is damaged" in warning and f"going on from the one before, {older}" in warning
     cut(older)
-    with pytest.raises(UserError, match="no snapshot of .*run is whole: .*000.*000"):
-        snapshots.last_whole(tmp_path / "run")
+    with pytest.raises(UserError, match=f"(?s)no snapshot of {run} is whole: .*{newer.name}.*{older.name}"):
+        snapshots.last_whole(run)
+
+
+def test_from_the_older_snapshot_it_ends_the_same(copy, finished):
+    """And the damaged one is gone with the first that is written."""
+    recipe, run = copy
+    cut(snapshots.paths(run)[-1])
+    jax.tree.map(np.testing.assert_array_equal, finish(recipe, run), finished)
 
 
 def cut(snapshot):
@@ -171,3 +208,118 @@ def cut(snapshot):
     largest = max((file for file in snapshot.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     with open(largest, "r+b") as file:
         file.truncate(largest.stat().st_size // 2)
+
+
+def test_a_disk_that_takes_no_snapshot_ends_no_run(copy, finished, caplog, monkeypatch):
+    recipe, run = copy
+    save = checkpoint.save
+
+    def full(path, tree, about=""):
+        if "snapshots" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path, tree, about)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    jax.tree.map(np.testing.assert_array_equal, finish(recipe, run), finished)
+    assert "no snapshot could be written: OSError: [Errno 28] No space left on device" in caplog.text
+
+
+def test_snapshots_come_by_time_too(tmp_path):
+    """Of 0.1 s: the first offer after it has passed is taken, the next is not."""
+    record = Record.create(tmp_path, "test_0", "run", {"seed": 0})
+    taken = Snapshots(record, minutes=0.1 / 60)
+    found = []
+    for pause in (0, 0.11, 0):
+        time.sleep(pause)
+        taken.offer("stage1/b", 0, {}, 1, lambda: ({"w": np.ones(2)}, {}))
+        taken._wait()
+        found.append(len(snapshots.paths(record.folder)))
+    assert found == [0, 1, 1]
+    taken.remove()
+
+
+# Which run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_run_of_the_same_configuration_is_the_latest(interrupted, tmp_path, caplog):
+    config, run = interrupted
+    recipe = dataclasses.replace(recipes.read(config), resume="latest", results_dir=str(tmp_path))
+    assert resume.find(dataclasses.replace(recipe, resume="")) is None
+    assert resume.find(recipe) is None and "none of the 0 runs" in caplog.text
+    for name, changes in {"older": {}, "newest": {}, "other": {"seed": 7}}.items():
+        Record.create(tmp_path, "test_0", name, {**config.to_dict(), **changes}).finish("interrupted", {})
+    assert resume.find(recipe) == tmp_path / "newest"
+    assert resume.find(dataclasses.replace(recipe, seed=7)) == tmp_path / "other"
+    assert resume.find(dataclasses.replace(recipe, exp_id="older")) == tmp_path / "older"
+    assert resume.find(dataclasses.replace(recipe, seed=8)) is None and "none of the 3 runs" in caplog.text
+
+
+def with_key(run, folder, key, value):
+    """A folder with the configuration of a run, one key changed."""
+    config = json.loads((run / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    return folder
+
+
+def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted, tmp_path):
+    config, run = interrupted
+    recipe = dataclasses.replace(recipes.read(config), resume=str(run))
+    free = {"num_devices": 2, "tensorboard": True, "results_dir": "elsewhere", "checkpoint_minutes": 3.0,
+            "dataset": dataclasses.replace(recipe.dataset, path="moved.npz")}
+    assert resume.find(dataclasses.replace(recipe, **free)) == run.resolve()
+    teacher = dataclasses.replace(recipe.teachers[0], finetune_lr=0.5)
+    with pytest.raises(UserError) as error:
+        resume.find(dataclasses.replace(recipe, tau=3.0, teachers=(teacher, *recipe.teachers[1:])))
+    assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
+        "tau: 4.0 there, 3.0 here", "teacher1.finetune_lr: 0.0001 there, 0.5 here"]
+    scaled = dataclasses.replace(recipe, num_devices=2, scale_lr_with_devices=True)
+    assert "num_devices: 1 there, 2 here" in resume.differences(with_key(run, tmp_path, "scale_lr_with_devices", True), scaled)
+    for nowhere in (run.parent, run / "config.json", run / "absent"):
+        with pytest.raises(UserError, match="is no run folder"):
+            resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
+
+
+def test_keys_that_may_change_are_keys(interrupted):
+    assert resume.FREE <= typed_groups.flat(recipes.read(interrupted[0])).keys()
+
+
+def test_a_run_is_one_process_s(copy, tmp_path):
+    """While it lives; what a dead one leaves holds nobody up."""
+    _, run = copy
+    held = Record.reopen(run, {"seed": 0})
+    with pytest.raises(UserError, match=rf"run is going on in another process \(process {os.getpid()} on "):
+        Record.reopen(run, {"seed": 0})
+    held.finish("interrupted", {})
+    lock = f"import fcntl, os, signal; f = open({str(run / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
+           "os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", lock]).returncode == -signal.SIGKILL
+    again = Record.reopen(run, {"seed": 0})
+    assert again.about["resumed"] == 2
+    again.finish("interrupted", {})
+
+
+def test_what_is_logged_again_has_to_be_the_same(copy):
+    _, run = copy
+    record = Record.reopen(run, {"seed": 0})
+    record.go_on_from({"before/test_acc": 0.5, "weights/teacher1": "ab"})
+    record.log("before/test_acc", 0.5)
+    with pytest.raises(ValueError, match="'before/test_acc' is already 0.5"):
+        record.log("before/test_acc", 0.25)
+    record.confirm("weights/teacher1", "ab", "teacher1.weights")
+    with pytest.raises(UserError, match="teacher1.weights is not what this run began with: its SHA-256 is cd, not ab"):
+        record.confirm("weights/teacher1", "cd", "teacher1.weights")
+    record.finish("interrupted", {})
+
+
+def test_a_teacher_that_was_moved_away_is_missed(data_file, tmp_path, monkeypatch):
+    recipe = read_recipe("l0_baseline", data_file, **RUN, student_epochs_per_stage=(1,))
+    recipe, record = begin(recipe, tmp_path)
+    with monkeypatch.context() as patch:
+        Watcher(patch, lambda part, epoch, steps, count: part == "stage1/b")
+        with pytest.raises(Interrupted):
+            train.recorded(recipe, record)
+    (kept, _) = sorted((tmp_path / "teachers").iterdir())
+    kept.rename(tmp_path / "moved")
+    record, last = go_on(record)
+    with pytest.raises(UserError, match="is no longer in .*put it back"):
+        train.recorded(recipe, record, last)

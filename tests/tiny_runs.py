@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from asib_jax import recipe as recipes
 from asib_jax.models import MODELS
@@ -43,7 +44,12 @@ def write_data(folder: Path) -> str:
 
 def read_recipe(name: str, data_file: str, **changes) -> Recipe:
     """`configs/name.py` on that file, with `SMALL` and these changes."""
+    return recipes.read(read_config(name, data_file, **changes))
+
+
+def read_config(name: str, data_file: str, **changes) -> ConfigDict:
+    """The same as a configuration."""
     config = importlib.import_module(f"configs.{name}").get_config()
     epochs = {"teacher_adapt_epochs": min(config.teacher_adapt_epochs, 2)}  # where the config has an A-Step at all
     config.update_from_flattened_dict({"dataset.path": data_file, **SMALL, **epochs, **changes})
-    return recipes.read(config)
+    return config
