@@ -15,6 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from safetensors.numpy import load_file
 
 from asib_jax import checkpoint, torch_pickle
+from asib_jax.data.archives import read_npz
 from asib_jax.errors import UserError
 
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
@@ -73,10 +74,9 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if path.suffix not in _READERS:
         raise UserError(f"cannot read weights from {path}: expected a file named {', '.join(_READERS)}")
+    open(path, "rb").close()  # what cannot be opened is not damaged
     try:
         return _READERS[path.suffix](path)
-    except OSError:
-        raise
     except Exception as error:  # each format has its own kinds for a damaged file
         raise UserError(f"cannot read weights from {path}: {error}") from error
 
@@ -115,10 +115,5 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
             f"or download {url} elsewhere and set {key} to its path") from error
 
 
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-_READERS = {".safetensors": load_file, ".npz": _load_npz,
+_READERS = {".safetensors": load_file, ".npz": read_npz,
             ".pth": torch_pickle.read, ".pt": torch_pickle.read, ".bin": torch_pickle.read}
