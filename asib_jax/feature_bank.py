@@ -132,7 +132,8 @@ def _store(path: pathlib.Path, nets: Networks, view: TeacherOutputs) -> None:
 def _load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
     try:
         stored = archives.read_npz(path, (*nets.teacher_names, "logits"))
-        feats = tuple(stored[name].view(np.dtype(model.dtype)) for name, model in zip(nets.teacher_names, nets.teachers))
+        feats = tuple(stored[name].view(np.dtype(model.dtype))
+                      for name, model in zip(nets.teacher_names, nets.teachers))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
     return TeacherOutputs(feats, stored["logits"])

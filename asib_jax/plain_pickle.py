@@ -1,4 +1,4 @@
-"""Pickles as data: plain containers, text and numbers, and the few names of a format. Nothing else is even looked up."""
+"""Pickles as data: plain containers, text and numbers, and the few names of a format. Nothing else is looked up."""
 import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
@@ -7,14 +7,14 @@ _KEYS = (str, int, type(None))  # bool is an int
 # What such a pickle consists of (Python, Lib/pickletools.py). Not among them: whatever makes objects of classes other
 # than by a call that `names` allows, the registry of extensions, sets, and what copies from the stack.
 _OPCODES = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING "
+    "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS "
     "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID").split()
 
 
 class Dictionary(dict):
-    """What a pickle's dictionaries become. Its keys are text or numbers; attributes that a pickle gives it are left out.
+    """What a pickle's dictionaries become. Keys are text or numbers; attributes that a pickle gives it are left out.
 
     The hash of a tuple that holds a tuple, and so on a million times, which takes a megabyte, would end the process.
     """
