@@ -72,11 +72,11 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
         if changed_here(recipe, options):
             continue  # stored whole
         key = f"{name}.weights"
-        if weights.digest(weights.locate(options.weights, key)) != metrics[f"weights/{name}"]:
+        if weights.digest(weights.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
             raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
         random = build.init_network(model, recipe.seed, name, image_shape)
-        backbone = build.read_weights(options.weights, key, model, random).variables
+        backbone = build.read_weights(options.weights, key, model, random, sha256=options.weights_sha256).variables
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
         params[name] = {**params.get(name, {}), **variables["params"]}
