@@ -103,7 +103,7 @@ def _reference(weights: str) -> dict[str, str] | None:
     if not weights.startswith("hf:"):
         return None
     match = _HUB.fullmatch(weights)
-    if not match or ".." in weights.split("/") or ".." in weights.split("@"):  # which leave the cache
+    if not match or ".." in re.split("[:/@]", weights):  # which leads out of the cache
         raise UserError(f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
                          "set teacherK.weights or model.student.weights to such a reference or a path")
     return {"revision": "main", "filename": "model.safetensors"} | {k: v for k, v in match.groupdict().items() if v}
