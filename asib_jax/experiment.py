@@ -13,6 +13,8 @@ from asib_jax import hosts
 from asib_jax.errors import UserError
 
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
+_OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
+_LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -33,10 +35,13 @@ class Record:
         Raises:
             UserError: a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the teachers.
         """
-        if exp_id != Path(exp_id).name:
-            raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
-        if exp_id == TEACHERS:
-            raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+        if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
+                or len(exp_id.encode()) > _LONGEST_NAME):
+            raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
+                            f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
+        if exp_id in (TEACHERS, *_OWN_NAMES):
+            raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
+                            "results_dir has a use for; choose another")
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
