@@ -56,7 +56,17 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is no run folder: {path.name} is missing")
-    return recipes.read(json.loads(path.read_text()))
+    return recipes.read(_read_json(path))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
@@ -66,7 +76,7 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     that the run used.
     """
     stored = checkpoint.restore(folder / "checkpoints" / "final")
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = _read_json(folder / "metrics.json")
     params, stats = {}, {}
     for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
         if changed_here(recipe, options):
