@@ -118,15 +118,17 @@ def _drawn(init: Callable, *arguments: Any) -> dict:
     return jax.jit(init, compiler_options=quick)(*arguments)
 
 
-def read_weights(given: str, key: str, model: KDModel, variables: dict, level: int = -1) -> pretrained.Imported:
+def read_weights(given: str, key: str, model: KDModel, variables: dict, level: int = -1, *, sha256: str
+                 ) -> pretrained.Imported:
     """`variables` of `model` with given weights (see `weights.py`; `key` holds them) in their place.
 
     Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
+    sha256: the digest that the weights must have; "": any.
 
     Raises UserError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
     errors of `weights` and `pretrained.import_weights`.
     """
-    path = weights.locate(given, key)
+    path = weights.locate(given, key, sha256)
     if path.is_dir():
         stored = checkpoint.restore(path)
         if "params" not in stored and "best" not in stored.get("students", {}):
@@ -150,7 +152,7 @@ def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[i
     if recipe.model.student.weights:
         level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
         student, fresh = read_weights(recipe.model.student.weights, "model.student.weights", nets.student, student,
-                                      level)
+                                      level, sha256=recipe.model.student.weights_sha256)
         logger.info("student: %s from %s%s", recipe.model.student.name, recipe.model.student.weights,
                     f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else "")
     params = {"student": student["params"]}

@@ -6,7 +6,7 @@ from asib_jax import freezing, losses, models, parallel, schedules, weights
 from asib_jax.data.augment import POLICIES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
-from asib_jax.recipe import Recipe, TeacherRecipe
+from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
 
 _AT_LEAST = {  # key: smallest value
     "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "a_step_views": 0, "b_step_views": 0,
@@ -51,7 +51,7 @@ def check(recipe: Recipe) -> None:
     _require(not student.name.endswith("_scratch") or not student.weights,
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
-    _check_source(student.weights, student.name, "model.student.weights")
+    _check_source(student, "model.student.weights")
     parallel.check_batch(recipe.dataset.batch_size, parallel.run_devices(recipe.num_devices))
     _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
     _check_lengths(recipe)
@@ -161,14 +161,17 @@ def _check_weights(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:
     _require(given or not teacher.finetune_epochs,
              f"{key}.finetune_epochs={teacher.finetune_epochs} needs {key}.weights; to train from scratch set "
              f"{key}.train_epochs")
-    _check_source(teacher.weights, teacher.name, f"{key}.weights")
+    _check_source(teacher, f"{key}.weights")
     _require(recipe.dataset.name != "imagenet32" or teacher.saw_val or not _IMAGENET.match(teacher.weights),
              f"{key}.saw_val=False, but {key}.weights={teacher.weights!r} were fitted on ImageNet, of whose training "
              f"images the validation split of dataset.name='imagenet32' is a part; set {key}.saw_val=True")
 
 
-def _check_source(given: str, network: str, key: str) -> None:
+def _check_source(options: StudentRecipe | TeacherRecipe, key: str) -> None:
     """A file or folder of weights must be here already; one of the hub is fetched, or missed, when the run starts."""
+    given, network, sha256 = options.weights, options.name, options.weights_sha256
+    _require(not sha256 or re.fullmatch("[0-9a-fA-F]{64}", sha256) is not None,
+             f"{key}_sha256={sha256!r} must be 64 hexadecimal digits, as sha256sum prints them")
     _require(not given or weights.cached(given) is not None or given.startswith("hf:"),
              f"{key}={given!r} does not exist")
     tensorflow = any(part.startswith("tf_efficientnet") for part in given.split("/"))

@@ -13,6 +13,8 @@ from asib_jax import hosts
 from asib_jax.errors import UserError
 
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
+_OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
+_LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -149,10 +151,13 @@ def _plain(value: Any) -> Any:
 
 def check_exp_id(exp_id: str) -> None:
     """UserError for what cannot name a run's folder; "" leaves the name to the run."""
-    if exp_id != Path(exp_id).name:
-        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
-    if exp_id == TEACHERS:
-        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+    if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
+            or len(exp_id.encode()) > _LONGEST_NAME):
+        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
+                        f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
+    if exp_id in (TEACHERS, *_OWN_NAMES):
+        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
+                        "results_dir has a use for; choose another")
 
 
 def read_about(folder: Path) -> dict[str, Any]:

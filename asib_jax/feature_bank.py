@@ -8,13 +8,13 @@ import hashlib
 import logging
 import os
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from asib_jax import hosts, parallel
+from asib_jax.data import archives
 from asib_jax.data.augment import augment
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split, blocks
@@ -131,11 +131,12 @@ def _store(path: pathlib.Path, nets: Networks, view: TeacherOutputs) -> None:
 
 def _load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
     try:
-        with np.load(path) as stored:
-            return TeacherOutputs(tuple(stored[name].view(np.dtype(model.dtype)) for name, model in
-                                        zip(nets.teacher_names, nets.teachers)), stored["logits"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        stored = archives.read_npz(path, (*nets.teacher_names, "logits"))
+        feats = tuple(stored[name].view(np.dtype(model.dtype))
+                      for name, model in zip(nets.teacher_names, nets.teachers))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
+    return TeacherOutputs(feats, stored["logits"])
 
 
 def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:

@@ -56,7 +56,17 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is no run folder: {path.name} is missing")
-    return recipes.read(json.loads(path.read_text()))
+    return recipes.read(_read_json(path))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
@@ -66,17 +76,17 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     that the run used.
     """
     stored = checkpoint.restore(folder / "checkpoints" / "final")
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = _read_json(folder / "metrics.json")
     params, stats = {}, {}
     for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
         if changed_here(recipe, options):
             continue  # stored whole
         key = f"{name}.weights"
-        if weights.digest(weights.locate(options.weights, key)) != metrics[f"weights/{name}"]:
+        if weights.digest(weights.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
             raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
         random = build.init_network(model, recipe.seed, name, image_shape)
-        backbone = build.read_weights(options.weights, key, model, random).variables
+        backbone = build.read_weights(options.weights, key, model, random, sha256=options.weights_sha256).variables
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
         params[name] = {**params.get(name, {}), **variables["params"]}

@@ -257,10 +257,12 @@ def read(config: Mapping[str, Any]) -> Recipe:
     Raises:
       UserError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
     """
+    if not hasattr(config, "items"):
+        raise UserError(f"a configuration is a group of keys; found a {type(config).__name__}")
     config = dict(config.items())
     if "teachers" in config:
         raise UserError("unknown key teachers; teachers are the groups teacher1, teacher2, ...")
-    names = sorted((key for key in config if re.fullmatch(r"teacher\d+", key)), key=lambda key: int(key[7:]))
+    names = sorted((key for key in config if re.fullmatch("teacher[0-9]{1,9}", str(key))), key=lambda key: int(key[7:]))
     if names != [f"teacher{k + 1}" for k in range(len(names))]:
         raise UserError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
     groups = tuple(read_group(TeacherRecipe, config.pop(name), f"{name}.") for name in names)

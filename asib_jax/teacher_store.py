@@ -72,9 +72,9 @@ def find(recipe: Recipe, k: int) -> Place | None:
     """The place of teacher `k` (from 0) as far as it can be told without a download.
 
     Where its given weights are not here it is that of the one kept teacher made from weights of the same reference, and
-    alike otherwise; None if there is not exactly one.
+    alike otherwise; None if there is not exactly one. Where a SHA-256 is given, that of weights that had it.
     """
-    given = recipe.teachers[k].weights
+    given, sha256 = recipe.teachers[k].weights, recipe.teachers[k].weights_sha256.lower()
     path = weights.cached(given) if given else None
     if path or not given:
         return place(recipe, k, weights.digest(path) if path else "")
@@ -82,8 +82,9 @@ def find(recipe: Recipe, k: int) -> Place | None:
     for folder in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("[!.]*"):
         about = _about(folder)
         if about is not None and about["reference"] == given:
-            candidate = place(recipe, k, about["key"]["teacher"]["weights"].removeprefix("sha256:"))
-            alike += [candidate] if candidate == Place(folder, about["key"]) else []
+            digest = about["key"]["teacher"]["weights"].removeprefix("sha256:")
+            candidate = place(recipe, k, digest)
+            alike += [candidate] if candidate == Place(folder, about["key"]) and sha256 in ("", digest) else []
     return alike[0] if len(alike) == 1 else None
 
 

@@ -89,7 +89,7 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
         return teacher_store.place(recipe, k, "")
     if weights.cached(given) is None and (found := teacher_store.find(recipe, k)):
         return found
-    digest = weights.digest(weights.locate(given, f"{name}.weights"))
+    digest = weights.digest(weights.locate(given, f"{name}.weights", recipe.teachers[k].weights_sha256))
     record.log(f"weights/{name}", digest)
     return teacher_store.place(recipe, k, digest)
 
@@ -97,7 +97,8 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
 def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with the teacher's given weights in their place."""
     variables, fresh = build.read_weights(options.weights, f"{name}.weights", model, variables,
-                                          options.finetune_freeze_level if options.finetune_epochs else -1)
+                                          options.finetune_freeze_level if options.finetune_epochs else -1,
+                                          sha256=options.weights_sha256)
     differ = f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else ""
     if fresh and not options.finetune_epochs:
         raise UserError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "

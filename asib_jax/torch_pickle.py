@@ -4,16 +4,16 @@ Both formats of torch.save (PyTorch, torch/serialization.py). Since 1.6 a zip ar
 tensors, NAME/data/KEY is the storage they are views of. Before that a stream of pickles, then the storages.
 """
 import io
-import pickle
-import zipfile
-from collections import OrderedDict
+import math
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from asib_jax.data.archives import check_unpacked, open_zip
 from asib_jax.errors import UserError
+from asib_jax.plain_pickle import Dictionary, Unpickler
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a stream of pickles begins
 _DTYPES = {name: np.dtype(dtype) for name, dtype in (
@@ -35,36 +35,37 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
+def _rebuild_tensor(key: str, offset: int, size: tuple, stride: tuple, requires_grad: Any, hooks: Any) -> _Tensor:
+    """A tensor with PyTorch's lazy negation or conjugation has a seventh argument, which fails."""
+    numbers = (offset, *size, *stride)
+    if not isinstance(key, str) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
+        raise ValueError("a tensor's offset, sizes and strides in a storage are not whole numbers from 0 on")
+    return _Tensor(key, offset, size, stride)
+
+
+_NAMES = {("torch", name): name for name in _DTYPES} | {
+    ("collections", "OrderedDict"): Dictionary, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor}
+
+
+class _Unpickler(Unpickler):
     """Unpickles plain containers, text, numbers and `_Tensor`s; whatever names another function or class is refused.
 
     storages: key -> (type, number of elements) of the storages the tensors lie in.
     """
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, _NAMES)
         self.storages: dict[str, tuple[np.dtype, int]] = {}
-        # A pickle may call what it finds here and set attributes on it. So types of storages are text, tensors are
-        # tuples, and the functions are this unpickler's own. A tensor with PyTorch's lazy negation or conjugation
-        # has a seventh argument, which fails.
-        self._allowed = {("torch", name): name for name in _DTYPES} | {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"):
-                lambda key, offset, size, stride, requires_grad, hooks: _Tensor(key, offset, size, stride),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise ValueError(f"it names {module}.{name}, which weights do not need and may be code; it was not run")
-        return self._allowed[module, name]
 
     def persistent_load(self, pid: Any) -> str:
         """A reference to a storage -> its key. Storages that are views of others are of before PyTorch 0.4."""
         kind, dtype, key, _, numel, *view = pid
+        if not isinstance(dtype, str) or not isinstance(key, str) or not isinstance(numel, int):
+            raise ValueError("a reference to a storage is not of text and numbers")
         storage = (_DTYPES[dtype], numel)
         if kind != "storage" or view not in ([], [None]) or self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"{pid} is not a reference to a storage")
+            raise ValueError(f"reference {key} is not one to a storage of {numel} elements {dtype}")
         return key
 
 
@@ -80,23 +81,21 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             not need; the message tells how to convert it.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            saved, storages = _read_zip(file) if zipped else _read_stream(file)
-        return {name: _view(tensor, storages[tensor.key]) for name, tensor in _state_dict(saved).items()}
-    except OSError:
-        raise
-    except Exception as error:  # damaged pickles and archives raise nearly anything
-        convert = _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
-        raise UserError(f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
-                         f"If PyTorch can read it, which with weights_only=True runs no code either, convert it with\n"
-                         f"{convert}") from error
+            saved, storages = _read_zip(file) if zipped else _read_stream(file.read())
+            return {name: _view(tensor, storages[tensor.key]) for name, tensor in _state_dict(saved).items()}
+        except Exception as error:  # damaged pickles and archives raise nearly anything
+            convert = _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
+            raise UserError(f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
+                            "If PyTorch can read it, which with weights_only=True runs no code either, convert it with"
+                            f"\n{convert}") from error
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
         names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if name.partition("/")[2] == "data.pkl"]
         if len(roots) != 1:
@@ -111,7 +110,8 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
     return saved, storages
 
 
-def _read_stream(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_stream(content: bytes) -> tuple[Any, dict[str, np.ndarray]]:
+    file = io.BytesIO(content)
     if (_Unpickler(file).load(), _Unpickler(file).load()) != (_MAGIC, _PROTOCOL):
         raise ValueError("it does not begin as one")
     _Unpickler(file).load()  # about the machine that wrote it; the storages are little-endian on any
@@ -119,10 +119,13 @@ def _read_stream(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
     saved = unpickler.load()
     storages = {}
     for key in _Unpickler(file).load():
+        if not isinstance(key, str):
+            raise ValueError(f"a {type(key).__name__} is no reference to a storage")
         dtype, numel = unpickler.storages[key]
         if int.from_bytes(file.read(8), "little") != numel:
             raise ValueError(f"storage {key} is not of {numel} elements")
-        storages[key] = _storage(file.read(numel * dtype.itemsize), dtype, numel)
+        storages[key] = np.frombuffer(content, dtype, numel, file.tell())
+        file.seek(storages[key].nbytes, io.SEEK_CUR)
     return saved, storages
 
 
@@ -150,7 +153,8 @@ def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
     _, offset, size, stride = tensor
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     # In Python's integers: numpy checks bounds too, but lets through strides whose products overflow.
-    if min([offset, *size, *stride]) < 0 or (0 not in size and last >= storage.size):
-        raise ValueError(f"{tensor} reaches outside its storage of {storage.size}")
+    if 0 not in size and last >= storage.size:
+        raise ValueError(f"a tensor of {list(size)} reaches outside its storage of {storage.size}")
+    check_unpacked(math.prod(size) * storage.itemsize, storage.nbytes)  # a stride of 0 repeats elements
     return np.lib.stride_tricks.as_strided(storage[offset:], size, [step * storage.itemsize for step in stride],
                                            writeable=False)

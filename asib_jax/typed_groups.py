@@ -20,7 +20,7 @@ def read_group(cls: type, group: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in group:
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
+            close = difflib.get_close_matches(str(key), hints, n=1)
             raise UserError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
     missing = [prefix + key for key in hints if key not in group]
     if missing:

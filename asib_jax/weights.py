@@ -15,6 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from safetensors.numpy import load_file
 
 from asib_jax import checkpoint, torch_pickle
+from asib_jax.data.archives import read_npz
 from asib_jax.errors import UserError
 
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
@@ -25,40 +26,49 @@ def cached(weights: str) -> Path | None:
 
     Uses no network. A revision that was downloaded once stays what it was then, whatever its branch is now.
 
-    Raises UserError if what follows "hf:" is no reference.
+    Raises UserError if what follows "hf:" is no reference, or no file can be called so.
     """
     reference = _reference(weights)
-    if reference is None:
-        path = Path(weights).expanduser()
-        return path if path.exists() else None
-    found = try_to_load_from_cache(**reference)
+    try:
+        if reference is None:
+            path = Path(weights).expanduser()
+            return path if path.exists() else None
+        found = try_to_load_from_cache(**reference)
+    except (ValueError, OSError, RuntimeError) as error:  # of huggingface_hub; a name too long; the home of nobody
+        raise UserError(f"weights {weights!r}: {error}") from error
     return Path(found) if isinstance(found, str) else None  # else None, or a mark that the hub had no such file
 
 
-def locate(weights: str, key: str) -> Path:
+def locate(weights: str, key: str, sha256: str = "") -> Path:
     """The local path of `weights`; downloads what the cache of huggingface_hub does not hold.
 
     Its environment variables say where that is (HF_HOME), which hub (HF_ENDPOINT) and as whom (HF_TOKEN). The file's
     SHA-256 is compared with the hub's, which huggingface_hub leaves undone.
 
-    key: the config key that holds `weights`, for messages.
+    key: the config key that holds `weights`, for messages. sha256: the `digest` that it must have; "": any.
 
     Raises:
-        UserError: there is no such file or folder, the cached file is damaged, or it cannot be downloaded; then the
-            message tells how to fetch it by hand.
+        UserError: there is no such file or folder, it is another one, the cached file is damaged, or it cannot be
+            downloaded; then the message tells how to fetch it by hand.
     """
     path, reference = cached(weights), _reference(weights)
-    if reference is None:
-        if path is None:
-            raise UserError(f"{key}={weights!r} does not exist")
-        return path
+    if reference is not None:
+        path = _from_hub(path or _download(reference, f"{key}={weights!r}", key), f"{key}={weights!r}")
     if path is None:
-        path = _download(reference, f"{key}={weights!r}", key)
+        raise UserError(f"{key}={weights!r} does not exist")
+    if sha256 and digest(path) != sha256.lower():
+        raise UserError(f"{key}={weights!r}: {path} has the SHA-256 {digest(path)}, not {sha256.lower()} of "
+                        f"{key}_sha256; get the right one, or correct the key")
+    return path
+
+
+def _from_hub(path: Path, setting: str) -> Path:
+    """`path` in the hub's cache, whose contents are what the hub says. UserError if they are not."""
     # Where there are symbolic links this one is to a file that is named by the hub's digest: of git's objects SHA-1,
     # of large files SHA-256. That may be a link itself, so it is not resolved.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", expected) and digest(path) != expected:
-        raise UserError(f"{key}={weights!r}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
+        raise UserError(f"{setting}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
                          f"Delete {path.resolve()} and start again")
     return path
 
@@ -73,10 +83,9 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if path.suffix not in _READERS:
         raise UserError(f"cannot read weights from {path}: expected a file named {', '.join(_READERS)}")
+    open(path, "rb").close()  # what cannot be opened is not damaged
     try:
         return _READERS[path.suffix](path)
-    except OSError:
-        raise
     except Exception as error:  # each format has its own kinds for a damaged file
         raise UserError(f"cannot read weights from {path}: {error}") from error
 
@@ -94,7 +103,7 @@ def _reference(weights: str) -> dict[str, str] | None:
     if not weights.startswith("hf:"):
         return None
     match = _HUB.fullmatch(weights)
-    if not match:
+    if not match or ".." in re.split("[:/@]", weights):  # which leads out of the cache
         raise UserError(f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
                          "set teacherK.weights or model.student.weights to such a reference or a path")
     return {"revision": "main", "filename": "model.safetensors"} | {k: v for k, v in match.groupdict().items() if v}
@@ -115,10 +124,5 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
             f"or download {url} elsewhere and set {key} to its path") from error
 
 
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-_READERS = {".safetensors": load_file, ".npz": _load_npz,
+_READERS = {".safetensors": load_file, ".npz": read_npz,
             ".pth": torch_pickle.read, ".pt": torch_pickle.read, ".bin": torch_pickle.read}

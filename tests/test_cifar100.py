@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asib_jax.data import archives, cifar100
+from asib_jax.data import cifar100
 from asib_jax.data.sources import load
 from asib_jax.errors import UserError
 
@@ -207,18 +207,11 @@ def test_pickle_never_runs_code(tmp_path):
     bomb = pickle.dumps({"data": Hostile(marker)})
     for name in ("train", "meta"):
         folder = write_folder(tmp_path / name, python_version() | {name: bomb})
-        with pytest.raises(ValueError, match=r"posix\.mkdir is not allowed"):
+        with pytest.raises(ValueError, match=r"it names posix\.mkdir, which is not needed here"):
             load("cifar100", path=str(folder))
     assert not marker.exists()
     pickle.loads(bomb)  # the same bytes do run elsewhere
     assert marker.exists()
-
-
-def test_shell_command_in_a_pickle_is_refused(tmp_path):
-    bomb = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
-    with pytest.raises(pickle.UnpicklingError, match=r"os\.system is not allowed"):
-        archives.unpickle_arrays(bomb)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -261,7 +261,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", **ARRAYS)
     np.savez(tmp_path / "pickled.npz", fc=np.array([{"a": 1}]))
     save_file(ARRAYS, tmp_path / "a.safetensors")
-    refused = {"pickled.npz": "Object arrays cannot be loaded",
+    refused = {"pickled.npz": f"{tmp_path}/pickled.npz: array fc cannot be read (pickles are refused)",
                "a.h5": "expected a file named .safetensors, .npz, .pth, .pt, .bin"}
     for name in ("a.npz", "a.safetensors"):
         content = (tmp_path / name).read_bytes()
@@ -287,3 +287,30 @@ def test_folder_is_a_checkpoint(tmp_path):
     assert digest(path) == checkpoint.digest(tmp_path / "best") != digest(next(path.glob("_METADATA")))
     with pytest.raises(ValueError, match="is not a checkpoint"):
         digest(tmp_path)
+
+
+# --- a given digest --------------------------------------------------------------------------------------------------
+
+
+def test_only_weights_of_the_given_digest_are_located(hub, tmp_path):
+    """From the hub, of a file, which is no weights at all, and of a folder; in either case of letters."""
+    (tmp_path / "a.npz").write_bytes(b"never parsed")
+    checkpoint.save(tmp_path / "best", {"params": {"bias": np.float32([1])}, "batch_stats": {}})
+    for given in ("hf:me/net", str(tmp_path / "a.npz"), str(tmp_path / "best")):
+        right = digest(locate(given, KEY))
+        assert locate(given, KEY, right) == locate(given, KEY, right.upper()) == locate(given, KEY)
+        with pytest.raises(UserError) as error:
+            locate(given, KEY, "a" * 64)
+        for part in (f"{KEY}={given!r}", str(cached(given)), right, "a" * 64, f"{KEY}_sha256"):
+            assert part in str(error.value)
+
+
+def test_references_name_files_of_the_hub_only(hub, tmp_path):
+    """`..` would lead out of the cache; what no file can be called is no bare error of the system."""
+    locate("hf:me/net", KEY)
+    (tmp_path / "secret.npz").touch()
+    for wrong in ("hf:me/net/../../../../secret.npz", "hf:me/net@..", "hf:me/net@../x.npz", "hf:../net", "hf:me/..",
+                  "hf:a..b/c", "x" * 5000, "~nobody-of-this-name/x.npz"):
+        with pytest.raises(UserError):
+            cached(wrong)
+    assert cached("a\0b") is None

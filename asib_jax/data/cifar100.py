@@ -29,10 +29,10 @@ class Unavailable(Exception):
 def read(path: Path) -> Found:
     """CIFAR-100 from an .npz (x_train, y_train, x_test, y_test), the official archive, or its unpacked folder.
 
-    Raises UserError where the file is none of these.
+    Raises OSError for a file that cannot be opened, UserError where it is none of these.
     """
     if path.suffix == ".npz":
-        return archives.read_npz(path, archives.NAMES, ("class_names",)), str(path)
+        return archives.read_npz(path, archives.NAMES, ("class_names",), mapped=True), str(path)
     return archives.read_cifar100(path), str(path)
 
 
@@ -59,13 +59,19 @@ def prepared_by_tfds(folder: Path) -> Found:
     """What tfds prepared earlier. Reading it needs no TensorFlow if it was prepared as array_record."""
     if not (folder / "cifar100").is_dir():  # before tfds: its import is slow and its own message misleads
         raise Unavailable(f"there is no folder {folder / 'cifar100'}")
-    builder = _import_tfds().builder("cifar100", data_dir=folder)
-    if not builder.is_prepared():
-        raise Unavailable(f"{builder.data_path} is not complete")
+    tfds = _import_tfds()
     try:
+        builder = tfds.builder("cifar100", data_dir=folder)  # tfds' own code for it, which takes none from the folder
+        if not builder.is_prepared():
+            raise Unavailable(f"{builder.data_path} is not complete")
         return _read_builder(builder)
     except NotImplementedError as error:
         raise Unavailable(f"{builder.data_path} is not in the format array_record") from error
+    except Unavailable:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        raise UserError(f"{folder / 'cifar100'}, which tfds prepared, cannot be read: {type(error).__name__}: {error}; "
+                        "move it away, or set dataset.path") from error
 
 
 def earlier_download(folder: Path) -> Found:

@@ -1,10 +1,11 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from asib_jax.errors import UserError
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BLOCK_BYTES = 16 << 20
+_MOST_CLASSES = 100_000  # that need no names of their own
 
 
 class Selected:
@@ -131,11 +133,9 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
             raise UserError(f"{origin}: x_{split} must be uint8 [N,H,W,channels], not empty; found {_kind(x)}")
         if x.shape[1:] != arrays["x_train"].shape[1:]:
             raise UserError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
-        if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1]:
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise UserError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
-    names = arrays.get("class_names", np.arange(int(arrays["y_train"].max()) + 1).astype(str))
-    if names.dtype.kind != "U" or names.ndim != 1:
-        raise UserError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
+    names = _class_names(arrays, origin)
     for split in ("train", "test"):
         y = arrays[f"y_{split}"]
         if y.min() < 0 or y.max() >= len(names):
@@ -144,7 +144,25 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
         Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
         for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
     )
-    return Dataset(name, train, test, tuple(names.tolist()), origin)
+    return Dataset(name, train, test, names, origin)
+
+
+def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
+    if "class_names" not in arrays:
+        largest = int(arrays["y_train"].max())
+        if largest >= _MOST_CLASSES:
+            raise UserError(f"{origin}: y_train has the label {largest}; more than {_MOST_CLASSES} classes, all of "
+                            "which would have an output, need class_names")
+        return tuple(str(label) for label in range(largest + 1))
+    names = arrays["class_names"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UserError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
+    try:
+        names = tuple(names.tolist())
+        "".join(names).encode()
+    except ValueError as error:
+        raise UserError(f"{origin}: class_names is not all text: {error}") from error
+    return names
 
 
 def _kind(array: np.ndarray) -> str:
@@ -173,7 +191,7 @@ def _cifar100(path: Path | None, folder: Path) -> Found:
 def _npz(path: Path | None, folder: Path) -> Found:
     """An .npz of x_train, x_test (uint8 NHWC), y_train, y_test (integers) and, optionally, class_names."""
     file = _required(path, "an .npz of x_train, y_train, x_test, y_test")
-    return archives.read_npz(file, archives.NAMES, ("class_names",)), str(file)
+    return archives.read_npz(file, archives.NAMES, ("class_names",), mapped=True), str(file)
 
 
 def _imagenet32(path: Path | None, folder: Path) -> Found:
@@ -187,7 +205,7 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
     for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
         images, labels = [], []
         for file in files:
-            part = archives.read_npz(file, ("data", "labels"))
+            part = archives.read_npz(file, ("data", "labels"), mapped=True)
             images.append(archives.channels_last(part["data"], f"{file}: data"))
             labels.append(part["labels"])
         arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels) - 1
@@ -234,18 +252,32 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _read_pictures(files: list[Path]) -> np.ndarray:
+    """[N,H,W,3]. A picture is decoded only once its header says that it has the size of the first."""
+    packed, images = sum(file.stat().st_size for file in files), None
+    for row, file in enumerate(files):
+        try:
+            with _open_picture(file) as picture:
+                width, height = picture.size
+                if images is None:
+                    archives.check_unpacked(len(files) * height * width * 3, packed)
+                    images = np.empty((len(files), height, width, 3), np.uint8)
+                if (height, width) == images.shape[1:3]:
+                    images[row] = picture.convert("RGB")
+        except Exception as error:  # damaged pictures raise nearly anything
+            raise UserError(f"{file} cannot be read as a picture: {error}") from error
+        if (height, width) != images.shape[1:3]:
+            raise UserError(f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
+                            f"but {file} is {width}x{height}")
+    return images
+
+
+def _open_picture(file: Path) -> Any:
+    """By its contents one of `_PICTURES`: Pillow would hand others, whatever they are called, to other programs."""
     from PIL import Image
 
-    images = []
-    for file in files:
-        with Image.open(file) as picture:
-            images.append(np.asarray(picture.convert("RGB")))
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"all pictures must have one size: {files[0]} is {images[0].shape[1]}x{images[0].shape[0]} "
-                f"but {file} is {images[-1].shape[1]}x{images[-1].shape[0]}"
-            )
-    return np.stack(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=("PNG", "JPEG"))
 
 
 def _required(path: Path | None, what: str) -> Path:
