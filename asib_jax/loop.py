@@ -1,5 +1,4 @@
 """Run epochs of any training step: teachers, A-Step and B-Step alike."""
-import math
 from collections.abc import Callable, Iterable
 
 import jax
@@ -7,13 +6,14 @@ import numpy as np
 
 from asib_jax.feed import Call, Steps
 from asib_jax.models.ensemble import Variables
+from asib_jax.nonfinite import Watch
 from asib_jax.state import TrainState
 
 _IN_FLIGHT = 32  # steps; CPU collectives of several devices stall beyond that. Of examples from the host: one call
 
 
 def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable[Call], *, controls: dict,
-              learning_rate: Callable[[int], float], first_step: int,
+              learning_rate: Callable[[int], float], first_step: int, watch: Watch, phase: str = "",
               on_images: Callable[[int], None] = lambda images: None,
               on_steps: Callable[[int, int], None] = lambda first, last: None
               ) -> tuple[TrainState, dict[str, float], int]:
@@ -21,18 +21,20 @@ def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable
 
     controls: arrays constant over the epoch; learning_rate: of a step of the run, which starts here at `first_step`.
     on_images: told how many images have been done, every few steps; on_steps: told the first and the last step of the
-    run that a call is about to do.
+    run that a call is about to do. watch: sees every step; phase: what it is to call them.
 
-    Returns the state, every metric's mean over the steps, and the number of steps. Steps that a loss scale skipped
-    count as steps, but in no mean; the metric "skipped" is how many they were.
-    Raises FloatingPointError naming the metrics that are not finite, or if every step was skipped.
+    Returns the state, every metric's mean over the steps, and the number of steps. Steps that were skipped count as
+    steps, but in no mean; the metric "skipped" is how many they were. Where all were, the means are NaN.
+    Raises FloatingPointError as `Watch` does.
     """
     totals: dict[str, float] = {}
     pending, images, steps, collected = [], 0, 0, 0
 
     def collect():
-        for metrics, count in jax.device_get(pending):
-            _add(totals, {name: values[:count] for name, values in metrics.items()})
+        for metrics, count, first in jax.device_get(pending):
+            metrics = {name: values[:count] for name, values in metrics.items()}
+            watch.see(metrics, first, phase)
+            _add(totals, metrics)
         pending.clear()
 
     for call in calls:
@@ -45,29 +47,22 @@ def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable
         each = {"lr": np.float32([learning_rate(first_step + steps + n) for n in numbers]),
                 "step": np.int32(steps + numbers)}
         state, metrics = step.run(state, frozen, controls, call, each)
-        pending.append((metrics, call.steps))
+        pending.append((metrics, call.steps, first_step + steps))
         steps, images = steps + call.steps, images + call.steps * call.rows.shape[1]
     collect()
     on_images(images)
-    return state, _means(totals, steps, first_step), steps
+    return state, _means(totals, steps), steps
 
 
 def _add(totals: dict[str, float], metrics: dict[str, np.ndarray]) -> None:
-    """Add up the metrics [steps] of a call; where a step was skipped they are of a loss that overflowed."""
+    """Add up the metrics [steps] of a call; where a step was skipped some are not finite."""
     done = metrics["skipped"] == 0 if "skipped" in metrics else slice(None)
     for name, values in metrics.items():
         summed = values if name == "skipped" else values[done]
         totals[name] = totals.get(name, 0.0) + float(np.sum(summed, dtype=np.float64))
 
 
-def _means(totals: dict[str, float], steps: int, first_step: int) -> dict[str, float]:
-    skipped = totals.get("skipped", 0.0)
-    if 0 < steps == skipped:
-        raise FloatingPointError(f"all {steps} steps from step {first_step} overflow float16 at any loss scale tried; "
-                                 f"set amp_dtype='bfloat16' or lower the learning rate")
-    means = {name: total if name == "skipped" else total / (steps - skipped) for name, total in totals.items()}
-    broken = [name for name, value in means.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(f"not finite: {', '.join(broken)} in the {steps} steps from step {first_step}; "
-                                 f"lower the learning rate or set grad_clip_norm")
-    return means
+def _means(totals: dict[str, float], steps: int) -> dict[str, float]:
+    done = steps - totals.get("skipped", 0.0)
+    return {name: total if name == "skipped" else total / done if done else float("nan")
+            for name, total in totals.items()}

@@ -1,6 +1,7 @@
 """What every part of a run shares, and how far it has come."""
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.feed import Call, Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.nonfinite import Watch
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.state import TrainState
@@ -63,6 +65,11 @@ class Run:
     stored: StoredViews
     prefix: str = ""
     _compiled: dict = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        """Of all the steps of the run."""
+        return Watch(self.recipe.max_nonfinite_steps)
 
     def compiled(self, key: Hashable, make_step: Callable[[], Callable], *, trains_convolutions: bool) -> Steps:
         """The compiled training step under `key`, made and compiled once in a run."""
@@ -122,7 +129,8 @@ class Run:
     def epoch(self, title: str, step: Steps, state, frozen: Variables, calls: Iterator[Call], **options):
         """`loop.run_epoch` under a progress bar."""
         with self.reporter.epoch_bar(self.steps_per_epoch * self.recipe.dataset.batch_size, title) as bar:
-            return loop.run_epoch(step, state, frozen, calls, on_images=bar.update, **options)
+            return loop.run_epoch(step, state, frozen, calls, on_images=bar.update, watch=self.watch, phase=title,
+                                  **options)
 
 
 def learning_rate(recipe: Recipe, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int, devices: int

@@ -19,6 +19,7 @@ from asib_jax.feed import Feed
 from asib_jax.loop import run_epoch
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
+from asib_jax.nonfinite import Watch
 from asib_jax.pretrained import Imported
 from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.reporting import Reporter
@@ -116,6 +117,7 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
     steps_per_epoch = len(split.label) // batch_size
     rate = learning_rate(recipe, base=options.lr, steps_per_epoch=steps_per_epoch, epochs=options.epochs,
                          warmup_epochs=options.warmup_epochs, devices=len(feed.devices))
+    watch = Watch(recipe.max_nonfinite_steps)
     best, start, done = _Best(record.folder / "checkpoints" / f"{name}_best"), time.perf_counter(), 0
     for epoch in range(options.epochs):
         began = time.perf_counter()
@@ -124,7 +126,8 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
             rows = training_rows(len(split.label), batch_size, order)
             current, metrics, count = run_epoch(
                 step, current, frozen, feed.calls(step, rows, examples), learning_rate=rate, first_step=done,
-                controls=controls_of(recipe, k, epoch), on_images=bar.update)
+                controls=controls_of(recipe, k, epoch), on_images=bar.update, watch=watch,
+                phase=f"{name} {epoch + 1}/{options.epochs}")
         done += count
         whole = state.join(current, frozen)
         metrics |= {"lr": rate(done - 1), "val_acc": validation.accuracies(whole)["student"]}

@@ -99,7 +99,7 @@ def training(run: Run, variables: Variables, kind: str) -> Work:
         nonlocal current
         calls = _until(end, run.calls(step, kind, 0, 0))
         current, _, done = loop.run_epoch(step, current, frozen, calls, controls=controls, learning_rate=rate,
-                                          first_step=0)
+                                          first_step=0, watch=run.watch)
         jax.block_until_ready(current)
         return done * run.recipe.dataset.batch_size
     return repeated(epoch)
