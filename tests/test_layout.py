@@ -15,7 +15,7 @@ READING_ORDER = (
     "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
     "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "feed", "nonfinite", "loop",
-    "feature_bank", "stored_views", "evaluate", "experiment", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
+    "feature_bank", "stored_views", "evaluate", "experiment", "reporting", "build", "overlap", "run", "teacher_store", "teachers", "a_step",
     "b_step", "finished", "export", "results", "train", "plan", "dry_run", "workloads", "benchmark", "command_line",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
