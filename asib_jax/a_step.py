@@ -15,6 +15,7 @@ from asib_jax.feed import Steps
 from asib_jax.loop import Part, Tally, run_epoch, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
+from asib_jax.nonfinite import Watch
 from asib_jax.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
 from asib_jax.snapshots import Snapshot
@@ -38,9 +39,9 @@ def calibrate(run: Run, variables: Variables) -> Variables:
         names = {"augment": "calibrate", "mix": "calibrate/mix", "dropout": "calibrate/dropout"}
         controls = {f"{stream}_key": streams.key(run.recipe.seed, name, number) for stream, name in names.items()}
         with run.bar("BatchNorm statistics") as bar:
-            current = run_epoch(step, current, frozen, run.calls(step, "calibrate", 0, number), tally := Tally(),
-                                controls=controls, learning_rate=lambda step: 0.0, first_step=0, on_images=bar.update)
-        tally.means(0)
+            current = run_epoch(step, current, frozen, run.calls(step, "calibrate", 0, number), Tally(),
+                                Watch(run.recipe.max_nonfinite_steps), phase="BatchNorm statistics", controls=controls,
+                                learning_rate=lambda step: 0.0, first_step=0, on_images=bar.update)
     return state.join(current, frozen)
 
 
@@ -170,8 +171,8 @@ def run_a_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         name=run.part("a", stage), epochs=recipe.a_epochs, step=step, frozen=frozen, learning_rate=rate,
         controls=lambda epoch: controls_of(run, progress, stage, epoch), first_step=lambda: progress.a_steps,
         calls=lambda epoch, first: run.calls(step, "a", stage, epoch, first),
-        bar=lambda epoch: run.bar(f"{title} {epoch + 1}/{recipe.a_epochs}"), after=after, content=content),
-        current, run.snapshots, snapshot)
+        bar=lambda epoch: run.bar(f"{title} {epoch + 1}/{recipe.a_epochs}"), after=after, content=content,
+        max_nonfinite_steps=recipe.max_nonfinite_steps), current, run.snapshots, snapshot)
     return _end(run, progress, current, frozen, best, stage)
 
 

@@ -18,7 +18,8 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable:
 
     controls: "size", the number of examples; rows of a batch beyond it count for nothing. Counted are "student" and,
     with a fusion network, "synergy" and "without_teachers" (the same with kv zeroed: does the query bypass the
-    teachers?). The student's outputs are those the batch brings, or are computed.
+    teachers?). The student's outputs are those the batch brings, or are computed. What was looked at is counted, too:
+    "examples", and the sum of their "rows" modulo 2^32.
     """
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
         student = batch["student"] if "student" in batch else run_student(nets, variables, batch["image"])
@@ -31,6 +32,7 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable:
         # Where a logit is not finite argmax still names a class; it counts as wrong.
         found = {name: jnp.sum(exists & (jnp.argmax(value, axis=-1) == batch["label"])
                                & jnp.all(jnp.isfinite(value), axis=-1)) for name, value in logits.items()}
+        found |= {"examples": jnp.sum(exists), "rows": jnp.sum(jnp.where(exists, batch["row"], 0).astype(jnp.uint32))}
         found = found if axis_name is None else jax.lax.psum(found, axis_name)
         return {name: counts[name] + found[name] for name in counts}, {}
     return step
@@ -71,6 +73,9 @@ class Evaluator:
         if self._nets.teachers:
             (self.teachers,) = feature_bank.read_teachers(self._nets, variables, self.split, **self._reading(),
                                                           cache=self._cache, title=f"the {self.name} split")
+            if len(self.teachers.logits) != self.count:
+                raise ValueError(f"the teachers' outputs are of {len(self.teachers.logits)} examples; the {self.name} "
+                                 f"split has {self.count}")
             self._teachers = [on_host(teachers=self.teachers)]
             self._teacher_counts = feature_bank.correct_counts(self.teachers, self.split.label)
 
@@ -91,14 +96,22 @@ class Evaluator:
         return dict(self._teacher_counts)
 
     def __call__(self, variables: Variables) -> dict[str, int]:
-        """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average"."""
+        """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average".
+
+        Raises ValueError unless every example of the split was looked at once.
+        """
         names = ["student"] + (["synergy", "without_teachers"] if self._nets.ib_mbm is not None else [])
-        counts = parallel.replicate({name: np.int32(0) for name in names}, self._feed.devices)
+        zeros = {name: np.int32(0) for name in (*names, "examples")} | {"rows": np.uint32(0)}
+        counts = parallel.replicate(zeros, self._feed.devices)
         parts = [self._labels, *self._teachers, self._images if self._student is None else self._student]
         for call in self._feed.calls(self._step, self._rows, *parts):
             jax.block_until_ready(counts)  # of the call before, while this one's images were on their way
             counts, _ = self._step.run(counts, variables, {"size": np.int32(self.count)}, call, {})
         totals = {name: int(count) for name, count in jax.device_get(counts).items()}
+        examples, rows = totals.pop("examples"), totals.pop("rows")
+        if (examples, rows) != (self.count, self.count * (self.count - 1) // 2 % 2**32):
+            raise ValueError(f"{examples} examples of the {self.name} split were counted, not all of its {self.count} "
+                             "once each")
         return totals | ({"average": self._teacher_counts["average"]} if self._nets.teachers else {})
 
     def accuracies(self, variables: Variables) -> dict[str, float]:

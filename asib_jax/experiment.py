@@ -4,6 +4,7 @@ import fcntl
 import io
 import itertools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -146,7 +147,9 @@ def _new_folder(results: Path, name: str, exp_id: str) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value  # numpy and jax scalars
+    """A plain scalar of numpy's or jax's; None for what is no number, which JSON and tables cannot hold."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_exp_id(exp_id: str) -> None:

@@ -1,8 +1,7 @@
 """Run the epochs of any training step: teachers, A-Step and B-Step alike."""
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from asib_jax.feed import Call, Steps
 from asib_jax.models.ensemble import Variables
+from asib_jax.nonfinite import Watch
 from asib_jax.snapshots import Snapshot, Snapshots
 from asib_jax.state import TrainState
 
@@ -26,30 +26,19 @@ class Tally:
     totals: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, metrics: dict[str, np.ndarray], steps: int) -> None:
-        """Add the metrics [steps] of a call; where a step was skipped they are of a loss that overflowed."""
+        """Add the metrics [steps] of a call; where a step was skipped some are not finite."""
         done = metrics["skipped"] == 0 if "skipped" in metrics else slice(None)
         for name, values in metrics.items():
             summed = values if name == "skipped" else values[done]
             self.totals[name] = self.totals.get(name, 0.0) + float(np.sum(summed, dtype=np.float64))
         self.steps += steps
 
-    def means(self, first_step: int) -> dict[str, float]:
-        """Of every metric over the steps that were not skipped; "skipped" is how many were.
-
-        first_step: of the run, for messages. Raises FloatingPointError naming the metrics that are not finite, or if
-        every step was skipped.
-        """
-        skipped = self.totals.get("skipped", 0.0)
-        if 0 < self.steps == skipped:
-            raise FloatingPointError(f"all {self.steps} steps from step {first_step} overflow float16 at any loss scale "
-                                     f"tried; set amp_dtype='bfloat16' or lower the learning rate")
-        means = {name: total if name == "skipped" else total / (self.steps - skipped)
-                 for name, total in self.totals.items()}
-        broken = [name for name, value in means.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(f"not finite: {', '.join(broken)} in the {self.steps} steps from step "
-                                     f"{first_step}; lower the learning rate or set grad_clip_norm")
-        return means
+    @property
+    def means(self) -> dict[str, float]:
+        """Of every metric over the steps that were not skipped, NaN if all were; "skipped" is how many were."""
+        done = self.steps - self.totals.get("skipped", 0.0)
+        return {name: total if name == "skipped" else total / done if done else float("nan")
+                for name, total in self.totals.items()}
 
 
 @dataclasses.dataclass
@@ -59,7 +48,8 @@ class Part:
     name: as `Snapshots` knows it. controls: of an epoch, arrays that are constant over it. calls: of an epoch from one
     of its steps on. learning_rate: of a step of the run. first_step: of the run, where the epoch begins that is next.
     bar: shows images done of an epoch. after: told epoch, state, controls, the metrics' means, steps and seconds; true
-    ends the part. content: of a snapshot, its arrays and values, given the state.
+    ends the part. content: of a snapshot, its arrays and values, given the state. max_nonfinite_steps: as `Watch` has
+    it.
     """
 
     name: str
@@ -73,39 +63,54 @@ class Part:
     bar: Callable[[int], tqdm]
     after: Callable[..., bool | None]
     content: Callable[[TrainState], tuple[dict[str, Any], dict[str, Any]]]
+    max_nonfinite_steps: int
     on_steps: Callable[[int, int], None] = lambda first, last: None
 
 
 def run_part(part: Part, state: TrainState, snapshots: Snapshots, begun: Snapshot | None) -> TrainState:
-    """All epochs of a part, or those that a snapshot leaves to do; then `state` is the snapshot's."""
-    epoch, tally = (begun.epoch, Tally(**begun.tally)) if begun else (0, Tally())
+    """All epochs of a part, or those that a snapshot leaves to do; then `state` is the snapshot's.
+
+    Raises FloatingPointError where steps break as `Watch` says, naming the last snapshot.
+    """
+    epoch, tally, watch = 0, Tally(), Watch(part.max_nonfinite_steps)
+    if begun:
+        epoch, tally = begun.epoch, Tally(begun.tally["steps"], begun.tally["totals"])
+        watch = Watch(part.max_nonfinite_steps, begun.tally["in_a_row"])
     over = False
     while epoch < part.epochs and not over:
         start, controls = time.perf_counter(), part.controls(epoch)
         with part.bar(epoch) as bar:
             def offer(state: TrainState, steps: int) -> None:
-                snapshots.offer(part.name, epoch, dataclasses.asdict(tally), steps, lambda: part.content(state))
+                held = {"steps": tally.steps, "totals": tally.totals, "in_a_row": watch.in_a_row}
+                snapshots.offer(part.name, epoch, held, steps, lambda: part.content(state))
 
-            state = run_epoch(part.step, state, part.frozen, part.calls(epoch, tally.steps), tally, controls=controls,
-                              learning_rate=part.learning_rate, first_step=part.first_step(), on_images=bar.update,
-                              on_steps=part.on_steps, offer=offer, at_most=snapshots.steps or _IN_FLIGHT)
-        over = part.after(epoch, state, controls, tally.means(part.first_step()), tally.steps,
-                          time.perf_counter() - start)
+            try:
+                state = run_epoch(part.step, state, part.frozen, part.calls(epoch, tally.steps), tally, watch,
+                                  phase=f"{part.name}, epoch {epoch + 1}", controls=controls,
+                                  learning_rate=part.learning_rate, first_step=part.first_step(), on_images=bar.update,
+                                  on_steps=part.on_steps, offer=offer, at_most=snapshots.steps or _IN_FLIGHT)
+            except FloatingPointError as error:
+                snapshots.close()
+                raise FloatingPointError(f"{error}. Last snapshot: {snapshots.newest() or 'none yet'}") from error
+        over = part.after(epoch, state, controls, tally.means, tally.steps, time.perf_counter() - start)
         epoch, tally = epoch + 1, Tally()
     return state
 
 
-def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterator[Call], tally: Tally, *, controls: dict,
-              learning_rate: Callable[[int], float], first_step: int,
+def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable[Call], tally: Tally, watch: Watch, *,
+              phase: str, controls: dict, learning_rate: Callable[[int], float], first_step: int,
               on_images: Callable[[int], None] = lambda images: None,
               on_steps: Callable[[int, int], None] = lambda first, last: None,
               offer: Callable[[TrainState, int], None] = lambda state, steps: None, at_most: int = _IN_FLIGHT
               ) -> TrainState:
-    """One pass over `calls`, each prepared while the devices work on the one before; `tally` counts its steps.
+    """One pass over `calls`, each prepared while the devices work on the one before.
 
-    first_step: of the run, where the epoch begins. on_images: told how many images have been done, every few steps;
-    on_steps: told the first and the last step of the run that a call is about to do. offer: given the state and the
-    steps since the last offer, whenever no step is in flight, after `at_most` steps or one call.
+    tally: counts its steps; watch: sees them; phase: what it is to call them. first_step: of the run, where the epoch
+    begins. on_images: told how many images have been done, every few steps; on_steps: told the first and the last step
+    of the run that a call is about to do. offer: given the state and the steps since the last offer, whenever no step
+    is in flight, after `at_most` steps or one call.
+
+    Raises FloatingPointError as `Watch` does.
     """
     pending, steps, window, since = [], tally.steps, 1, time.monotonic()
 
@@ -113,7 +118,9 @@ def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterator
         nonlocal window, since
         before = tally.steps
         for metrics, count, images in jax.device_get(pending):
-            tally.add({name: values[:count] for name, values in metrics.items()}, count)
+            metrics = {name: values[:count] for name, values in metrics.items()}
+            watch.see(metrics, first_step + tally.steps, phase)
+            tally.add(metrics, count)
             on_images(images)
         pending.clear()
         quick = time.monotonic() - since < _PATIENCE / 2

@@ -32,13 +32,13 @@ def kd(logits: jax.Array, target_logits: jax.Array, tau: jax.Array | float) -> j
     """Distillation loss tau^2 KL(p || q), p = softmax(target/tau), q = softmax(logits/tau) (Hinton et al., 2015).
 
     Logits [B, C] -> [B]. No gradient reaches the target. Classes to which the target gives no mass contribute zero,
-    also where a log-probability is -inf.
+    also where a log-probability is -inf; NaN in either distribution is NaN.
     """
     target = jax.lax.stop_gradient(target_logits).astype(jnp.float32)
     log_p = jax.nn.log_softmax(target / tau)
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / tau)
     p = jnp.exp(log_p)
-    return tau**2 * jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    return tau**2 * jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1)
 
 
 def gaussian_kl(mu: jax.Array, logvar: jax.Array) -> jax.Array:

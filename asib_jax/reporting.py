@@ -132,9 +132,10 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
 
 
 class Result(NamedTuple):
-    """One line of the final table: `correct` of `count` examples of a split."""
+    """One line of the final table: `correct` of `count` examples of a split; which of its parameters gave them."""
     name: str
     split: str
+    parameters: str
     correct: int
     count: int
     note: str = ""
@@ -150,12 +151,12 @@ def binomial_interval(correct: int, count: int) -> tuple[float, float]:
 
 def results_table(rows: Iterable[Result]) -> str:
     """The results as aligned plain text, accuracies and their 95 % intervals in per cent."""
-    lines = [("name", "split", "correct/count", "accuracy %", "95 % interval", "note")]
-    for name, split, correct, count, note in rows:
+    lines = [("name", "split", "parameters", "correct/count", "accuracy %", "95 % interval", "note")]
+    for name, split, parameters, correct, count, note in rows:
         low, high = binomial_interval(correct, count)
-        lines.append((name, split, f"{correct}/{count}", f"{100 * correct / count:.2f}",
+        lines.append((name, split, parameters, f"{correct}/{count}", f"{100 * correct / count:.2f}",
                       f"{100 * low:.2f} to {100 * high:.2f}", note))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
     return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip()
                      for line in lines)

@@ -20,6 +20,9 @@ from asib_jax.models.ensemble import (Mode, Networks, TeacherOutputs, Variables,
 from asib_jax.models.ib_mbm import sample
 from asib_jax.state import TrainState, join
 
+TERMS = ("ce", "kd_average", "kd_student", "gaussian_kl", "cccp", "kd", "feat_kd", "reg", "ib_mbm_reg")
+"""The metrics that a loss is the sum of, in the order in which it adds them up; other metrics follow from them."""
+
 Loss = Callable[[Variables, dict, dict], tuple[jax.Array, tuple[dict, dict]]]
 
 
@@ -78,31 +81,36 @@ class BTerms:
 def make_train_step(loss: Loss, tx: optax.GradientTransformation, *, axis_name: str | None = None) -> Callable:
     """`step(state, frozen, controls, batch) -> (state, metrics)`: one update of `state.params` at controls["lr"].
 
-    Metrics are means over the global batch. Frozen leaves are arguments, never differentiated. With a loss scale, a
-    step whose gradients overflow on any device changes nothing but the scale; the metric "skipped" is then 1, else 0.
+    Metrics are means over the global batch. Frozen leaves are arguments, never differentiated. A step changes nothing
+    but the loss scale, if there is one, where the loss, a batch statistic or the gradient's norm is not finite on any
+    device; the metric "skipped" is then 1, else 0.
     """
     def step(state: TrainState, frozen: Variables, controls: dict, batch: dict) -> tuple[TrainState, dict]:
         def objective(params):
             return loss(join(state._replace(params=params), frozen), controls, batch)
 
-        def updated(grads, stats, loss_scale):
-            directions, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, d: p - controls["lr"] * d, state.params, directions)
-            return TrainState(params, {name: stats[name] for name in state.batch_stats}, opt_state, loss_scale)
-
+        loss_scale = None
         if state.loss_scale is None:
-            (_, (stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-            if axis_name:
-                grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-            return updated(grads, stats, None), metrics
-        differentiate = state.loss_scale.value_and_grad(objective, has_aux=True, axis_name=axis_name)
-        loss_scale, finite, (_, (stats, metrics)), grads = differentiate(state.params)  # unscaled means over the axis
+            (value, (stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            grads = jax.lax.pmean(grads, axis_name) if axis_name else grads
+        else:
+            differentiate = state.loss_scale.value_and_grad(objective, has_aux=True, axis_name=axis_name)
+            loss_scale, _, (value, (stats, metrics)), grads = differentiate(state.params)  # unscaled means over the axis
         if axis_name:
-            metrics = jax.lax.pmean(metrics, axis_name)
-        new, old = updated(grads, stats, loss_scale), state._replace(loss_scale=loss_scale)
+            value, metrics = jax.lax.pmean((value, metrics), axis_name)
+        stats = {name: stats[name] for name in state.batch_stats}
+        # The norm is the one that clipping takes; a gradient whose square overflows would ruin AdamW's moments as well.
+        finite = _all_finite((value, optax.tree.norm(grads), stats))
+        directions, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: p - controls["lr"] * d, state.params, directions)
+        new, old = TrainState(params, stats, opt_state, loss_scale), state._replace(loss_scale=loss_scale)
         state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         return state, {**metrics, "skipped": 1 - jnp.float32(finite)}
     return step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def a_loss(variables: Variables, controls: dict, batch: dict, *, nets: Networks, terms: ATerms,

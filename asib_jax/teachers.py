@@ -149,7 +149,7 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
         name=name, epochs=options.epochs, step=step, frozen=frozen, learning_rate=rate, calls=calls, after=after,
         controls=lambda epoch: controls_of(recipe, k, epoch), first_step=lambda: best.steps,
         bar=lambda epoch: reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}"),
-        content=lambda current: _content(current, frozen, best)), current, snapshots, snapshot)
+        content=lambda current: _content(current, frozen, best), max_nonfinite_steps=recipe.max_nonfinite_steps), current, snapshots, snapshot)
     logger.info("%s: %s trained on %d images in %.0f s, best in epoch %d: %.2f %% on validation", name, options.name,
                 len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
     teacher_store.save(place, options.weights, best.variables, split,

@@ -196,7 +196,7 @@ def evaluate_finished(recipe: Recipe, nets: Networks, data: build.Data, feed: Fe
     done = dataclasses.replace(done, variables=variables, students=parallel.replicate(done.students, feed.devices))
     if validation is None:
         validation = evaluator(recipe, nets, variables, data.validation, "validation", feed)
-    return final_results(nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", feed))
+    return final_results(recipe, nets, done, validation, evaluator(recipe, nets, variables, data.test, "test", feed))
 
 
 def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split, name: str, feed: Feed) -> Evaluator:

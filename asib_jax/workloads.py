@@ -19,6 +19,7 @@ from asib_jax.data.sources import Split
 from asib_jax.experiment import Record
 from asib_jax.feed import Call
 from asib_jax.models.ensemble import Variables
+from asib_jax.nonfinite import Watch
 from asib_jax.recipe import Recipe
 from asib_jax.reporting import Reporter
 from asib_jax.run import Progress, Run
@@ -92,15 +93,15 @@ def repeated(once: Callable[[float], int]) -> Work:
 
 def training(run: Run, variables: Variables, kind: str) -> Work:
     """The A- or B-Step, "a" or "b", of the first stage."""
-    progress = Progress()
+    progress, limit = Progress(), run.recipe.max_nonfinite_steps
     current, frozen, step, rate = _STEPS[kind].begin(run, variables, progress, 0)
     controls = _STEPS[kind].controls_of(run, progress, 0, 0)
 
     def epoch(end: float) -> int:
         nonlocal current
         calls = _until(end, run.calls(step, kind, 0, 0))
-        current = loop.run_epoch(step, current, frozen, calls, tally := loop.Tally(), controls=controls,
-                                 learning_rate=rate, first_step=0)
+        current = loop.run_epoch(step, current, frozen, calls, tally := loop.Tally(), Watch(limit), phase=kind,
+                                 controls=controls, learning_rate=rate, first_step=0)
         jax.block_until_ready(current)
         return tally.steps * run.recipe.dataset.batch_size
     return repeated(epoch)

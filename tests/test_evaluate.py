@@ -85,6 +85,18 @@ def test_batch_larger_than_the_split(by_hand):
     assert large.teacher_counts()["disagreement"] == by_hand["disagreement"]
 
 
+@pytest.mark.parametrize("rows, counted", [
+    (lambda rows: rows[:-1], 16), (lambda rows: np.concatenate([rows, rows[:1]]), 29),
+    (lambda rows: np.where(rows == 3, 4, rows), 21), (lambda rows: np.where(rows == 0, 21, rows), 20)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_example_left_out_or_counted_twice_is_an_error(count, rows, counted):
+    nets, variables = make()
+    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
+    own._rows = rows(own._rows)
+    with pytest.raises(ValueError, match=f"{counted} examples of the test split were counted, not all of its 21"):
+        own(variables)
+
+
 def test_accuracies_are_shares_of_the_split(by_hand):
     accuracies = evaluator(1).accuracies(make()[1])
     assert accuracies["synergy"] == by_hand["synergy"] / 21 and evaluator(1).count == 21

@@ -47,7 +47,7 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(launch, tmp_path)
     folder = tmp_path / rows[0]["exp_id"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert rows[0]["test_acc_best"] == repr(metrics["final/test_acc_best"])
-    assert rows[1]["test_acc_synergy"] == ""  # not measured, so empty, not 0
+    assert rows[1]["test_acc_synergy_best"] == ""  # not measured, so empty, not 0
     assert metrics["final/test_count"] == 539
     assert {"stage1/a/epoch01/val_synergy_acc", "stage2/b/epoch01/val_student", "control/stage2/b/epoch01/val_student",
             "stage1/b/before/val_without_teachers"} <= metrics.keys()

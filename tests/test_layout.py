@@ -14,9 +14,10 @@ READING_ORDER = (
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
     "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
-    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost", "feed",
-    "signals", "experiment", "snapshots", "loop", "feature_bank", "stored_views", "evaluate", "reporting", "build", "run", "teacher_store", "teachers", "a_step",
-    "b_step", "finished", "export", "results", "train", "resume", "plan", "dry_run", "workloads", "benchmark", "command_line",
+    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost",
+    "feed", "nonfinite", "signals", "experiment", "snapshots", "loop", "feature_bank", "stored_views", "evaluate",
+    "reporting", "build", "overlap", "run", "teacher_store", "provenance", "teachers", "a_step", "b_step", "finished",
+    "export", "results", "train", "resume", "plan", "dry_run", "workloads", "benchmark", "command_line",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 

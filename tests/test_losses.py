@@ -101,6 +101,12 @@ def test_kd_is_zero_not_nan_where_target_and_student_exclude_a_class():
     np.testing.assert_allclose(losses.kd(excluded + 1, excluded, 2.0), [0.0], atol=1e-6)
 
 
+def test_kd_of_what_is_not_a_number_is_not_a_number():
+    """A broken teacher must not look like one that is already matched."""
+    finite, broken = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[0.0, jnp.nan, 2.0]])
+    assert np.isnan(losses.kd(finite, broken, 2.0)) and np.isnan(losses.kd(broken, finite, 2.0))
+
+
 def test_kd_temperature_may_be_traced_and_target_gets_no_gradient():
     traced = jax.jit(losses.kd)(LOGITS, TARGET, jnp.float32(2.5))
     np.testing.assert_allclose(traced, kl(LOGITS, TARGET, 2.5), rtol=2e-5)

@@ -122,9 +122,9 @@ def test_interval_inverts_the_score_test(correct, count):
 
 def test_table_is_aligned():
     """Interval of 50 in 100 by hand: 0.5 -+ z sqrt(25 + z^2/4) / (100 + z^2) = 0.40383, 0.59617."""
-    table = results_table([Result("student, best", "test", 50, 100),
-                           Result("teacher1", "validation", 0, 8, "weights saw validation")])
+    table = results_table([Result("student, best", "test", "best epoch", 50, 100),
+                           Result("teacher1", "validation", "as given", 0, 8, "weights saw validation")])
     assert table.splitlines() == [
-        "name           split       correct/count  accuracy %   95 % interval  note",
-        "student, best  test               50/100       50.00  40.38 to 59.62",
-        "teacher1       validation            0/8        0.00   0.00 to 32.44  weights saw validation"]
+        "name           split       parameters  correct/count  accuracy %   95 % interval  note",
+        "student, best  test        best epoch         50/100       50.00  40.38 to 59.62",
+        "teacher1       validation  as given              0/8        0.00   0.00 to 32.44  weights saw validation"]

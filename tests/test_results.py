@@ -1,4 +1,6 @@
 """The final table: what it counts, marks and calls things."""
+import dataclasses
+
 import pytest
 
 from asib_jax import recipe, results
@@ -9,13 +11,15 @@ COUNTS = {"teacher1": 90, "teacher2": 80, "average": 92, "disagreement": 25, "sy
           "last": 70, "best": 71, "control_last": 60, "control_best": 61}
 
 
-def make(**weights) -> tuple[recipe.Recipe, Results]:
+def make(changes=(), **weights) -> tuple[recipe.Recipe, Results]:
     config = l1_ib.get_config("digits")
     for name, (path, saw_val) in weights.items():
         config[name].weights, config[name].saw_val = path, saw_val
+    config.update_from_flattened_dict(dict(changes))
     validation = {name: count // 2 for name, count in COUNTS.items()}
-    return recipe.read(config), Results({"test": COUNTS, "validation": validation}, {"test": 100, "validation": 50},
-                                        {"avg (gate shut)": 0.25, "synergy": 0.75})
+    read = recipe.read(config)
+    return read, Results({"test": COUNTS, "validation": validation}, {"test": 100, "validation": 50},
+                         {"avg (gate shut)": 0.25, "synergy": 0.75}, results.moving_parameters(read))
 
 
 def rows(text: str) -> dict[str, str]:
@@ -29,7 +33,7 @@ def test_rows_stand_in_order_with_their_counts():
         "teacher1 (resnet14)", "teacher2 (resnet8)", "teachers' average", "synergy ensemble", "synergy, teachers zeroed",
         "student without teachers, last", "student without teachers, best on validation", "student, last",
         "student, best on validation"]
-    assert "85/100" in table["synergy ensemble"] and "validation 84.00 %" in table["synergy ensemble"]
+    assert "85/100" in table["synergy ensemble"] and "validation 84.00 % of 50" in table["synergy ensemble"]
     assert "*" not in text
     assert "distilled from: avg (gate shut) 25.0 % of B-steps, synergy 75.0 % of B-steps" in text
     assert "teachers disagree on 25.00 % of test images" in text
@@ -48,3 +52,30 @@ def test_summary_holds_shares_of_each_split():
     assert summary["test_acc_best"] == 0.71 and summary["validation_acc_best"] == 35 / 50
     assert summary["test_disagreement"] == 0.25 and summary["test_count"] == 100
     assert summary["synergy_steps_share"] == 0.75 and "test_acc_disagreement" not in summary
+    assert summary["validation_acc_synergy_best"] == 42 / 50 and "test_acc_synergy" not in summary
+    assert summary["test_acc_teacher1"] == 0.9  # whose parameters stand still
+
+
+@pytest.mark.parametrize("changes, columns, parameters", [
+    ({}, {"test_acc_teacher2", "test_acc_average", "test_acc_synergy_best", "test_disagreement"},
+     ["best epoch", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"]),
+    ({"restore_best": False}, {"test_acc_synergy_last", "test_acc_without_teachers_last", "test_acc_last"},
+     ["best epoch", "best epoch", "as above", "last student, best A-epoch", "last student, best A-epoch"]),
+    ({"use_teacher_finetuning": True, "teacher1.weights": "given.npz"},
+     {"test_acc_teacher1_last", "test_acc_teacher2_last", "test_acc_average_last", "test_disagreement_last"},
+     ["as the A-Steps left them"] * 3 + ["best student, best A-epoch"] * 2),
+    ({"teacher1.weights": "given.npz", "teacher1.finetune_epochs": 0}, {"test_acc_teacher1"},
+     ["as given", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"]),
+])
+def test_every_accuracy_says_of_which_parameters(changes, columns, parameters):
+    made = make(changes.items())
+    assert columns <= made[1].summary.keys()
+    shown = [line.split("  test  ")[1].split("  ")[0].strip() for line in rows(results.render(*made)).values()]
+    assert shown == parameters + ["last epoch", "best epoch"] * 2
+
+
+@pytest.mark.parametrize("count", [101, -1])
+def test_a_count_that_its_split_cannot_have_is_an_error(count):
+    _, good = make()
+    with pytest.raises(ValueError, match=f"test: {count} synergy of 100"):
+        dataclasses.replace(good, counts=good.counts | {"test": COUNTS | {"synergy": count}})

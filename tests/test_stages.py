@@ -464,7 +464,7 @@ def test_first_stage_is_the_same_on_four_devices(whole, data_file, tmp_path):
     variables = b_step.run_b_step(run, variables, progress, 0)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(variables)} == {4}
     compared = [key for key in run.record.metrics if key.startswith("stage") and "/val_" not in key]
-    assert len(compared) == 44
+    assert len(compared) == 48
     for key in compared:
         np.testing.assert_allclose(run.record.metrics[key], whole.metrics[key], rtol=1e-3, atol=1e-6, err_msg=key)
 

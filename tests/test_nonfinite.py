@@ -1,0 +1,203 @@
+"""Steps that are not finite: NaN put into a batch, a weight, a teacher's outputs; on one of two devices; in a row."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asib_jax import loop, parallel, state, steps, streams
+from asib_jax.models.ensemble import TeacherOutputs, Variables
+from asib_jax.nonfinite import Watch
+from asib_jax.steps import ATerms, BTerms, TERMS
+from networks import CLASSES, SHALLOW, make_batch, make_feed, make_networks, random_variables
+
+A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
+                 feat_kd_alpha=0.3, reg_lambda=0.1, ib_mbm_reg_lambda=0.1, label_smoothing=0.0, min_cw=0.1, data_aug=0)
+B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", kd_max_ratio=1.0, feat_kd_alpha=0.3)
+CONTROLS = {**{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "ramp", "ratio_on")},
+            "average_share": jnp.float32(0.3), "lr": jnp.float32(0.1), "step": jnp.int32(0),
+            **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "noise", "dropout")}}
+ADAMW = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def same(a, b):
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# A step --------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def make(kind):
+    """Networks, the loss and first state of the A- or B-Step, and the step compiled."""
+    nets = make_networks(**SHALLOW)
+    variables = random_variables(nets)
+    if kind == "a":
+        mask, trained = {name: name in ("ib_mbm", "synergy_head") for name in variables.params}, ()
+        loss = functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=lambda params: params["teacher1"])
+    else:
+        mask, trained = {name: name == "student" for name in variables.params}, ("student",)
+        loss = functools.partial(steps.b_loss, nets=nets, terms=B_TERMS)
+    return loss, jax.jit(steps.make_train_step(loss, ADAMW)), *state.begin(variables, mask, trained, ADAMW)
+
+
+def batch_of_floats():
+    """A batch whose images and stored teachers' outputs can hold NaN."""
+    batch, draw = make_batch(), np.random.default_rng(0).normal
+    teachers = TeacherOutputs(tuple(np.float32(draw(size=(8, width))) for width in (3, 4)),
+                              np.float32(draw(size=(8, 2, CLASSES))))
+    return {**batch, "image": np.float32(batch["image"]), "teachers": teachers}
+
+
+def with_nan(tree):
+    """The tree with NaN as the last entry of its first leaf."""
+    first, *others = jax.tree.leaves(tree)
+    first = np.array(first)
+    first.flat[-1] = np.nan
+    return jax.tree.unflatten(jax.tree.structure(tree), [first, *others])
+
+
+@pytest.mark.parametrize("kind, where, broken", [
+    ("b", "image", "ce, kd, feat_kd"), ("b", "student", "ce, kd"), ("b", "feature", "kd, feat_kd"),
+    ("b", "logit", "kd"), ("b", "ib_mbm", "kd, feat_kd"),
+    ("a", "feature", "ce, kd_average, kd_student, gaussian_kl, cccp, feat_kd"), ("a", "logit", "kd_average"),
+    ("a", "synergy_head", "ce, kd_average, kd_student, cccp, ib_mbm_reg"), ("a", "teacher1", "reg"),
+])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_terms(kind, where, broken):
+    """One NaN, the student's in its classifier; the state stays bitwise; the same step without it moves the state."""
+    _, step, current, frozen = make(kind)
+    batch = good = batch_of_floats()
+    if where == "image":
+        batch = {**batch, "image": with_nan(batch["image"])}
+    elif where in ("feature", "logit"):
+        feats, logits = batch["teachers"]
+        batch = {**batch, "teachers": TeacherOutputs(with_nan(feats), logits) if where == "feature" else
+                 TeacherOutputs(feats, with_nan(logits))}
+    elif where in current.params:
+        current = current._replace(params={**current.params, where: with_nan(current.params[where])})
+    else:
+        frozen = frozen._replace(params={**frozen.params, where: with_nan(frozen.params[where])})
+    after, metrics = step(current, frozen, CONTROLS, batch)
+    assert metrics["skipped"] == 1 and metrics["skipped"].dtype == jnp.float32 and same(after, current)
+    with pytest.raises(FloatingPointError, match=f"broke in {broken}\\. "):
+        Watch(1).see({name: np.array([value]) for name, value in metrics.items()}, 0)
+    _, _, current, frozen = make(kind)
+    after, metrics = step(current, frozen, CONTROLS, good)
+    assert metrics["skipped"] == 0
+    assert not any(same(a, b) for a, b in zip(jax.tree.leaves(after.batch_stats), jax.tree.leaves(current.batch_stats)))
+    assert not same(after.params, current.params) and not same(after.opt_state, current.opt_state)
+
+
+@pytest.mark.parametrize("kind", ["a", "b"])
+def test_every_metric_is_a_term_in_its_place_or_follows_from_terms(kind):
+    loss, _, current, frozen = make(kind)
+    names = []
+
+    def trace(batch):
+        value, (_, metrics) = loss(state.join(current, frozen), CONTROLS, batch)
+        names.extend(metrics)
+        return value
+
+    jax.eval_shape(trace, batch_of_floats())
+    terms = [name for name in names if name in TERMS]
+    assert terms == [name for name in TERMS if name in names]
+    derived = {"loss", "acc", "target_acc", "kd_ratio", "clipped", "certainty_sd"}
+    assert set(names) - set(terms) <= derived and len(terms) == {"a": 8, "b": 3}[kind]
+
+
+# A run of steps ------------------------------------------------------------------------------------------------------
+
+def product(variables, controls, batch, axis_name=None):
+    """The mean of (w1 + w2) x, whose gradient is that of x for both; a statistic keeps that mean, too."""
+    value = jnp.mean(jnp.sum(variables.params["w"]["kernel"]) * batch["x"])
+    return value, ({"w": {"mean": parallel.batch_mean(axis_name)(batch["x"])}}, {"ce": value, "loss": value})
+
+
+def run_epoch(batches, devices, watch, steps_a_call=0):
+    """Of SGD with momentum on two examples a step; NaN lies on the last device alone."""
+    axis = parallel.axis_name(parallel.run_devices(devices))
+    tx = state.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
+    step = steps.make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
+    variables = Variables({"w": {"kernel": jnp.float32([1.0, 1.0])}}, {"w": {"mean": jnp.float32(0)}})
+    current, frozen = state.begin(variables, {"w": True}, ("w",), tx)
+    feed = make_feed(devices, steps=steps_a_call)
+    step = feed.compile(step, donate_carry=True)
+    whole = feed.place(x=np.float32(batches).ravel(), label=np.zeros(2 * len(batches)))
+    calls = feed.calls(step, np.arange(2 * len(batches)).reshape(-1, 2), whole)
+    current = loop.run_epoch(step, parallel.replicate(current, feed.devices), frozen, calls, tally := loop.Tally(),
+                             watch, phase="stage 1 B 2/3", controls={}, learning_rate=lambda step: 0.25, first_step=7)
+    return jax.device_get(current), tally.means
+
+
+GOOD = [(1, 2), (0.5, -1), (3, 1), (-2, 0.25)]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25], ids=["NaN", "infinity", "a square that overflows"])
+def test_bad_batches_among_good_ones_leave_what_the_good_ones_make(devices, bad):
+    """By numpy in float64, to 1e-6: w, its momentum, and the means over the good steps; the kept mean is the last
+    one's. On two devices the bad example is the second one's alone."""
+    w, trace, losses = 1.0, 0.0, []
+    for x in GOOD:
+        losses.append(2 * w * np.mean(x))
+        gradient = np.mean(x) + 0.5 * w
+        trace = gradient + 0.9 * trace
+        w -= 0.25 * (gradient + 0.9 * trace)
+    watch = Watch(20)
+    current, metrics = run_epoch([GOOD[0], (1, bad), *GOOD[1:3], (2, bad), (1, bad), GOOD[3]], devices, watch)
+    np.testing.assert_allclose(current.params["w"]["kernel"], [w, w], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(current.opt_state), [[trace, trace]], rtol=1e-6)
+    np.testing.assert_allclose(current.batch_stats["w"]["mean"], np.mean(GOOD[3]), rtol=1e-6)
+    np.testing.assert_allclose(metrics.pop("loss"), np.mean(losses), rtol=1e-6)
+    assert metrics["skipped"] == watch.skipped == 3 and watch.in_a_row == 0
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("steps_a_call", [1, 4])
+def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
+    """Steps 8, and 10 to 12: the third in a row of these is one too many, wherever a compiled call ends."""
+    batches = [(1, 2), (1, np.nan), (1, 2), (1, np.nan), (1, np.nan), (1, np.nan), (1, 2)]
+    watch = Watch(3)
+    with pytest.raises(FloatingPointError, match=r"^stage 1 B 2/3: 3 steps in a row from step 10 .* broke in ce\. "
+                                                 r".*grad_clip_norm.*max_nonfinite_steps"):
+        run_epoch(batches, devices, watch, steps_a_call)
+    assert watch.in_a_row == 3 and watch.skipped == 4
+    run_epoch(batches, devices, Watch(4), steps_a_call)
+
+
+def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():
+    """Of a step that trains nothing, as the pass that sets them: the loss does not see x."""
+    def loss(variables, controls, batch):
+        return jnp.zeros(()), ({"w": {"mean": jnp.mean(batch["x"])}}, {"loss": jnp.zeros(())})
+
+    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
+    variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {"w": {"mean": jnp.float32(0)}})
+    current, frozen = state.begin(variables, {"w": False}, ("w",), tx)
+    step = jax.jit(steps.make_train_step(loss, tx))
+    for x, mean, skipped in ((2.0, 2.0, 0), (np.nan, 2.0, 1), (3.0, 3.0, 0)):
+        current, metrics = step(current, frozen, {"lr": jnp.float32(0)}, {"x": jnp.float32([x])})
+        assert current.batch_stats["w"]["mean"] == mean and metrics["skipped"] == skipped
+
+
+# The watch -----------------------------------------------------------------------------------------------------------
+
+def test_a_streak_goes_on_over_calls_and_over_a_resumption():
+    skipped = {"skipped": np.float32([0, 1]), "ce": np.float32([1, np.inf])}
+    watch = Watch(4)
+    watch.see(skipped, 0)
+    watch.see({"ce": np.float32([np.nan])}, 2)  # of a step that skips nothing
+    watch.see({"skipped": np.float32([1]), "ce": np.float32([1])}, 2)
+    assert watch.in_a_row == watch.skipped == 2
+    resumed = Watch(4, in_a_row=2)
+    for each in (watch, resumed):
+        with pytest.raises(FloatingPointError, match="4 steps in a row from step 1 "):
+            each.see({"skipped": np.float32([1, 1]), "ce": np.float32([1, 1])}, 3)
+    with pytest.raises(FloatingPointError, match="broke in ce"):
+        watch.see({"skipped": np.float32([1]), "ce": np.float32([1])}, 5)
+
+
+def test_where_every_metric_is_finite_the_gradient_broke():
+    """An overflow of float16's scaled gradients."""
+    with pytest.raises(FloatingPointError, match="broke in the gradient"):
+        Watch(1).see({"skipped": np.float32([1]), "ce": np.float32([1]), "acc": np.float32([0.5])}, 0)
