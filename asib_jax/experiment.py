@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,23 @@ class Record:
         within the same second get different ones. Of several hosts the first alone has a record that is written.
 
         Raises:
-            UserError: a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the teachers.
+            UserError: the errors of `check_exp_id`, or `results_dir` cannot be written: nothing new is left in it.
         """
-        if exp_id != Path(exp_id).name:
-            raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
-        if exp_id == TEACHERS:
-            raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+        check_exp_id(results_dir, exp_id)
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
-        record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
-        _write(record.folder / "config.json", text)
-        (record.folder / "checkpoints").mkdir()
-        (record.folder / "log.txt").touch()
-        record.save()
+        record = None
+        try:
+            record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
+            _write(record.folder / "config.json", text)
+            (record.folder / "checkpoints").mkdir()
+            (record.folder / "log.txt").touch()
+            record.save()
+        except OSError as error:  # not a folder, read-only, full
+            if record is not None:
+                shutil.rmtree(record.folder)
+            raise UserError(f"results_dir={str(results_dir)!r}: no run can be recorded there: {error}") from error
         return record
 
     def log(self, key: str, value: Any) -> None:
@@ -86,6 +90,20 @@ class _Unwritten(Record):
         """Nothing."""
 
 
+def check_exp_id(results_dir: str | os.PathLike, exp_id: str) -> None:
+    """UserError if a run called `exp_id` exists, or that is not the name of a folder, or the name of the teachers'."""
+    if exp_id != Path(exp_id).name:
+        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path; results_dir says where it goes")
+    if exp_id == TEACHERS:
+        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept; choose another")
+    if exp_id and (Path(results_dir) / exp_id).exists():
+        raise UserError(_taken(Path(results_dir) / exp_id))
+
+
+def _taken(folder: Path) -> str:
+    return f"exp_id={folder.name!r}: {folder} exists; choose another, or none for a unique name"
+
+
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:
     stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in itertools.count(1):
@@ -94,9 +112,8 @@ def _new_folder(results: Path, name: str, exp_id: str) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if exp_id:
-                message = f"exp_id={exp_id!r}: {folder} exists; choose another, or none for a unique name"
-                raise UserError(message) from None
+            if exp_id:  # of two that start at once
+                raise UserError(_taken(folder)) from None
 
 
 def _plain(value: Any) -> Any:
