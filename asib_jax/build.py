@@ -1,4 +1,5 @@
 """A recipe's data and networks, as they are before anything is trained."""
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -38,6 +39,14 @@ class Data(NamedTuple):
 def make_feed(recipe: Recipe) -> Feed:
     """What brings examples to the recipe's devices. UserError for devices that are not here."""
     return Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+
+
+class Inputs(NamedTuple):
+    """What a run is made of, before any variable."""
+
+    feed: Feed
+    data: Data
+    nets: Networks
 
 
 class Rows(NamedTuple):
@@ -105,6 +114,12 @@ def _query_dim(nets: Networks) -> int:
     return student.adapter_dim if nets.student_feature == "distill_feat" else student.architecture.feat_dim
 
 
+def make_inputs(recipe: Recipe) -> Inputs:
+    """The recipe's devices, data and networks. Errors: those of the three functions above."""
+    feed, data = make_feed(recipe), load_data(recipe)
+    return Inputs(feed, data, build_networks(recipe, data.num_classes, feed.axis_name))
+
+
 def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict:
     """Random variables of one network, the same for a (seed, name) in every configuration."""
     image = jnp.zeros((1, *image_shape))
@@ -163,3 +178,22 @@ def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[i
         key = streams.key(recipe.seed, "init/synergy_head")
         params["synergy_head"] = _drawn(nets.synergy_head.init, key, code)["params"]
     return Variables(params, {"student": student["batch_stats"]})
+
+
+def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
+    """All variables of the run, as shapes; with teachers_only the teachers' alone. Nothing is compiled.
+
+    Raises UserError for images that a network cannot read.
+    """
+    student = dataclasses.replace(recipe.model.student, weights="")  # given ones change no shape
+    fresh = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, student=student))
+
+    def initial() -> Variables:
+        own = Variables({}, {}) if recipe.teachers_only else init_student_and_fusion(fresh, nets, image_shape)
+        teachers = {name: init_network(model, recipe.seed, name, image_shape)
+                    for name, model in zip(nets.teacher_names, nets.teachers)}
+        return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
+                         own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
+
+    with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
+        return jax.eval_shape(initial)

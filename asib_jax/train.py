@@ -24,23 +24,21 @@ from asib_jax.stored_views import StoredViews
 logger = logging.getLogger("asib_jax")
 
 
-def recorded(recipe: Recipe, record: Record) -> None:
+def recorded(recipe: Recipe, inputs: build.Inputs, record: Record) -> None:
     """`train`, its outcome written down whatever it is: a failed or interrupted run is never a finished one."""
     try:
         with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
                       profile_steps=recipe.profile_steps, config=record.config) as reporter:
-            summary = train(recipe, record, reporter)
+            summary = train(recipe, inputs, record, reporter)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
-        logger.error("%s: %s", status, error)
-        # The traceback: in log.txt alone, which the first host has.
-        logger.log(logging.DEBUG if hosts.is_first() else logging.ERROR, "where", exc_info=True)
+        logger.debug("%s: %s", status, error, exc_info=True)  # into log.txt; the console has it of the command line
         raise
     record.finish("finished", summary)
 
 
-def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, object]:
+def train(recipe: Recipe, inputs: build.Inputs, record: Record, reporter: Reporter) -> dict[str, object]:
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder.
 
@@ -49,11 +47,9 @@ def train(recipe: Recipe, record: Record, reporter: Reporter) -> dict[str, objec
     start = time.perf_counter()
     hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),
                                           "the kind of devices": jax.local_devices()[0].device_kind})
-    feed = build.make_feed(recipe)
-    data = build.load_data(recipe)
+    feed, data, nets = inputs
     hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
                            for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images
-    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     describe(recipe, data, feed.devices)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
         logger.warning(warning)
