@@ -138,25 +138,31 @@ def read_weights(given: str, key: str, model: KDModel, variables: dict, level: i
 
     Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
 
-    Raises UserError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
-    errors of `weights` and `pretrained.import_weights`.
+    Raises UserError, with key and path, for what cannot be read or does not fit (the errors of `weights`, `checkpoint`
+    and `pretrained`), or if a stem that starts at random would stand still.
     """
     path = weights.locate(given, key)
-    if path.is_dir():
-        stored = checkpoint.restore(path)
-        if "params" not in stored and "best" not in stored.get("students", {}):
-            raise UserError(f"{key}={given!r} is no checkpoint of one network, nor of a run with a student; kept "
-                             "teachers are results_dir/teachers/NAME/checkpoint")
-        stored = stored if "params" in stored else stored["students"]["best"]
-        imported = pretrained.fit_variables(stored, variables, model.architecture)
-    else:
-        imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
+    try:
+        if path.is_dir():
+            imported = pretrained.fit_variables(_one_network(checkpoint.restore(path)), variables, model.architecture)
+        else:
+            imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
+    except (UserError, OSError) as error:
+        raise UserError(f"{key}={given!r}: {error}") from error
     stem, *others = stage_names(model)
     random = [leaf for leaf in imported.fresh if f"params/{stem}/" in leaf]
     if random and 0 <= level <= len(others):
         raise UserError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
                          f"{level}; train all stages first (-1)")
     return imported
+
+
+def _one_network(stored: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint the variables of its only network, or of the best student. UserError if there is neither."""
+    if "params" not in stored and "best" not in stored.get("students", {}):
+        raise UserError("it is no checkpoint of one network, nor of a run with a student; kept teachers are "
+                        "results_dir/teachers/NAME/checkpoint")
+    return stored if "params" in stored else stored["students"]["best"]
 
 
 def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:

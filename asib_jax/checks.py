@@ -1,6 +1,7 @@
 """What a recipe must satisfy, checked before any work."""
 import importlib.util
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,14 +20,14 @@ _AT_LEAST = {  # key: smallest value
     "disagree_lambda_low": 0, "distill_out_dim": 1, "distill_hidden_dim": 0, "ib_beta": 0,
     "ib_beta_warmup_epochs": 0, "ib_mbm_out_dim": 1, "ib_mbm_n_head": 1, "ib_mbm_reg_lambda": 0,
     "synergy_only_epochs": 0, "synergy_ce_alpha": 0, "synergy_kd_alpha": 0, "cccp_alpha": 0, "cccp_nt": 1,
-    "cccp_ns": 1, "reg_lambda": 0, "momentum": 0, "student_weight_decay": 0, "grad_clip_norm": 0,
+    "cccp_ns": 1, "reg_lambda": 0, "student_weight_decay": 0, "grad_clip_norm": 0,
     "a_step_weight_decay": 0, "tau_decay_power": 0, "checkpoint_minutes": 0, "checkpoint_steps": 0,
     "max_nonfinite_steps": 1,
 }
 _POSITIVE = ("tau", "loss_clamp_max", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw", "student_lr", "a_step_lr",
              "ib_mbm_lr_factor")
 _SHARES = ("kd_ens_alpha", "ce_label_smoothing", "label_smoothing", "synergy_head_dropout", "synergy_ema_alpha",
-           "enable_kd_after_syn_acc")
+           "enable_kd_after_syn_acc", "momentum")
 _CHOICES = {
     "kd_target": ("synergy", *losses.KD_TARGETS), "disagree_mode": tuple(losses.DISAGREE_MODES),
     "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"),
@@ -98,6 +99,10 @@ def _check_run(recipe: Recipe) -> None:
              f"exp_id={recipe.exp_id!r} is not the run of resume={recipe.resume!r}; leave one of them empty")
     _require(not recipe.wandb or importlib.util.find_spec("wandb") is not None,
              f"wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to \"\"")
+    cache = Path(recipe.teacher_cache).expanduser()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    _require(not recipe.teacher_cache or (there.is_dir() and os.access(there, os.W_OK)),
+             f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name another, or none")
 
 
 def _check_student(recipe: Recipe) -> None:
