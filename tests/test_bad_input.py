@@ -460,19 +460,39 @@ def test_a_mistake_of_ours_is_another_status():
         assert ("Traceback" in ended.stderr) == bool(flag) and "--verbose" in ended.stderr
 
 
-IN_TMPFS = """mount -t tmpfs -o size=16k tmpfs "$0" && mkdir "$0/earlier" && head -c 16k /dev/urandom > "$0/earlier/file"
-before=$(sha256sum "$0/earlier/file"); "$@"; status=$?
-[ "$before" = "$(sha256sum "$0/earlier/file")" ] && [ "$(ls -A "$0")" = earlier ] && exit $status"""
+IN_TMPFS = """mount -t tmpfs -o size=300k tmpfs "$0" && mkdir "$0/earlier" && head -c "$1" /dev/urandom > "$0/earlier/file"
+before=$(sha256sum "$0/earlier/file"); shift; "$@"; status=$?
+[ "$before" = "$(sha256sum "$0/earlier/file")" ] && ls -A "$0" && cat "$0/summary.csv"; exit $status"""
 
 
-def test_a_full_results_folder(tmp_path):
-    """Of a file system that is full, in a mount of this test's own."""
+@pytest.fixture
+def disk(tmp_path):
+    """Train the student alone for an epoch, with results in a file system of 300 KB, of which so many are in use."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs unshare to mount a small file system")
-    shell = "unshare", "-rm", "sh", "-c", IN_TMPFS, str(tmp_path)
-    ended = launch("main", [DIGITS, f"--config.results_dir={tmp_path}"], *shell)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+
+    def run(used: str) -> subprocess.CompletedProcess:
+        return launch("main", [
+            "--config=configs/ce_only.py:digits", f"--config.results_dir={tmp_path}", "--config.exp_id=run",
+            "--config.student_epochs_per_stage=(1,)", "--config.schedule.lr_warmup_epochs=1",
+            "--config.train_control=False"], "unshare", "-rm", "sh", "-c", IN_TMPFS, str(tmp_path), used)
+    return run
+
+
+def test_a_full_results_folder(disk):
+    """Of half a run's folder nothing stays, and what was there does."""
+    ended = disk("300k")
+    assert ended.returncode == 2 and ended.stdout.split() == ["earlier"] and "Traceback" not in ended.stderr
     assert "results_dir=" in errors(ended)[0] and "No space left" in errors(ended)[0]
+
+
+@pytest.mark.slow
+def test_a_results_folder_that_fills_up(disk):
+    """When the first checkpoint is written: the run is on record as failed, with the reason."""
+    ended = disk("0")
+    assert ended.returncode != 0
+    row = next(line for line in ended.stdout.splitlines() if line.startswith("run,"))
+    assert row.startswith("run,ce_only_digits_0,failed,0,") and "No space left" in row
 
 
 def test_a_quota_is_met(tmp_path):
