@@ -1,4 +1,5 @@
 """A recipe's data and networks, as they are before anything is trained."""
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -38,6 +39,14 @@ class Data(NamedTuple):
 def make_feed(recipe: Recipe) -> Feed:
     """What brings examples to the recipe's devices. UserError for devices that are not here."""
     return Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+
+
+class Inputs(NamedTuple):
+    """What a run is made of, before any variable."""
+
+    feed: Feed
+    data: Data
+    nets: Networks
 
 
 class Rows(NamedTuple):
@@ -105,6 +114,12 @@ def _query_dim(nets: Networks) -> int:
     return student.adapter_dim if nets.student_feature == "distill_feat" else student.architecture.feat_dim
 
 
+def make_inputs(recipe: Recipe) -> Inputs:
+    """The recipe's devices, data and networks. Errors: those of the three functions above."""
+    feed, data = make_feed(recipe), load_data(recipe)
+    return Inputs(feed, data, build_networks(recipe, data.num_classes, feed.axis_name))
+
+
 def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict:
     """Random variables of one network, the same for a (seed, name) in every configuration."""
     image = jnp.zeros((1, *image_shape))
@@ -125,25 +140,31 @@ def read_weights(given: str, key: str, model: KDModel, variables: dict, level: i
     Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
     sha256: the digest that the weights must have; "": any.
 
-    Raises UserError if a stem that starts at random would stand still, or a checkpoint holds no such network; and the
-    errors of `weights` and `pretrained.import_weights`.
+    Raises UserError, with key and path, for what cannot be read or does not fit (the errors of `weights`, `checkpoint`
+    and `pretrained`), or if a stem that starts at random would stand still.
     """
     path = weights.locate(given, key, sha256)
-    if path.is_dir():
-        stored = checkpoint.restore(path)
-        if "params" not in stored and "best" not in stored.get("students", {}):
-            raise UserError(f"{key}={given!r} is no checkpoint of one network, nor of a run with a student; kept "
-                             "teachers are results_dir/teachers/NAME/checkpoint")
-        stored = stored if "params" in stored else stored["students"]["best"]
-        imported = pretrained.fit_variables(stored, variables, model.architecture)
-    else:
-        imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
+    try:
+        if path.is_dir():
+            imported = pretrained.fit_variables(_one_network(checkpoint.restore(path)), variables, model.architecture)
+        else:
+            imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
+    except (UserError, OSError) as error:
+        raise UserError(f"{key}={given!r}: {error}") from error
     stem, *others = stage_names(model)
     random = [leaf for leaf in imported.fresh if f"params/{stem}/" in leaf]
     if random and 0 <= level <= len(others):
         raise UserError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
                          f"{level}; train all stages first (-1)")
     return imported
+
+
+def _one_network(stored: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint the variables of its only network, or of the best student. UserError if there is neither."""
+    if "params" not in stored and "best" not in stored.get("students", {}):
+        raise UserError("it is no checkpoint of one network, nor of a run with a student; kept teachers are "
+                        "results_dir/teachers/NAME/checkpoint")
+    return stored if "params" in stored else stored["students"]["best"]
 
 
 def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
@@ -165,3 +186,22 @@ def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[i
         key = streams.key(recipe.seed, "init/synergy_head")
         params["synergy_head"] = _drawn(nets.synergy_head.init, key, code)["params"]
     return Variables(params, {"student": student["batch_stats"]})
+
+
+def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
+    """All variables of the run, as shapes; with teachers_only the teachers' alone. Nothing is compiled.
+
+    Raises UserError for images that a network cannot read.
+    """
+    student = dataclasses.replace(recipe.model.student, weights="")  # given ones change no shape
+    fresh = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, student=student))
+
+    def initial() -> Variables:
+        own = Variables({}, {}) if recipe.teachers_only else init_student_and_fusion(fresh, nets, image_shape)
+        teachers = {name: init_network(model, recipe.seed, name, image_shape)
+                    for name, model in zip(nets.teacher_names, nets.teachers)}
+        return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
+                         own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
+
+    with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
+        return jax.eval_shape(initial)

@@ -1,12 +1,16 @@
 """What a recipe must satisfy, checked before any work."""
+import importlib.util
 import math
+import os
 import re
+from pathlib import Path
 
-from asib_jax import freezing, losses, models, parallel, schedules, weights
+from asib_jax import device_check, freezing, losses, models, parallel, schedules, weights
 from asib_jax.data.augment import POLICIES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
+from asib_jax.typed_groups import flat
 
 _AT_LEAST = {  # key: smallest value
     "seed": 0, "teacher_adapt_epochs": 0, "num_devices": 0, "a_step_views": 0, "b_step_views": 0,
@@ -16,18 +20,21 @@ _AT_LEAST = {  # key: smallest value
     "disagree_lambda_low": 0, "distill_out_dim": 1, "distill_hidden_dim": 0, "ib_beta": 0,
     "ib_beta_warmup_epochs": 0, "ib_mbm_out_dim": 1, "ib_mbm_n_head": 1, "ib_mbm_reg_lambda": 0,
     "synergy_only_epochs": 0, "synergy_ce_alpha": 0, "synergy_kd_alpha": 0, "cccp_alpha": 0, "cccp_nt": 1,
-    "cccp_ns": 1, "reg_lambda": 0, "momentum": 0, "student_weight_decay": 0, "grad_clip_norm": 0,
-    "a_step_weight_decay": 0, "tau_decay_power": 0,
+    "cccp_ns": 1, "reg_lambda": 0, "student_weight_decay": 0, "grad_clip_norm": 0,
+    "a_step_weight_decay": 0, "tau_decay_power": 0, "checkpoint_minutes": 0, "checkpoint_steps": 0,
+    "max_nonfinite_steps": 1,
 }
 _POSITIVE = ("tau", "loss_clamp_max", "ib_mbm_logvar_clip", "ib_mbm_min_std", "min_cw", "student_lr", "a_step_lr",
              "ib_mbm_lr_factor")
 _SHARES = ("kd_ens_alpha", "ce_label_smoothing", "label_smoothing", "synergy_head_dropout", "synergy_ema_alpha",
-           "enable_kd_after_syn_acc")
+           "enable_kd_after_syn_acc", "momentum")
 _CHOICES = {
     "kd_target": ("synergy", *losses.KD_TARGETS), "disagree_mode": tuple(losses.DISAGREE_MODES),
-    "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"), "amp_dtype": ("bfloat16", "float16", "float32"),
-    "feat_kd_key": ("", "distill_feat", "feat_2d"),
+    "ib_mbm_feature_norm": ("none", "l2"), "optimizer": ("adamw", "sgd"),
+    "amp_dtype": ("bfloat16", "float16", "float32"),
+    "feat_kd_key": ("", "distill_feat", "feat_2d"), "platform": ("", "gpu", "cpu"),
 }
+_INT_LIMIT = 2**31  # steps, rows and seeds are 32 bits wide on devices
 
 
 _IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are named so
@@ -35,6 +42,7 @@ _IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are n
 
 def check(recipe: Recipe) -> None:
     """Raise UserError, naming the value, the choices and the key, for a recipe that cannot be run as it says."""
+    _check_numbers(recipe)
     for key, least in _AT_LEAST.items():
         _require(getattr(recipe, key) >= least, f"{key}={getattr(recipe, key)} must be at least {least}")
     for key in _POSITIVE:
@@ -44,28 +52,74 @@ def check(recipe: Recipe) -> None:
     for key, choices in _CHOICES.items():
         value = getattr(recipe, key)
         _require(value in choices, f"{key}={value!r}; valid: {', '.join(map(repr, choices))}")
-    student = recipe.model.student
-    models.backbone(student.name, recipe.dataset.small_input, "model.student.name")
-    _require(not student.name.endswith("_pretrain") or bool(student.weights),
-             f"model.student.name={student.name!r} needs model.student.weights, or use the name with _scratch")
-    _require(not student.name.endswith("_scratch") or not student.weights,
-             f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
-             f"use the name with _pretrain")
-    _check_source(student, "model.student.weights")
+    _check_student(recipe)
+    device_check.check_platform(device_check.all_devices(), recipe.platform, "platform")
     parallel.check_batch(recipe.dataset.batch_size, parallel.run_devices(recipe.num_devices))
     _require(recipe.dataset.name in SOURCES, f"dataset.name={recipe.dataset.name!r}; valid: {', '.join(SOURCES)}")
+    _check_run(recipe)
     _check_lengths(recipe)
     if recipe.use_partial_freeze:
-        _check_levels(recipe, student.name, recipe.student_freeze_level, "student_freeze_level")
+        _check_levels(recipe, recipe.model.student.name, recipe.student_freeze_level, "student_freeze_level")
     _check_training(recipe)
     _check_teachers(recipe)
     if recipe.uses_fusion:
         _check_fusion(recipe)
 
 
+def check_data(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -> None:
+    """UserError for a recipe that does not fit images [H, W, channels] of so many classes."""
+    if recipe.uses_fusion:
+        check_gate(recipe.enable_kd_after_syn_acc, num_classes)
+    networks = {"model.student": recipe.model.student}
+    if recipe.uses_teachers:
+        networks |= {f"teacher{k}": teacher for k, teacher in enumerate(recipe.teachers, 1)}
+    for key, network in networks.items():
+        for name, values in (("mean", network.mean), ("std", network.std)):
+            _require(len(values) in (1, image_shape[-1]),
+                     f"{key}.{name}={values} has {len(values)} values, the images have {image_shape[-1]} channels: "
+                     f"give one value, or {image_shape[-1]}")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Comparisons with nan are false, and what is too large wraps around: both would pass other checks."""
+    for key, value in flat(recipe).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(not isinstance(number, float) or math.isfinite(number), f"{key}={value} must be finite")
+            _require(not isinstance(number, int) or abs(number) < _INT_LIMIT,
+                     f"{key}={value} must be less than 2**31 = {_INT_LIMIT}")
+
+
+def _check_run(recipe: Recipe) -> None:
+    _require(not recipe.exp_id or recipe.resume in ("", "latest") or Path(recipe.resume).name == recipe.exp_id,
+             f"exp_id={recipe.exp_id!r} is not the run of resume={recipe.resume!r}; leave one of them empty")
+    _require(not recipe.wandb or importlib.util.find_spec("wandb") is not None,
+             f"wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to \"\"")
+    cache = Path(recipe.teacher_cache).expanduser()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    _require(not recipe.teacher_cache or (there.is_dir() and os.access(there, os.W_OK)),
+             f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name another, or none")
+
+
+def _check_student(recipe: Recipe) -> None:
+    student = recipe.model.student
+    models.backbone(student.name, recipe.dataset.small_input, "model.student.name")
+    _check_pixels(student, "model.student")
+    _require(not student.name.endswith("_pretrain") or bool(student.weights),
+             f"model.student.name={student.name!r} needs model.student.weights, or use the name with _scratch")
+    _require(not student.name.endswith("_scratch") or not student.weights,
+             f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
+             f"use the name with _pretrain")
+    _check_source(student.weights, student.name, "model.student.weights")
+
+
+def _check_pixels(network: StudentRecipe | TeacherRecipe, key: str) -> None:
+    _require(all(value > 0 for value in network.std), f"{key}.std={network.std} must be positive: pixels are divided "
+             "by it")
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -83,8 +137,9 @@ def _check_lengths(recipe: Recipe) -> None:
     for key, lengths in {"tau_schedule": (0, 2), "beta_schedule": (0, 3), "profile_steps": (0, 2)}.items():
         value = getattr(recipe, key)
         _require(len(value) in lengths, f"{key}={value} needs {lengths[1]} entries, or none")
-    _require(list(recipe.profile_steps) == sorted(recipe.profile_steps),
-             f"profile_steps={recipe.profile_steps} must be the first and the last step")
+    steps = list(recipe.profile_steps)
+    _require(steps == sorted(steps) and min(steps, default=0) >= 0,
+             f"profile_steps={recipe.profile_steps} must be the first and the last step, from 0")
     _require(all(tau > 0 for tau in recipe.tau_schedule), f"tau_schedule={recipe.tau_schedule} must be positive")
     _require(all(value >= 0 for value in recipe.beta_schedule),
              f"beta_schedule={recipe.beta_schedule} must not be negative")
@@ -107,6 +162,9 @@ def _check_training(recipe: Recipe) -> None:
         _check_min_lr(recipe, "a_step_lr", recipe.a_step_lr)
     _require(schedule.gamma > 0, f"schedule.gamma={schedule.gamma} must be positive")
     _require(schedule.step_size >= 1, f"schedule.step_size={schedule.step_size} must be at least 1")
+    milestones = schedule.milestones
+    _require(min(milestones, default=1) > 0 and list(milestones) == sorted(set(milestones)),
+             f"schedule.milestones={milestones} must be epochs from 1 in rising order, each once")
     totals = {"B": sum(recipe.b_epochs)}
     if recipe.uses_fusion:
         totals["A"] = recipe.a_epochs * len(recipe.b_epochs)
@@ -137,6 +195,7 @@ def _check_teachers(recipe: Recipe) -> None:
              f"which an A-Step fits; set teacher_adapt_epochs, or kd_target='avg' and feat_kd_alpha=0")
     for k, teacher in enumerate(recipe.teachers, 1):
         models.backbone(teacher.name, recipe.dataset.small_input, f"teacher{k}.name")
+        _check_pixels(teacher, f"teacher{k}")
         if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
             _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
         _check_weights(recipe, teacher, f"teacher{k}")

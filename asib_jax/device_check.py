@@ -56,15 +56,21 @@ def all_devices() -> list[jax.Device]:
                          f"for NVIDIA GPUs pip install -r requirements.txt. {error}") from error
 
 
+def check_platform(devices: Sequence[jax.Device], platform: str, key: str) -> None:
+    """UserError unless the devices are of `platform` ("": of any), which the key or flag asks for."""
+    if platform and {device.platform for device in devices} != {platform}:
+        kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in devices)
+        raise UserError(f"{key}={platform}, but jax uses {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}: "
+                        f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}; for NVIDIA GPUs unset it, pip "
+                        f"install -r requirements.txt and see that nvidia-smi lists them; or change {key}")
+
+
 def check_devices(devices: Sequence[jax.Device], expected: int, platform: str) -> None:
     """UserError unless there are `expected` devices or more, as many in each process, of `platform` ("": of any)."""
-    found = ", ".join(sorted({device.platform for device in devices}))
-    if platform and found != platform:
-        raise UserError(f"--platform={platform}, but jax uses {found}: for NVIDIA GPUs pip install -r "
-                         "requirements.txt, see that nvidia-smi lists them, and unset JAX_PLATFORMS")
+    check_platform(devices, platform, "--platform")
     if len(devices) < expected:
-        raise UserError(f"--expect={expected}, but jax sees {len(devices)} ({found}): see what nvidia-smi lists, "
-                         "unset CUDA_VISIBLE_DEVICES, start every host's process, or lower --expect")
+        raise UserError(f"--expect={expected}, but jax sees {len(devices)} ({devices[0].platform}): see what "
+                         "nvidia-smi lists, unset CUDA_VISIBLE_DEVICES, start every host's process, or lower --expect")
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:  # pmap's condition
         raise UserError(f"the processes have {[counts[k] for k in sorted(counts)]} devices: give each as many, with "

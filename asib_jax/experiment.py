@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ from asib_jax.errors import UserError
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
 _LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
+_ABOUT = ("revision", "device_kind", "compute_dtype")  # of about.json, in the run's row too
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -40,23 +42,30 @@ class Record:
         `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
         within the same second get different ones. Of several hosts the first alone has a record that is written.
 
-        Raises UserError where a run called `exp_id` exists, or `exp_id` is not the name of a folder, or that of the
-        teachers.
+        Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
+        in it.
         """
-        check_exp_id(exp_id)
+        check_exp_id(results_dir, exp_id)
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
-        record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
-        (record.folder / "checkpoints").mkdir()
-        (record.folder / "log.txt").touch()
-        write(record.folder / "config.json", text)
-        record._open()
+        record = None
+        try:
+            record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
+            (record.folder / "checkpoints").mkdir()
+            (record.folder / "log.txt").touch()
+            write(record.folder / "config.json", text)
+            record._lock_folder()
+            record.save()
+        except OSError as error:  # not a folder, read-only, full
+            if record is not None:
+                shutil.rmtree(record.folder)
+            raise UserError(f"results_dir={str(results_dir)!r}: no run can be recorded there: {error}") from error
         return record
 
     @classmethod
     def reopen(cls, folder: Path, config: dict[str, Any]) -> "Record":
-        """The record of a run that is to go on under `config`, without metrics: `go_on_from` gives them.
+        """The record of a run that is to go on under `config`; nothing is written before `go_on_from`.
 
         Raises UserError while another process has the run.
         """
@@ -64,11 +73,10 @@ class Record:
         record = (cls if hosts.is_first() else _Unwritten)(folder, about["name"], config)
         record.about = about | {"status": "running", "resumed": about.get("resumed", 0) + 1}
         if hosts.is_first():
-            record._open()
-            write(folder / "config.json", json.dumps(config, indent=2))
+            record._lock_folder()
         return record
 
-    def _open(self) -> None:
+    def _lock_folder(self) -> None:
         self._lock = open(self.folder / ".lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,11 +87,11 @@ class Record:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._lock.flush()
-        self.save()
 
     def go_on_from(self, metrics: dict[str, Any]) -> None:
         """Take up the metrics that an interrupted run had logged. What is logged once more must be equal."""
         self.metrics, self._earlier = dict(metrics), dict(metrics)
+        write(self.folder / "config.json", json.dumps(self.config, indent=2))
         self.save()
 
     def confirm(self, key: str, value: str, what: str) -> None:
@@ -117,7 +125,8 @@ class Record:
         self.about |= {"status": status, "ended": time.time()}
         self.save()
         row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
-               "error": " ".join(error.split()), **{key: _plain(value) for key, value in summary.items()}}
+               "error": " ".join(error.split()), **{key: self.about[key] for key in _ABOUT if key in self.about},
+               **{key: _plain(value) for key, value in summary.items()}}
         _add_row(self.folder.parent / "summary.csv", row)
         _point_latest(self.folder)
         self._lock.close()
@@ -133,6 +142,23 @@ class _Unwritten(Record):
         """Nothing."""
 
 
+def check_exp_id(results_dir: str | os.PathLike, exp_id: str) -> None:
+    """UserError if a run called `exp_id` exists, or that cannot name a run's folder; "" leaves the name to the run."""
+    if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
+            or len(exp_id.encode()) > _LONGEST_NAME):
+        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
+                        f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
+    if exp_id in (TEACHERS, *_OWN_NAMES):
+        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
+                        "results_dir has a use for; choose another")
+    if exp_id and (Path(results_dir) / exp_id).exists():
+        raise UserError(_taken(Path(results_dir) / exp_id))
+
+
+def _taken(folder: Path) -> str:
+    return f"exp_id={folder.name!r}: {folder} exists; choose another, or none for a unique name"
+
+
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:
     stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in itertools.count(1):
@@ -141,26 +167,14 @@ def _new_folder(results: Path, name: str, exp_id: str) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if exp_id:
-                message = f"exp_id={exp_id!r}: {folder} exists; choose another, or none for a unique name"
-                raise UserError(message) from None
+            if exp_id:  # of two that start at once
+                raise UserError(_taken(folder)) from None
 
 
 def _plain(value: Any) -> Any:
     """A plain scalar of numpy's or jax's; None for what is no number, which JSON and tables cannot hold."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_exp_id(exp_id: str) -> None:
-    """UserError for what cannot name a run's folder; "" leaves the name to the run."""
-    if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
-            or len(exp_id.encode()) > _LONGEST_NAME):
-        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
-                        f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
-    if exp_id in (TEACHERS, *_OWN_NAMES):
-        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
-                        "results_dir has a use for; choose another")
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,14 +23,15 @@ from asib_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
+def joined(coordinator: str | None, processes: int | None, process: int | None, tell: Callable[[BaseException], int]
+           ) -> Iterator[None]:
     """Several hosts joined for what is done within. Enter before any device is used; without `coordinator` do nothing.
 
     coordinator: HOST:PORT of process 0, with the number of processes and which of them this is; or "auto": all as jax
-    finds it in SLURM, Open MPI or Kubernetes. Leaving by an exception prints it, ends the process with exit status 1
-    and thereby the other hosts, once they wait for this one.
+    finds it in SLURM, Open MPI or Kubernetes. Leaving by an exception ends the process with the status that
+    `tell(exception)` returns, and thereby the other hosts, once they wait for this one.
 
-    Raises UserError for an incomplete or malformed address, or if there is no cluster to ask.
+    Raises UserError for an incomplete or malformed address, if there is no cluster to ask, or the hosts do not meet.
     """
     if not coordinator:
         if processes is not None or process is not None:
@@ -42,7 +42,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     try:
         yield
     except BaseException as error:
-        _end(error)
+        _end(tell(error))
 
 
 def _join(coordinator: str, processes: int | None, process: int | None) -> None:
@@ -50,28 +50,27 @@ def _join(coordinator: str, processes: int | None, process: int | None) -> None:
     if coordinator == "auto" and processes is process is None:
         try:
             jax.distributed.initialize()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
                              "elsewhere give --coordinator=HOST:PORT --processes --process") from error
         return
     if not re.fullmatch(r".+:\d+", coordinator) or process not in range(processes or 0):
         raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
                          "process 0, how many there are and which this is, from 0; or --coordinator=auto alone")
-    # Without detection, which in an srun would give each process one device instead of all of its host.
-    jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
+    try:  # without detection, which in an srun would give each process one device instead of all of its host
+        jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
+    except RuntimeError as error:
+        raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: the hosts do not "
+                        f"meet: {error}") from error
 
 
-def _end(error: BaseException) -> None:
+def _end(status: int) -> None:
     """An ordinary exit would wait for the other hosts, and they in a collective for this one."""
-    if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    elif isinstance(error.code, str):
-        print(error.code, file=sys.stderr)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(1)  # the others may have an error of their own to tell before this end aborts them
-    os._exit(1)
+    os._exit(status)
 
 
 def is_first() -> bool:

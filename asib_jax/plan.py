@@ -2,7 +2,6 @@
 
 Nothing is compiled, downloaded or written, and no published data set is read.
 """
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from clu.parameter_overview import count_parameters
 
-from asib_jax import (a_step, b_step, build, checks, cost, parallel, stored_views, teacher_store, teachers, train,
-                      weights)
+from asib_jax import (a_step, b_step, build, checks, cost, parallel, preparation, stored_views, teacher_store, teachers,
+                      train, weights)
 from asib_jax.data import sources
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
 from asib_jax.recipe import Recipe, TeacherRecipe
@@ -62,29 +61,15 @@ def make(recipe: Recipe) -> Plan:
     images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
     warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
-    variables = shapes(recipe, nets, sizes.image_shape)
+    checks.check_data(recipe, sizes.image_shape, sizes.num_classes)
+    variables = build.variable_shapes(recipe, nets, sizes.image_shape)
+    preparation.check_weights(recipe, nets, variables)
     batch = options.batch_size // len(parallel.run_devices(recipe.num_devices))
-    kept = [kept_folder(recipe, k) for k in range(len(nets.teachers))]
+    kept = [teacher_store.kept_folder(recipe, k) for k in range(len(nets.teachers))]
     stored = () if recipe.teachers_only else stored_views.decide(recipe, nets, images["train"]).lines
     return Plan(sizes, images, batch, cost.tree_bytes(variables),
                 networks(recipe, nets, variables, sizes.image_shape, kept),
                 list(run_steps(recipe, nets, variables, sizes, images, batch, kept)), stored, warning)
-
-
-def shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
-    """All variables of the run, as shapes; with teachers_only the teachers' alone."""
-    student = dataclasses.replace(recipe.model.student, weights="")  # given ones change no shape
-    fresh = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, student=student))
-
-    def initial() -> Variables:
-        own = Variables({}, {}) if recipe.teachers_only else build.init_student_and_fusion(fresh, nets, image_shape)
-        teachers = {name: build.init_network(model, recipe.seed, name, image_shape)
-                    for name, model in zip(nets.teacher_names, nets.teachers)}
-        return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
-                         own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
-
-    with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
-        return jax.eval_shape(initial)
 
 
 def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]
@@ -118,12 +103,6 @@ def given(reference: str) -> str:
     if not reference.startswith("hf:"):
         return reference
     return f"{reference} ({'in the cache' if weights.cached(reference) else 'to be downloaded'})"
-
-
-def kept_folder(recipe: Recipe, k: int) -> str:
-    """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
-    place = teacher_store.find(recipe, k) if recipe.teachers[k].epochs else None
-    return str(place.folder) if place and teacher_store.is_whole(place.folder) else ""
 
 
 def origin(options: TeacherRecipe, kept: str) -> str:
@@ -173,7 +152,7 @@ def run_steps(recipe: Recipe, nets: Networks, variables: Variables, sizes: sourc
     if recipe.train_control and recipe.uses_teachers:
         recipe = train.without_teachers(recipe)
         nets = build.build_networks(recipe, sizes.num_classes)
-        variables = shapes(recipe, nets, sizes.image_shape)
+        variables = build.variable_shapes(recipe, nets, sizes.image_shape)
         for stage, epochs in enumerate(recipe.b_epochs):
             yield step(f"control, stage {stage + 1}", epochs, "train", variables,
                        b_step.make_training(recipe, nets, variables.params, stage), batch)

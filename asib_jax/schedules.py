@@ -55,7 +55,8 @@ def learning_rate(
         UserError: the warm-up is longer than the training, the kind is unknown, or cosine would end above `base`.
     """
     if warmup_epochs > epochs:
-        raise UserError(f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs")
+        raise UserError(f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs; "
+                        f"set --config.schedule.lr_warmup_epochs={epochs} or fewer")
     warmup = warmup_epochs * steps_per_epoch
     if step < warmup:
         return base * (step + 1) / warmup

@@ -142,9 +142,13 @@ def _about(folder: pathlib.Path) -> dict[str, Any] | None:
     return about if whole else None
 
 
-def is_whole(folder: pathlib.Path) -> bool:
-    """Whether there is a kept teacher, told without reading its arrays."""
-    return _about(folder) is not None
+def kept_folder(recipe: Recipe, k: int) -> str:
+    """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download.
+
+    Told without reading its arrays.
+    """
+    place = find(recipe, k) if recipe.teachers[k].epochs else None
+    return str(place.folder) if place and _about(place.folder) is not None else ""
 
 
 def images_digest(split: Split) -> str:

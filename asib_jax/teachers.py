@@ -57,7 +57,9 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
             done[name] = _whole(pretrained.fit_variables(kept, start[name], model.architecture), places[name].folder)
             logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, places[name].folder)
         elif options.weights:
-            start[name] = _given(options, name, model, start[name])
+            start[name], fresh = given(options, name, model, start[name])
+            logger.info("%s: %s from %s%s", name, options.name, options.weights,
+                        f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else "")
     if not snapshots.resumed:
         snapshots.trained = train_now = [name for k, name in enumerate(nets.teacher_names)
                                          if recipe.teachers[k].epochs and name not in done]
@@ -94,17 +96,19 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
     return teacher_store.place(recipe, k, digest)
 
 
-def _given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with the teacher's given weights in their place."""
-    variables, fresh = build.read_weights(options.weights, f"{name}.weights", model, variables,
-                                          options.finetune_freeze_level if options.finetune_epochs else -1,
-                                          sha256=options.weights_sha256)
-    differ = f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else ""
-    if fresh and not options.finetune_epochs:
-        raise UserError(f"{name}.weights={options.weights!r} fit {options.name} only in part{differ}. Set "
-                         f"{name}.finetune_epochs, or take weights fitted to the classes and the size of these images")
-    logger.info("%s: %s from %s%s", name, options.name, options.weights, differ)
-    return variables
+def given(options: TeacherRecipe, name: str, model: KDModel, variables: dict[str, Any]) -> Imported:
+    """The variables (or their shapes) with the teacher's given weights in their place.
+
+    Raises UserError for weights that do not fit, or fit only once fine-tuned.
+    """
+    imported = build.read_weights(options.weights, f"{name}.weights", model, variables,
+                                  options.finetune_freeze_level if options.finetune_epochs else -1,
+                                  sha256=options.weights_sha256)
+    if imported.fresh and not options.finetune_epochs:
+        raise UserError(f"{name}.weights={options.weights!r} fit {options.name} only in part; at random, because "
+                        f"shapes differ: {'; '.join(imported.fresh)}. Set {name}.finetune_epochs, or take weights "
+                        "fitted to the classes and the size of these images")
+    return imported
 
 
 def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:

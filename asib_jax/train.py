@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import jax
 
-from asib_jax import a_step, b_step, build, checkpoint, checks, device_check, finished, hosts, parallel, teachers
+from asib_jax import (a_step, b_step, build, checkpoint, checks, device_check, finished, hosts, overlap, parallel,
+                      provenance, teachers)
 from asib_jax.data.sources import Split
+from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.feed import Feed
@@ -25,11 +27,16 @@ from asib_jax.stored_views import StoredViews
 logger = logging.getLogger("asib_jax")
 
 
-def recorded(recipe: Recipe, record: Record, last: Snapshot | None = None) -> None:
+def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapshot | None = None) -> None:
     """`train`, its outcome written down whatever it is: a failed or interrupted run is never a finished one.
 
     last: the snapshot to go on from. Raises Interrupted after a signal, with a snapshot that holds all that was done.
     """
+    about = provenance.describe(recipe, inputs.data, inputs.feed.devices)
+    if last and record.about["data_sha256"] != about["data_sha256"]:
+        raise UserError(f"{inputs.data.origin} is not the data that the run {record.folder} began with: the SHA-256 of "
+                        "its splits differ")
+    record.about |= about
     record.go_on_from(last.metrics if last else {})
     try:
         with Stop() as stop, Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
@@ -38,21 +45,20 @@ def recorded(recipe: Recipe, record: Record, last: Snapshot | None = None) -> No
             snapshots = Snapshots(record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps,
                                   last=last)
             try:
-                summary = train(recipe, record, reporter, snapshots)
+                summary = train(recipe, inputs, record, reporter, snapshots)
             finally:
                 snapshots.close()
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
-        logger.error("%s: %s", status, error)
-        # The traceback: in log.txt alone, which the first host has.
-        logger.log(logging.DEBUG if hosts.is_first() else logging.ERROR, "where", exc_info=True)
+        logger.debug("%s: %s", status, error, exc_info=True)  # into log.txt; the console has it of the command line
         raise
     record.finish("finished", summary)
     snapshots.remove()
 
 
-def train(recipe: Recipe, record: Record, reporter: Reporter, snapshots: Snapshots) -> dict[str, object]:
+def train(recipe: Recipe, inputs: build.Inputs, record: Record, reporter: Reporter, snapshots: Snapshots
+          ) -> dict[str, object]:
     """Run the recipe and return its row for `summary.csv`. The table goes to the log, checkpoints and metrics to the
     record's folder.
 
@@ -60,12 +66,12 @@ def train(recipe: Recipe, record: Record, reporter: Reporter, snapshots: Snapsho
     """
     hosts.same_everywhere(vars(recipe) | {"the versions": str(device_check.versions()),
                                           "the kind of devices": jax.local_devices()[0].device_kind})
-    feed = build.make_feed(recipe)
-    data = build.load_data(recipe)
+    feed, data, nets = inputs
     hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
                            for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images
-    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     describe(recipe, data, feed.devices)
+    for key, count in overlap.check(data).items():
+        record.log(key, count)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
         logger.warning(warning)
     if recipe.teachers_only:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import absl.logging
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from asib_jax import benchmark, checks, command_line, parallel, recipe as recipes, workloads
@@ -31,27 +31,22 @@ JSON = flags.DEFINE_string("json", "", "A file for everything measured.")
 jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE")
+def main() -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     if VS_TORCH.value:  # or jax takes three quarters of a GPU, and PyTorch has to do with the rest
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.getLogger("asib_jax.benchmark").setLevel(logging.INFO)  # its progress alone
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    try:
-        recipe = recipes.read(CONFIG.value)
-        recipe = workloads.synthetic(recipe) if SYNTHETIC.value else recipe
-        checks.check(recipe)
-        rival = vs_torch(recipe) if VS_TORCH.value else None
-        parallel.keep_compiled(recipe.compilation_cache)
-        report = benchmark.measure(recipe, random=SYNTHETIC.value, seconds=SECONDS.value, rival=rival)
-        report["config"] = ":".join(filter(None, (pathlib.Path(path).stem, profile)))
-        print(benchmark.text(report))
-        if JSON.value:
-            pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    recipe = recipes.read(CONFIG.value)
+    recipe = workloads.synthetic(recipe) if SYNTHETIC.value else recipe
+    checks.check(recipe)
+    rival = vs_torch(recipe) if VS_TORCH.value else None
+    parallel.keep_compiled(recipe.compilation_cache)
+    report = benchmark.measure(recipe, random=SYNTHETIC.value, seconds=SECONDS.value, rival=rival)
+    report["config"] = ":".join(filter(None, (pathlib.Path(path).stem, profile)))
+    print(benchmark.text(report))
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def vs_torch(recipe: recipes.Recipe) -> Callable:
@@ -67,4 +62,4 @@ def vs_torch(recipe: recipes.Recipe) -> Callable:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

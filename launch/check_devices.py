@@ -2,22 +2,19 @@
 
 With several hosts, on each: --coordinator=HOST:PORT --processes=2 --process=0, and 1 on the other.
 """
-import contextlib
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from asib_jax import device_check, hosts
+from asib_jax import command_line, device_check
 
 EXPECT = flags.DEFINE_integer("expect", 1, "The least number of devices, over all processes.", lower_bound=1)
 PLATFORM = flags.DEFINE_string("platform", "", "What the devices must be, e.g. gpu.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
-PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
+JOINED = command_line.host_flags()
 
 jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 
@@ -45,17 +42,11 @@ def check() -> None:
               "runs on it, its clocks and its temperature")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value))
-            check()
-        except (ValueError, RuntimeError) as error:
-            sys.exit(f"error: {error}")
+def main() -> None:
+    with JOINED():
+        check()
     print("no fault found")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -5,24 +5,19 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from asib_jax import train
+from asib_jax import command_line, train
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
 
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a restore
-    try:
-        print(train.evaluate_run(pathlib.Path(RUN.value)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(train.evaluate_run(pathlib.Path(RUN.value)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

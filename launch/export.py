@@ -4,9 +4,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from asib_jax import export
+from asib_jax import command_line, export
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
 STUDENT = flags.DEFINE_string("student", "best", "Which student: best (on validation), last, control_best, ...")
@@ -14,19 +14,14 @@ FORMAT = flags.DEFINE_enum("format", "safetensors", sorted(export.FORMATS), "The
 OUT = flags.DEFINE_string("out", None, "The file; by default student.FORMAT in the run folder.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a restore
     out = pathlib.Path(OUT.value) if OUT.value else None
-    try:
-        path, about = export.export(pathlib.Path(RUN.value), STUDENT.value, FORMAT.value, out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    path, about = export.export(pathlib.Path(RUN.value), STUDENT.value, FORMAT.value, out)
     print(path, *(f"  {key}: {value}" for key, value in about.items()), sep="\n")
     if about["small_input"]:
         print("  where small_input changes the stem (docs/models.md), change PyTorch's before it loads these weights")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

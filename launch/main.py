@@ -8,73 +8,63 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from asib_jax import (checks, command_line, dry_run, experiment, hosts, idle_keys, parallel, plan, recipe as recipes,
-                      reporting, resume, signals, snapshots, train)
+from asib_jax import (command_line, dry_run, experiment, hosts, idle_keys, parallel, plan, preparation,
+                      recipe as recipes, reporting, resume, snapshots, train)
 from asib_jax.experiment import Record
 from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 RESUME = flags.DEFINE_boolean("resume", False, "Go on with the newest run of this configuration: config.resume=latest.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what the run would do, its sizes and its memory, and stop.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
-PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
+JOINED = command_line.host_flags()
 
 jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.KEY=VALUE")
-    try:
-        with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
-            run()
-    except ValueError as error:  # of joining; the run's own end it
-        sys.exit(f"error: {error}")
+def main() -> None:
+    with JOINED():
+        run()
 
 
 def run() -> None:
-    """The run that the flags describe; exits with a message where it fails."""
+    """The run that the flags describe."""
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    try:
-        if RESUME.value and not CONFIG.value.resume:
-            CONFIG.value.resume = resume.LATEST
-        recipe = recipes.read(CONFIG.value)
-        checks.check(recipe)
-        idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
-        warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
-        if DRY_RUN.value:
-            if hosts.is_first():
-                print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning)), sep="\n")
-            return
+    if RESUME.value and not CONFIG.value.resume:
+        CONFIG.value.resume = resume.LATEST
+    recipe = preparation.checked(CONFIG.value)
+    idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
+    warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
+    if DRY_RUN.value:
+        if hosts.is_first():
+            print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning)), sep="\n")
+        return
+    found = resume.find(recipe)
+    hosts.same_everywhere({"the run to go on with": str(found)})
+    if found and experiment.read_about(found)["status"] == "finished":
+        print(f"{found} has finished: there is nothing to go on with")
+        return
+    inputs = preparation.prepare(recipe)  # and the last that fails without a trace
+    if found:
+        record = Record.reopen(found, CONFIG.value.to_dict())
+    else:
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
-        found = resume.find(recipe)
-        hosts.same_everywhere({"the run to go on with": str(found)})
-        if found and experiment.read_about(found)["status"] == "finished":
-            print(f"{found} has finished: there is nothing to go on with")
-            return
-        if found:
-            record, last = Record.reopen(found, CONFIG.value.to_dict()), snapshots.last_whole(found)
-        else:
-            record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
-            last = None
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
     logger = reporting.setup_logging(record.folder)
+    last = snapshots.last_whole(record.folder)
     if warning:
         logger.warning(warning)
     parallel.keep_compiled(recipe.compilation_cache)
     try:
-        train.recorded(recipe, record, last)
-    except signals.Interrupted:
-        sys.exit(signals.EXIT_INTERRUPTED)
-    except Exception:  # told already; the traceback is in log.txt
-        sys.exit(f"see {record.folder / 'log.txt'}" if hosts.is_first() else 1)
+        train.recorded(recipe, inputs, record, last)
+    except Exception as error:
+        if hosts.is_first():
+            error.add_note(f"see {record.folder / 'log.txt'}")
+        raise
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run(main)

@@ -28,7 +28,7 @@ def test_expectations():
         device_check.check_devices(DEVICES, expected, platform)
     with pytest.raises(ValueError, match=r"--expect=5, but jax sees 4 \(cpu\): .*CUDA_VISIBLE_DEVICES"):
         device_check.check_devices(DEVICES, 5, "cpu")
-    with pytest.raises(ValueError, match="--platform=gpu, but jax uses cpu: .*requirements.txt"):
+    with pytest.raises(ValueError, match=r"--platform=gpu, but jax uses 4 x cpu \(cpu\): .*JAX_PLATFORMS.*requirements.txt"):
         device_check.check_devices(DEVICES, 1, "gpu")
 
 

@@ -121,7 +121,7 @@ def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):
     recipe = read_recipe("l0_baseline", "digits", results_dir=str(tmp_path), teachers_only=True)
     folder = teacher_store.find(recipe, 0).folder
     (folder / "checkpoint").mkdir(parents=True)
-    assert plans.kept_folder(recipe, 0) == ""  # not whole without its key
+    assert teacher_store.kept_folder(recipe, 0) == ""  # not whole without its key
     (folder / "key.json").write_text('{"key": {}, "reference": "", "images": ""}')
     plan = plans.make(recipe)
     assert [row.role for row in plan.networks] == ["teacher1", "teacher2"]
@@ -137,7 +137,7 @@ def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):
 ])
 def test_where_teachers_come_from(changes, origin):
     recipe = read_recipe("l0_baseline", "digits", **{f"teacher1.{key}": value for key, value in changes.items()})
-    assert plans.origin(recipe.teachers[0], plans.kept_folder(recipe, 0)) == origin
+    assert plans.origin(recipe.teachers[0], teacher_store.kept_folder(recipe, 0)) == origin
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from safetensors.numpy import save
 
 from asib_jax import checks, feature_bank, finished, recipe, weights
+from asib_jax.data import sources
 from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from configs import base, l4_full

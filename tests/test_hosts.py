@@ -98,7 +98,7 @@ def test_two_hosts_train_what_one_does(launch, tmp_path):
 def test_hosts_that_disagree_stop(launch, tmp_path):
     """Another seed on the second: both name it, and there is no result."""
     for number, (status, told) in enumerate(ends(launch("results", ({}, True), ({"seed": 5}, True)))):
-        assert status == 1
+        assert status == 2
         assert f"seed is not the same on host 1 as on host 0 (here {5 * number})" in told
     assert row(tmp_path / "results")["status"] == "failed"
 
@@ -106,18 +106,18 @@ def test_hosts_that_disagree_stop(launch, tmp_path):
 def test_a_host_that_fails_ends_the_other(launch, tmp_path):
     """The second finds no data while the first waits for it: neither hangs, both say so."""
     (first, told), (second, cause) = ends(launch("results", ({}, True), ({}, False)))
-    assert first != 0 and second == 1
-    assert "host 1: failed: " in cause and "colours.npz" in cause
-    assert row(tmp_path / "results")["status"] == "failed" and "failed: " in told
+    assert first != 0 and second == 2
+    assert "error: " in cause and "colours.npz" in cause
+    assert row(tmp_path / "results")["status"] == "failed" and "error: " in told
 
 
 def test_how_hosts_are_named():
     for address, processes, process in (("there", 2, 0), ("there:1234", None, 0), ("there:1234", 2, None),
                                         ("there:1234", 2, 2)):
         with pytest.raises(ValueError, match=f"--coordinator={address} .*--process={process}: give HOST:PORT"):
-            hosts.joined(address, processes, process).__enter__()
+            hosts.joined(address, processes, process, int).__enter__()
     with pytest.raises(ValueError, match="--processes and --process need --coordinator"):
-        hosts.joined(None, 2, 0).__enter__()
+        hosts.joined(None, 2, 0, int).__enter__()
 
 
 def test_a_host_holds_its_own_places_alone():

@@ -17,14 +17,14 @@ READING_ORDER = (
     "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost",
     "feed", "nonfinite", "signals", "experiment", "snapshots", "loop", "feature_bank", "stored_views", "evaluate",
     "reporting", "build", "overlap", "run", "teacher_store", "provenance", "teachers", "a_step", "b_step", "finished",
-    "export", "results", "train", "resume", "plan", "dry_run", "workloads", "benchmark", "command_line",
+    "export", "results", "train", "preparation", "resume", "plan", "dry_run", "workloads", "benchmark", "command_line",
 )
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
 # A group of keys in a recipe: the class that holds it. "" is the recipe itself.
 GROUPS = {"": recipe.Recipe, "dataset": recipe.DatasetRecipe, "student": recipe.StudentRecipe,
           "teachers": recipe.TeacherRecipe, "schedule": recipe.ScheduleRecipe}
-CHECKED_ONLY = {"num_stages"}  # the length of student_epochs_per_stage decides; a value given is compared with it
+CHECKED_ONLY = {"num_stages", "platform"}  # compared with the length of student_epochs_per_stage, and with the devices
 
 
 def files(*folders: str) -> list[pathlib.Path]:

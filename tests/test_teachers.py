@@ -310,7 +310,7 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
         recipe = recipes.read(config)
         checks.check(recipe)
         record = Record.create(tmp_path, "alone", exp_id, config.to_dict())
-        train.recorded(recipe, record)
+        train.recorded(recipe, build.make_inputs(recipe), record)
         assert {key for key in record.metrics if key.startswith("final/")} == {
             f"final/{split}_{what}" for split in ("test", "validation") for what in ("acc_teacher1", "count")}
         assert (exp_id == "first") == any("/epoch" in key for key in record.metrics)
@@ -356,7 +356,7 @@ def test_a_control_that_fails_takes_nothing_along(data_file, tmp_path, monkeypat
     checks.check(recipe)
     record = Record.create(tmp_path, "test", "run", config.to_dict())
     with pytest.raises(RuntimeError):
-        train.recorded(recipe, record)
+        train.recorded(recipe, build.make_inputs(recipe), record)
     assert finished.load_students(record.folder).keys() == {"last", "best"}
     assert {path.name for path in (record.folder / "checkpoints").iterdir()} == {"final", "stage1_last", "stage1_best"}
     assert "student, last" in train.evaluate_run(record.folder)
