@@ -166,6 +166,19 @@ def test_tfds_data_in_another_format_is_named(tmp_path):
         load("cifar100", data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json", "cifar100-train.array_record-00000-of-00001"])
+def test_damaged_tfds_data_is_named(tmp_path, file):
+    target = prepare_with_tfds(tmp_path)
+    (target / file).write_bytes((target / file).read_bytes()[:-40])
+    try:
+        assert_is_small(load("cifar100", data_dir=str(tmp_path)), target)  # what tfds does not read
+    except UserError as error:
+        assert f"{tmp_path / 'cifar100'}, which tfds prepared, cannot be read" in str(error)
+        assert file != "features.json"
+    else:
+        assert file == "features.json"
+
+
 def test_archive_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     origin = write_tar(tmp_path / "server" / "c.tar.gz", "cifar-100-python", python_version())
     monkeypatch.setattr(cifar100, "URL", origin.as_uri())

@@ -1,12 +1,13 @@
 """A finished run on disk and back: what was trained here is stored, what was imported is refound by digest."""
 import collections
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, finished, recipe, weights
+from asib_jax import build, finished, recipe, teachers, weights
 from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.models.ensemble import Variables
@@ -83,6 +84,39 @@ def test_other_weights_are_refused(saved):
     with pytest.raises(ValueError, match=r"teacher2\.npz \(teacher2\.weights\) is not the file this run used"):
         finished.load(folder, settings, nets, SHAPE)
     np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("read", ["a finished run", "the student", "a teacher"])
+def test_only_weights_of_the_given_digest_are_read(saved, tmp_path, read):
+    """Files that are no weights are refused for their digest, which is compared first."""
+    folder, settings, nets, _ = saved
+    (tmp_path / "w.npz").write_bytes(b"never parsed")
+    given, wrong = {"weights": str(tmp_path / "w.npz"), "weights_sha256": "0" * 64}, {"weights_sha256": "0" * 64}
+    record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
+    first, second = settings.teachers
+    student = dataclasses.replace(settings.model.student, **given)
+    with pytest.raises(UserError, match=r"(teacher[12]|student)\.weights=.* has the SHA-256 [0-9a-f]{64}, not 0{64} of "):
+        if read == "a finished run":
+            changed = dataclasses.replace(settings, teachers=(first, dataclasses.replace(second, **wrong)))
+            finished.load(folder, changed, nets, SHAPE)
+        elif read == "the student":
+            changed = dataclasses.replace(settings, model=dataclasses.replace(settings.model, student=student))
+            build.init_student_and_fusion(changed, nets, SHAPE)
+        else:
+            changed = dataclasses.replace(settings, teachers=(dataclasses.replace(first, **given), second))
+            teachers._place(changed, 0, "teacher1", record)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_damaged_json_is_named(saved, name, content):
+    folder, settings, nets, _ = saved
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        finished.read_recipe(folder)
+        finished.load(folder, settings, nets, SHAPE)
+    (folder / name).write_bytes(whole)
 
 
 def test_a_run_that_did_not_finish_is_named(saved, tmp_path):

@@ -72,6 +72,10 @@ def test_pickled_array_in_npz_is_refused(tmp_path, array):
     ({"y_train": np.arange(TRAIN) - 1}, r"y_train must lie in 0\.\.99; found -1\.\.5"),
     ({"y_train": np.arange(TRAIN), "y_test": np.full(TEST, 8), "class_names": None}, r"y_test must .* 0\.\.6; found 8"),
     ({"class_names": np.arange(100)}, r"class_names must be text \[C\]; found int64 \[100\]"),
+    ({"class_names": np.full((100, 4), 0x110000, np.uint32).view("U4")[:, 0]}, "class_names is not all text"),
+    ({"class_names": np.array(["\udc80"] * 100)}, "class_names is not all text"),
+    ({"y_test": np.zeros(TEST, "m8[s]")}, r"y_test must be integers \[4\].*found timedelta64"),
+    ({"y_train": np.arange(TRAIN) + 99_994, "class_names": None}, "y_train has the label 100000; more than 100000"),
     ({"y_test": None}, r"own\.npz lacks the arrays y_test; it holds x_train, y_train, x_test, class_names"),
 ])
 def test_malformed_arrays_are_named(tmp_path, changes, message):
@@ -143,6 +147,28 @@ def test_folder_of_pictures(tmp_path):
         load("folder", path=str(tmp_path))
     with pytest.raises(ValueError, match=r"dataset\.path.*no folder .*cat/train"):
         load("folder", path=str(tmp_path / "train" / "cat"))
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:50], lambda content: b"no picture",
+                                    lambda content: content[:20] + b"\xff" * 4 + content[24:]])
+def test_a_damaged_picture_is_named(tmp_path, damage):
+    for split in ("train", "test"):
+        write_picture(tmp_path / split / "cat" / "a.png", (1, 2, 3))
+    picture = tmp_path / "test" / "cat" / "a.png"
+    picture.write_bytes(damage(picture.read_bytes()))
+    with pytest.raises(UserError, match=r"test/cat/a\.png cannot be read as a picture"):
+        load("folder", path=str(tmp_path))
+
+
+def test_a_link_to_a_picture_is_a_picture(tmp_path):
+    write_picture(tmp_path / "elsewhere" / "a.png", (1, 2, 3))
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    np.testing.assert_array_equal(load("folder", path=str(tmp_path)).test.image[0, 0, 0], [1, 2, 3])
+    (tmp_path / "elsewhere" / "a.png").unlink()
+    with pytest.raises(OSError, match=r"train/cat/a\.png"):
+        load("folder", path=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["npz", "imagenet32", "folder"])

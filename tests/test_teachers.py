@@ -216,6 +216,9 @@ def test_a_kept_teacher_needs_no_download(first, data_file, tmp_path):
     place = teacher_store.place(settings, 0, "a" * 64)
     teacher_store.save(place, "hf:nobody/nothing", kept, data.teacher_train, {})
     assert teacher_store.find(settings, 0) == place
+    for digest, found in (("a" * 64, place), ("A" * 64, place), ("c" * 64, None)):  # of other weights it is none
+        given = dataclasses.replace(settings.teachers[0], weights_sha256=digest)
+        assert teacher_store.find(dataclasses.replace(settings, teachers=(given, *settings.teachers[1:])), 0) == found
     ours, metrics, _ = ready(data_file, tmp_path, **{
         "teacher1.weights": "hf:nobody/nothing", "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 1,
         "teacher2.train_epochs": 1})

@@ -16,9 +16,10 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save, save_file
 
-from asib_jax import checkpoint
+from asib_jax import checkpoint, checks
 from asib_jax.errors import UserError
 from asib_jax.weights import cached, digest, load, locate
+from test_recipe import recipe_of
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}
 CONTENT = save(ARRAYS)
@@ -303,6 +304,14 @@ def test_only_weights_of_the_given_digest_are_located(hub, tmp_path):
             locate(given, KEY, "a" * 64)
         for part in (f"{KEY}={given!r}", str(cached(given)), right, "a" * 64, f"{KEY}_sha256"):
             assert part in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["teacher1.weights", "model.student.weights"])
+@pytest.mark.parametrize("given", ["abc", "g" * 64, "a" * 63, "a" * 65, " " + "a" * 63, "a" * 64 + "\n", "\u0661" * 64])
+def test_a_digest_is_64_hexadecimal_digits(key, given):
+    with pytest.raises(UserError, match=f"^{re.escape(key)}_sha256='.*' must be 64 hexadecimal digits"):
+        checks.check(recipe_of({f"{key}_sha256": given}))
+    checks.check(recipe_of({f"{key}_sha256": "0123456789abcdef" * 3 + "0123456789ABCDEF"}))
 
 
 def test_references_name_files_of_the_hub_only(hub, tmp_path):

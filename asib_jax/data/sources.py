@@ -157,12 +157,10 @@ def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise UserError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
-    try:
-        names = tuple(names.tolist())
-        "".join(names).encode()
-    except ValueError as error:
-        raise UserError(f"{origin}: class_names is not all text: {error}") from error
-    return names
+    letters = names.astype(names.dtype.newbyteorder("=")).view(np.uint32)
+    if ((letters >= 0xD800) & (letters < 0xE000) | (letters > 0x10FFFF)).any():  # Python has trouble with either
+        raise UserError(f"{origin}: class_names is not all text: it has code points that Unicode has not")
+    return tuple(names.tolist())
 
 
 def _kind(array: np.ndarray) -> str:
