@@ -40,6 +40,8 @@ def run() -> None:
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:
         recipe = recipes.read(CONFIG.value)
+        if recipe.deterministic:
+            parallel.be_deterministic()  # before the checks, which ask for devices
         checks.check(recipe)
         idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
         warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
