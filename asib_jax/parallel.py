@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.backend import get_compile_options
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -129,6 +130,19 @@ def steps_per_call(configured: int, devices: Sequence[jax.Device], *, trains_con
     on_cpu = devices[0].platform == "cpu"
     chosen = configured or (1 if on_cpu and trains_convolutions else 32)
     return min(chosen, 32) if on_cpu and len(devices) > 1 else chosen
+
+
+def be_deterministic() -> None:
+    """Have XLA take only kernels for GPUs that give the same bits every time, and choose them without measuring.
+
+    Call it before any device is used. Raises UserError where XLA has read its flags already.
+    """
+    flag = "xla_gpu_deterministic_ops"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}=true".strip()  # the last one counts
+    options = get_compile_options(num_replicas=1, num_partitions=1)  # held: its parts are views of it
+    if f"{flag}: true" not in str(options.executable_build_options.debug_options):
+        raise UserError(f"deterministic=True comes too late, XLA has read its flags: set XLA_FLAGS=--{flag}=true in the "
+                        "environment")
 
 
 def keep_compiled(folder: str) -> None:

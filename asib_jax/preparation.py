@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from asib_jax import build, checks, experiment, freezing, recipe as recipes, teacher_store, teachers, weights
+from asib_jax import build, checks, experiment, freezing, parallel, recipe as recipes, teacher_store, teachers, weights
 from asib_jax.build import Inputs
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
@@ -14,6 +14,8 @@ def checked(config: Mapping[str, Any]) -> Recipe:
     Raises UserError for a key or a value that cannot be, for devices that are not here, or for a run that exists.
     """
     recipe = recipes.read(config)
+    if recipe.deterministic:
+        parallel.be_deterministic()  # before the checks, which ask for devices
     checks.check(recipe)
     if not recipe.resume:
         experiment.check_exp_id(recipe.results_dir, recipe.exp_id)

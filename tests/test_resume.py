@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from asib_jax import checkpoint, experiment, recipe as recipes, resume, snapshots, train, typed_groups
+from asib_jax import build, checkpoint, experiment, recipe as recipes, resume, snapshots, train, typed_groups
 from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.signals import Interrupted
@@ -93,7 +93,7 @@ def run_to_the_end(recipe, record):
     last, interruptions = None, 0
     while True:
         try:
-            train.recorded(recipe, record, last)
+            train.recorded(recipe, build.make_inputs(recipe), record, last)
             return interruptions
         except Interrupted:
             interruptions += 1
@@ -147,7 +147,7 @@ def interrupted(data_file, tmp_path_factory):
         Watcher(patch, lambda part, epoch, steps, count: steps == 10)
         record = Record.create(folder, "test_0", "run", config.to_dict())
         with pytest.raises(Interrupted, match="by SIGTERM in stage1/b, epoch 1, after 10 steps; --resume goes on from"):
-            train.recorded(recipes.read(config), record)
+            train.recorded(recipes.read(config), build.make_inputs(recipes.read(config)), record)
     return config, folder / "run"
 
 
@@ -161,7 +161,7 @@ def copy(interrupted, tmp_path):
 
 def finish(recipe, run):
     record, last = go_on(Record(run, "", json.loads((run / "config.json").read_text())))
-    train.recorded(recipe, record, last)
+    train.recorded(recipe, build.make_inputs(recipe), record, last)
     return checkpoint.restore(run / "checkpoints" / "final")["students"]
 
 
@@ -317,9 +317,9 @@ def test_a_teacher_that_was_moved_away_is_missed(data_file, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         Watcher(patch, lambda part, epoch, steps, count: part == "stage1/b")
         with pytest.raises(Interrupted):
-            train.recorded(recipe, record)
+            train.recorded(recipe, build.make_inputs(recipe), record)
     (kept, _) = sorted((tmp_path / "teachers").iterdir())
     kept.rename(tmp_path / "moved")
     record, last = go_on(record)
     with pytest.raises(UserError, match="is no longer in .*put it back"):
-        train.recorded(recipe, record, last)
+        train.recorded(recipe, build.make_inputs(recipe), record, last)
