@@ -60,7 +60,12 @@ class Rows(NamedTuple):
 def load_data(recipe: Recipe) -> Data:
     """The splits of SPEC 7, fixed by the seed. Errors: those of `sources.load` and `divide`."""
     options = recipe.dataset
-    dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
+    try:
+        dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
+    except UserError as error:
+        error.add_note(f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
+                       f"dataset.data_dir={options.data_dir!r}")
+        raise
     parts = [dataset.train.take(rows) for rows in divide(recipe, dataset.train.label)]
     return Data(*parts, dataset.test, dataset.num_classes, dataset.origin)
 

@@ -31,7 +31,8 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
     finds it in SLURM, Open MPI or Kubernetes. Leaving by an exception ends the process with the status that
     `tell(exception)` returns, and thereby the other hosts, once they wait for this one.
 
-    Raises UserError for an incomplete or malformed address, if there is no cluster to ask, or the hosts do not meet.
+    Raises UserError for an incomplete or malformed address, or if there is no cluster to ask. Where the hosts do not
+    meet (within five minutes; at once where the port is taken) jax ends the process itself.
     """
     if not coordinator:
         if processes is not None or process is not None:
@@ -50,18 +51,15 @@ def _join(coordinator: str, processes: int | None, process: int | None) -> None:
     if coordinator == "auto" and processes is process is None:
         try:
             jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise UserError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
                              "elsewhere give --coordinator=HOST:PORT --processes --process") from error
         return
     if not re.fullmatch(r".+:\d+", coordinator) or process not in range(processes or 0):
         raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
                          "process 0, how many there are and which this is, from 0; or --coordinator=auto alone")
-    try:  # without detection, which in an srun would give each process one device instead of all of its host
-        jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
-    except RuntimeError as error:
-        raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: the hosts do not "
-                        f"meet: {error}") from error
+    # Without detection, which in an srun would give each process one device instead of all of its host.
+    jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
 
 
 def _end(status: int) -> None:

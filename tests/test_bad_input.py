@@ -39,9 +39,8 @@ def npz(name: str) -> dict:
     return {"dataset.name": "npz", "dataset.path": f"FILES/{name}.npz", "dataset.train_subset": 0}
 
 
-# What is changed in `configs/l4_full.py:digits` (FILES/: in the folder of `files`; ...: taken out), and what the message
-# must hold.
-# Four devices are simulated; without a change the recipe passes.
+# What is changed in `configs/l4_full.py:digits` (FILES/: in the folder of `files`; ...: taken out), and what the
+# message must hold. Four devices are simulated; without a change the recipe passes.
 CASES = [
     # keys and types
     ({"tua": 4.0}, "unknown key tua", "tau"),
@@ -97,19 +96,20 @@ CASES = [
     (npz("unreadable"), "unreadable.npz", "npz"),
     (npz("no_labels"), "no_labels.npz", "y_test", "x_train"),
     (npz("objects"), "objects.npz", "y_train"),
-    (npz("label_above"), "label_above.npz", "y_test", "0..9"),
+    (npz("label_above"), "label_above.npz", "y_test", "0..9", "dataset.path="),
     (npz("label_below"), "label_below.npz", "y_train", "-1"),
     (npz("label_float"), "label_float.npz", "y_train", "integers"),
     (npz("label_count"), "label_count.npz", "y_train", "one per image"),
     (npz("flat"), "flat.npz", "x_train", "[N,H,W,channels]"),
     (npz("float"), "float.npz", "x_train", "float32"),
-    (npz("nan"), "nan.npz", "x_test", "float32"),
+    (npz("nan"), "nan.npz", "x_test", "float32", "dataset.path="),
     (npz("sizes"), "sizes.npz", "x_test", "x_train"),
     (npz("no_images"), "no_images.npz", "x_train", "not empty"),
     (npz("names"), "names.npz", "class_names"),
     (npz("colour") | {"model.student.mean": (0.1, 0.2)}, "model.student.mean=(0.1, 0.2)", "3 channels"),
     ({"teacher2.std": (0.2, 0.2, 0.2)}, "teacher2.std=(0.2, 0.2, 0.2)", "1 channels"),
-    ({"dataset.name": "cifar100", "dataset.path": "FILES/cut.tar.gz"}, "cut.tar.gz", "archive"),
+    ({"dataset.name": "cifar100", "dataset.path": "FILES/cut.tar.gz"}, "cut.tar.gz", "archive",
+     "dataset.path="),
     ({"dataset.name": "cifar100", "dataset.path": "FILES/results"}, "results", "binary"),
     ({"dataset.name": "folder", "dataset.path": "FILES/file"}, "train/<class>", "dataset.path"),
     ({"dataset.name": "imagenet32", "dataset.path": "FILES/results"}, "train_data_batch_1.npz", "dataset.path"),
@@ -333,7 +333,8 @@ def test_is_refused(changes, words, files, compiled):
     before, programs = contents(files / "results"), compiled()
     with pytest.raises(UserError) as caught:
         begin(config_of(changes, files))
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert [word for word in words if word not in told] == [], told
     assert compiled() == programs
     assert contents(files / "results") == before
 
@@ -398,7 +399,7 @@ def test_the_lock_of_a_dead_process_locks_nothing(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and it is free again
 
 
-# --- as processes ------------------------------------------------------------------------------------------------------
+# --- as processes ----------------------------------------------------------------------------------------------------
 
 DIGITS = "--config=configs/l2_cccp.py:digits"
 PROCESSES = [
@@ -451,17 +452,21 @@ def test_verbose_shows_where():
     assert "Traceback" in ended.stderr and "in check" in ended.stderr
 
 
-def test_a_mistake_of_ours_is_another_status():
-    """Neither a traceback, but a word on how to get one."""
-    program = "import sys; from asib_jax import command_line; sys.argv[1:] = {}; command_line.run(lambda: 1 / 0)"
-    for flag in ([], ["--verbose"]):
-        ended = subprocess.run([sys.executable, "-c", program.format(flag)], cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 1 and errors(ended) == ["error: ZeroDivisionError: division by zero"]
-        assert ("Traceback" in ended.stderr) == bool(flag) and "--verbose" in ended.stderr
+@pytest.mark.parametrize("flags, mistake, status, error", [
+    ([], "1 / 0", 1, "ZeroDivisionError: division by zero"),
+    (["--verbose"], "1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ([], "open('nothing')", 2, "[Errno 2] No such file or directory: 'nothing'"),
+])
+def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error):
+    """Without a traceback, but with a word on how to get one."""
+    program = f"from asib_jax import command_line; command_line.run(lambda: {mistake})"
+    ended = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == status and errors(ended) == [f"error: {error}"]
+    assert ("Traceback" in ended.stderr) == bool(flags) and ("--verbose" in ended.stderr) == (status == 1)
 
 
-IN_TMPFS = """mount -t tmpfs -o size=300k tmpfs "$0" && mkdir "$0/earlier" && head -c "$1" /dev/urandom > "$0/earlier/file"
-before=$(sha256sum "$0/earlier/file"); shift; "$@"; status=$?
+IN_TMPFS = """mount -t tmpfs -o size=300k tmpfs "$0" && mkdir "$0/earlier"
+head -c "$1" /dev/urandom > "$0/earlier/file"; before=$(sha256sum "$0/earlier/file"); shift; "$@"; status=$?
 [ "$before" = "$(sha256sum "$0/earlier/file")" ] && ls -A "$0" && cat "$0/summary.csv"; exit $status"""
 
 
