@@ -114,7 +114,7 @@ def _check_student(recipe: Recipe) -> None:
     _require(not student.name.endswith("_scratch") or not student.weights,
              f"model.student.name={student.name!r} trains from scratch, but model.student.weights={student.weights!r}; "
              f"use the name with _pretrain")
-    _check_source(student.weights, student.name, "model.student.weights")
+    _check_source(student, "model.student.weights")
 
 
 def _check_pixels(network: StudentRecipe | TeacherRecipe, key: str) -> None:

@@ -30,7 +30,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
     assert all(record.folder.name.startswith("l1_ib_digits_3_20") for record in records)
     assert json.loads((records[4].folder / "config.json").read_text()) == CONFIG | {"tau_schedule": [2.0, 6.0]}
     assert {path.name for path in records[0].folder.iterdir()} == {
-        "config.json", "metrics.json", "log.txt", "checkpoints"}
+        "config.json", "about.json", "metrics.json", "log.txt", "checkpoints", ".lock"}
 
 
 def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
