@@ -142,13 +142,15 @@ def _about(folder: pathlib.Path) -> dict[str, Any] | None:
     return about if whole else None
 
 
-def kept_folder(recipe: Recipe, k: int) -> str:
-    """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download.
+def is_whole(folder: pathlib.Path) -> bool:
+    """Whether there is a kept teacher, told without reading its arrays."""
+    return _about(folder) is not None
 
-    Told without reading its arrays.
-    """
+
+def kept_folder(recipe: Recipe, k: int) -> str:
+    """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
     place = find(recipe, k) if recipe.teachers[k].epochs else None
-    return str(place.folder) if place and _about(place.folder) is not None else ""
+    return str(place.folder) if place and is_whole(place.folder) else ""
 
 
 def images_digest(split: Split) -> str:

@@ -242,4 +242,4 @@ def test_errors_come_before_any_work():
             (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights")):
         result = subprocess.run([sys.executable, "launch/benchmark.py", *arguments], cwd=ROOT, capture_output=True,
                                 text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-        assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
