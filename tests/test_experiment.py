@@ -1,6 +1,9 @@
 """The record of a run in real files: names, metrics, the summary table and `latest`."""
 import csv
 import json
+import pathlib
+import subprocess
+import sys
 import threading
 
 import jax.numpy as jnp
@@ -88,6 +91,70 @@ def test_runs_that_finish_together_all_get_a_row(tmp_path):
     rows = summary(tmp_path)
     assert {row["exp_id"] for row in rows} == {record.folder.name for record in records}
     assert sorted(int(row[f"column{i}"]) for i in range(3) for row in rows if row[f"column{i}"]) == list(range(12))
+
+
+CROWD = """
+import csv, itertools, json, os, pathlib, sys
+from asib_jax.experiment import Record
+
+results, processes, rows = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def write(process):
+    for row in range(rows):
+        record = Record(results / f"{process}-{row}", "name", {"seed": row})
+        record.folder.mkdir()
+        for key in range(5):
+            record.log(f"{key}", "x" * 5000)
+            record.save()
+        record.finish("finished", {f"column{process}": row, "long": f"{process}," * 300})
+
+def read():
+    for path in results.glob("*/*.json"):  # of "latest", too
+        json.loads(path.read_text())
+    try:
+        header, *found = csv.reader((results / "summary.csv").read_text().splitlines())
+    except FileNotFoundError:
+        return 0, ()
+    assert all(len(row) == len(header) for row in found), found
+    return len(found), header
+
+children = []
+for process in range(processes):  # before jax has threads
+    if not (child := os.fork()):
+        try:
+            write(process)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    children.append(child)
+seen, waiting = [read()], set(children)
+while waiting:
+    for child in list(waiting):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, child
+            waiting.remove(child)
+    seen.append(read())
+for (before, old), (after, new) in itertools.pairwise(seen):
+    assert before <= after and set(old) <= set(new)
+print(len({count for count, _ in seen}))
+"""
+
+
+def test_rows_of_many_processes_are_neither_lost_nor_torn(tmp_path):
+    """Eight, of 50 rows each. A reader that polls meanwhile finds whole files, of a table that only grows."""
+    processes, rows = 8, 50
+    done = subprocess.run([sys.executable, "-c", CROWD, tmp_path, str(processes), str(rows)], capture_output=True,
+                          text=True, cwd=pathlib.Path(__file__).resolve().parents[1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 2  # sizes that the reader saw
+    with open(tmp_path / "summary.csv", newline="") as file:
+        found = {row["exp_id"]: row for row in csv.DictReader(file)}
+    assert found.keys() == {f"{process}-{row}" for process in range(processes) for row in range(rows)}
+    for exp_id, row in found.items():
+        process, number = exp_id.split("-")
+        assert row["seed"] == row[f"column{process}"] == number and row["long"] == f"{process}," * 300
+        assert not any(row[f"column{other}"] for other in range(processes) if str(other) != process)
 
 
 def test_latest_follows_the_run_that_finished_last(tmp_path):
