@@ -5,6 +5,7 @@ a checkpoint has no parts of other hosts.
 """
 import hashlib
 import os
+import re
 from typing import Any
 
 import jax
@@ -43,15 +44,20 @@ def save(path: str | os.PathLike, tree: Any, about: str = "") -> None:
 
     about: text kept with the arrays, as safe as they are.
 
-    Raises ValueError if a leaf is a string or an array without elements.
+    Raises ValueError if a leaf is a string or an array without elements; OSError where it cannot be written.
     """
     if not hosts.is_first():
         return
     arrays = jax.device_get(serialization.to_state_dict(tree))
     metadata = {"sha256": _digest(arrays, about), "about": about}
-    with _checkpointer() as checkpointer:
-        checkpointer.save(os.path.abspath(path), arrays, custom_metadata=metadata, force=True)
-        checkpointer.wait_until_finished()
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(os.path.abspath(path), arrays, custom_metadata=metadata, force=True)
+            checkpointer.wait_until_finished()
+    except ValueError as error:  # as TensorStore has it of a full disk, among others
+        if found := re.search(r"OS error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def restore(path: str | os.PathLike) -> dict[str, Any]:

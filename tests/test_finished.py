@@ -122,7 +122,7 @@ def test_damaged_json_is_named(saved, name, content):
 def test_a_run_that_did_not_finish_is_named(saved, tmp_path):
     _, settings, nets, _ = saved
     record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
-    with pytest.raises(FileNotFoundError, match="final"):
+    with pytest.raises(UserError, match="final"):
         finished.load(record.folder, settings, nets, SHAPE)
     with pytest.raises(UserError, match="is no run folder"):
         finished.read_recipe(tmp_path)

@@ -13,6 +13,7 @@ from asib_jax.experiment import Record
 from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.reporting import Reporter
+from asib_jax.snapshots import Snapshots
 from configs import l1_ib
 from networks import convolutions, make_feed, make_split
 
@@ -50,7 +51,7 @@ def ready(data_file, results, data=None, reporter=Reporter, **changes):
     nets = build.build_networks(recipe, data.num_classes)
     record = Record.create(results, "test", "", {"seed": 0})
     with reporter(record.folder, tensorboard=False, wandb="", config={}) as told:
-        variables = teachers.ready(recipe, nets, data, make_feed(), record, told)
+        variables = teachers.ready(recipe, nets, data, make_feed(), record, told, Snapshots(record))
     return variables, record.metrics, (recipe, nets, data)
 
 
@@ -254,24 +255,6 @@ def test_the_first_of_two_that_end_together_stays(first, tmp_path):
     stays = teacher_store.load(place, data.teacher_train)
     assert same(stays["params"]["stage0"], variables.params["teacher1"]["stage0"])
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
-
-
-class InterruptedInTheSecondEpoch(Reporter):
-    @staticmethod
-    def epoch_bar(images, description):
-        if "2/" in description:
-            raise KeyboardInterrupt
-        return Reporter.epoch_bar(images, description)
-
-
-def test_an_interrupted_training_leaves_its_best_epoch(first, data_file, tmp_path):
-    """The first epoch's, here; it can be taken as weights."""
-    with pytest.raises(KeyboardInterrupt):
-        ready(data_file, tmp_path, reporter=InterruptedInTheSecondEpoch)
-    (folder,) = tmp_path.glob("*/checkpoints/teacher1_best/*")
-    assert folder.name == "epoch01" and checkpoint.restore(folder).keys() == {"params", "batch_stats"}
-    (metrics,) = tmp_path.glob("*/metrics.json")
-    assert json.loads(metrics.read_text())["teacher1/epoch01/val_acc"] == first[2]["teacher1/epoch01/val_acc"]
 
 
 @pytest.mark.parametrize("changes, field, value", [
