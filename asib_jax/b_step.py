@@ -136,7 +136,8 @@ def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -
         calls=lambda epoch, first: run.calls(step, "b", stage, epoch, first),
         bar=lambda epoch: run.bar(f"{run.prefix}stage {stage + 1} B {epoch + 1}/{epochs}"), after=after,
         content=lambda current: run.snapshot("b", progress, state.join(current, frozen), current),
-        max_nonfinite_steps=recipe.max_nonfinite_steps, on_steps=run.reporter.on_steps), current, run.snapshots, snapshot)
+        max_nonfinite_steps=recipe.max_nonfinite_steps, on_steps=run.reporter.on_steps),
+        current, run.snapshots, snapshot)
     return _end_stage(run, state.join(current, frozen), current.opt_state, progress)
 
 

@@ -45,9 +45,9 @@ class Record:
         Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
         in it.
         """
-        check_exp_id(results_dir, exp_id)
         if not hosts.is_first():
             return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
+        check_exp_id(results_dir, exp_id)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = None
         try:
@@ -91,7 +91,8 @@ class Record:
     def go_on_from(self, metrics: dict[str, Any]) -> None:
         """Take up the metrics that an interrupted run had logged. What is logged once more must be equal."""
         self.metrics, self._earlier = dict(metrics), dict(metrics)
-        write(self.folder / "config.json", json.dumps(self.config, indent=2))
+        if hosts.is_first():
+            write(self.folder / "config.json", json.dumps(self.config, indent=2))
         self.save()
 
     def confirm(self, key: str, value: str, what: str) -> None:

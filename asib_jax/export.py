@@ -37,8 +37,8 @@ def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None 
     Returns the file and what a user of the weights must know: network, num_classes, mean and std of pixels in [0, 1],
     small_input, the run. A .safetensors file holds these too, as text.
 
-    Raises:
-        UserError: there is no such run, it did not finish, the file exists, the run has no such student, its network has no PyTorch counterpart, or `out` is named otherwise.
+    Raises UserError where there is no such run, it did not finish, the file exists, the run has no such student, its
+    network has no PyTorch counterpart, or `out` is named otherwise.
     """
     out = out or run / f"student.{kind}"
     if out.suffix != f".{kind}":

@@ -59,8 +59,8 @@ _TEACHER_ACTIVE = (
 _ACTIVE_FOR_TEACHERS = {"seed", "results_dir", "exp_id", "num_devices", "scale_lr_with_devices",
                         "steps_per_call", "device_data_gb", "use_amp", "amp_dtype", "tensorboard", "wandb",
                         "compilation_cache", "resume", "checkpoint_minutes", "checkpoint_steps",
-                        "max_nonfinite_steps", "deterministic", "platform", "dataset", "teachers", "teacher_cache", "teachers_only", "grad_clip_norm",
-                        "schedule"}
+                        "max_nonfinite_steps", "deterministic", "platform", "dataset", "teachers",
+                        "teacher_cache", "teachers_only", "grad_clip_norm", "schedule"}
 
 
 def inactive(recipe: Recipe) -> set[str]:

@@ -25,7 +25,8 @@ def check(data: Data) -> dict[str, int]:
     _check_examples(data)
     whole, validation, test = map(image_digests, (data.teacher_train, data.validation, data.test))
     chosen = np.isin(data.teacher_train.index, data.train.index)
-    places = {"train": (whole[chosen], data.teacher_train.label[chosen]), "validation": (validation, data.validation.label),
+    places = {"train": (whole[chosen], data.teacher_train.label[chosen]),
+              "validation": (validation, data.validation.label),
               "test": (test, data.test.label)}
     if not chosen.all():
         places["teacher_train"] = whole, data.teacher_train.label

@@ -141,8 +141,8 @@ def be_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}=true".strip()  # the last one counts
     options = get_compile_options(num_replicas=1, num_partitions=1)  # held: its parts are views of it
     if f"{flag}: true" not in str(options.executable_build_options.debug_options):
-        raise UserError(f"deterministic=True comes too late, XLA has read its flags: set XLA_FLAGS=--{flag}=true in the "
-                        "environment")
+        raise UserError("deterministic=True comes too late, XLA has read its flags: set "
+                        f"XLA_FLAGS=--{flag}=true in the environment")
 
 
 def keep_compiled(folder: str) -> None:

@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Listens to both signals within its context, in the main thread. `asked` is the name of the one that came, or ""."""
+    """Listens to both signals within its context, in the main thread. asked: the name of the one that came, or ""."""
 
     def __init__(self):
         self.asked = ""

@@ -35,8 +35,8 @@ _KEPT = 2  # the last, and one before it should that be damaged
 
 class Snapshot(NamedTuple):
     """arrays: nested dicts of numpy arrays, without empty ones; values: plain values of the part of the run; epoch: of
-    the part, from 0; tally: of its steps so far, as `loop.Tally` holds it. The rest is the whole run's: its metrics, the
-    teachers that it trains itself, the seconds it has taken, the number of the snapshot."""
+    the part, from 0; tally: what its steps have come to, as `loop` counts them. The rest is the whole run's: its
+    metrics, the teachers that it trains itself, the seconds it has taken; number: of the snapshot."""
 
     part: str
     epoch: int
@@ -133,7 +133,7 @@ class Snapshots:
         try:
             if writing:
                 writing.result()
-        except Exception as error:  # a run of days does not end because a disk is full; the snapshot before still serves
+        except Exception as error:  # a full disk ends no run of days; the snapshot before still serves
             logger.warning("no snapshot could be written: %s: %s", type(error).__name__, error)
 
     def newest(self) -> Path | None:
@@ -179,8 +179,8 @@ def last_whole(run: Path) -> Snapshot | None:
             logger.warning("%s; going on from the one before, %s", error, path)
         return Snapshot(**json.loads(about), number=int(path.name), arrays=arrays)
     if damaged:
-        raise UserError(f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; its teachers, "
-                        "where kept, are not trained again")
+        raise UserError(f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; teachers that "
+                        "are kept are not trained again")
     return None
 
 

@@ -51,8 +51,11 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
         model = nets.teachers[k]
         start[name] = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
         places[name] = _place(recipe, k, name, record)
+        if snapshots.resumed and f"kept/{name}" in record.metrics:
+            places[name] = teacher_store.moved(places[name], record.metrics[f"kept/{name}"])
         hosts.same_everywhere({f"the SHA-256 of {name}.weights": places[name].key["teacher"]["weights"]})
-        kept = teacher_store.load(places[name], data.teacher_train) if name not in train_now and options.epochs else None
+        looks = options.epochs and name not in train_now
+        kept = teacher_store.load(places[name], data.teacher_train) if looks else None
         if kept is not None:
             done[name] = _whole(pretrained.fit_variables(kept, start[name], model.architecture), places[name].folder)
             logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, places[name].folder)
@@ -67,8 +70,9 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
         if name in train_now:
             done[name] = train(recipe, nets, k, places[name], start[name], data, feed, record, reporter, snapshots)
         elif recipe.teachers[k].epochs and name not in done:
-            raise UserError(f"{name} is no longer in {places[name].folder}, where this run found or left it: put it back")
-        if recipe.teachers[k].epochs:
+            raise UserError(f"{name} is no longer in {places[name].folder}, where this run found or left it: put it "
+                            "back")
+        if recipe.teachers[k].epochs and hosts.is_first():  # which alone has it on disk for certain
             record.confirm(f"kept/{name}", checkpoint.digest(places[name].folder / "checkpoint"),
                            f"{name} in {places[name].folder}")
     done = {name: done.get(name, start[name]) for name in nets.teacher_names}
@@ -153,7 +157,8 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
         name=name, epochs=options.epochs, step=step, frozen=frozen, learning_rate=rate, calls=calls, after=after,
         controls=lambda epoch: controls_of(recipe, k, epoch), first_step=lambda: best.steps,
         bar=lambda epoch: reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}"),
-        content=lambda current: _content(current, frozen, best), max_nonfinite_steps=recipe.max_nonfinite_steps), current, snapshots, snapshot)
+        content=lambda current: _content(current, frozen, best), max_nonfinite_steps=recipe.max_nonfinite_steps),
+        current, snapshots, snapshot)
     logger.info("%s: %s trained on %d images in %.0f s, best in epoch %d: %.2f %% on validation", name, options.name,
                 len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
     teacher_store.save(place, options.weights, best.variables, split,

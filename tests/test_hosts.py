@@ -2,16 +2,18 @@
 import csv
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from asib_jax import checkpoint, hosts, parallel
+from asib_jax import checkpoint, hosts, parallel, signals, snapshots
 from networks import make_split
 
 TESTS = pathlib.Path(__file__).resolve().parent
@@ -42,7 +44,7 @@ def launch(tmp_path, tmp_path_factory):
             free.bind(("127.0.0.1", 0))
             address = "127.0.0.1:%d" % free.getsockname()[1]
         for number, (flags, has_data) in enumerate(own):
-            folder = tmp_path / f"{results}-{number}"
+            folder = tmp_path / f"{results.replace('/', '_')}-{number}"
             folder.mkdir()
             if has_data:
                 np.savez(folder / "colours.npz", x_train=training.image, y_train=training.label, x_test=test.image,
@@ -93,6 +95,32 @@ def test_two_hosts_train_what_one_does(launch, tmp_path):
     assert len(list((run / "tensorboard").iterdir())) == 1 and len(list((run.parent / "teachers").iterdir())) == 2
     for number in (0, 1):
         assert [path.name for path in (tmp_path / f"two-{number}").iterdir()] == ["colours.npz"]
+
+
+def test_a_signal_to_one_host_stops_all_and_they_go_on(launch, tmp_path):
+    """To the second alone, during the B-Step: both leave with the status of an interrupted run and, started again, come
+    to what two devices of one host come to."""
+    def both(attempt):
+        config = {"num_devices": 1, "student_epochs_per_stage": "(30,)", "results_dir": tmp_path / "two"}
+        return launch(attempt, (config | {"resume": attempt}, True), (config | {"resume": attempt}, True))
+
+    processes, log = both("latest"), tmp_path / "two" / "run" / "log.txt"
+    while "stage1/b/epoch02" not in (log.read_text() if log.exists() else ""):
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    for status, told in ends(processes):
+        assert status == signals.EXIT_INTERRUPTED and "stopped by " in told, told
+    assert row(tmp_path / "two")["status"] == "interrupted"
+    assert snapshots.last_whole(tmp_path / "two" / "run").part == "stage1/b"
+    one = launch("one", ({"num_devices": 2, "student_epochs_per_stage": "(30,)"}, True))
+    ((status, told),) = ends(one)
+    assert status == 0, told
+    for status, told in ends(both(str(tmp_path / "two" / "run"))):
+        assert status == 0, told
+    one, two = (checkpoint.restore(tmp_path / name / "run" / "checkpoints" / "final") for name in ("one", "two"))
+    jax.tree.map(np.testing.assert_array_equal, two, one)
+    assert row(tmp_path / "two") == row(tmp_path / "one")
 
 
 def test_hosts_that_disagree_stop(launch, tmp_path):

@@ -109,7 +109,7 @@ def test_sigterm_ends_a_run_with_a_snapshot_and_its_own_exit_status(untouched, p
 
 @pytest.mark.slow
 def test_killed_in_every_twentieth_of_the_run(tmp_path, programs):
-    """The digits run as it is shipped: 20 runs, each killed once at a random moment of its own twentieth, and resumed."""
+    """The digits run as it is shipped, 20 times: killed at a random moment of its own twentieth, and resumed."""
     to_the_end(tmp_path / "compiled", programs, ())
     seconds = to_the_end(tmp_path / "whole", programs, ())
     draw, parts = random.Random(), {}

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TRAINED = {f"teacher{k}.{key}": value for k in (1, 2)
            for key, value in {"train_epochs": 2, "warmup_epochs": 0, "early_stopping_patience": 2}.items()}
-RUN = {**TRAINED, "train_control": True, "synergy_head_dropout": 0.2, "cutmix_alpha_distill": 0.5, "dataset.data_aug": 1,
-       "tensorboard": False}
+RUN = {**TRAINED, "train_control": True, "synergy_head_dropout": 0.2, "cutmix_alpha_distill": 0.5,
+       "dataset.data_aug": 1, "tensorboard": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -273,7 +273,8 @@ def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted, t
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
         "tau: 4.0 there, 3.0 here", "teacher1.finetune_lr: 0.0001 there, 0.5 here"]
     scaled = dataclasses.replace(recipe, num_devices=2, scale_lr_with_devices=True)
-    assert "num_devices: 1 there, 2 here" in resume.differences(with_key(run, tmp_path, "scale_lr_with_devices", True), scaled)
+    other = with_key(run, tmp_path, "scale_lr_with_devices", True)
+    assert "num_devices: 1 there, 2 here" in resume.differences(other, scaled)
     for nowhere in (run.parent, run / "config.json", run / "absent"):
         with pytest.raises(UserError, match="is no run folder"):
             resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
