@@ -374,25 +374,31 @@ def zip_bombs(folder):
     return files | {"a size in the directory": folder / "i.npz", "members that overlap": folder / "j.npz"}
 
 
-def doubled(pair: bytes, times: int = 60) -> bytes:
-    """A pickle of `times` bytes or so that, written out, has 2 ** times elements. pair: the opcodes for [x, x]."""
-    return b"K\x01" + b"".join(b"q\x00" + pair for _ in range(times))
+def doubled(before: bytes, after: bytes, times: int = 60) -> bytes:
+    """A part of a pickle, a few bytes long `times` times, of what has 2 ** times elements if written out.
+
+    before, after: the opcodes for [x, x] around the two.
+    """
+    value = b"K\x01"
+    for k in range(times):
+        value = before + value + b"q" + bytes([k]) + b"h" + bytes([k]) + after
+    return value
 
 
-LISTS, TUPLES = b"0](h\x00h\x00e", b"0h\x00h\x00\x86"
+LISTS, TUPLES = (b"](", b"e"), (b"", b"\x86")
 DEEP = 150_000
 PICKLE_BOMBS = {
-    "doubled lists": doubled(LISTS),
-    "doubled tuples": doubled(TUPLES),
-    "doubled tuples as a key": b"}" + doubled(TUPLES) + b"K\x01s",
-    "doubled tuples as a key of protocol 0": b"(" + doubled(TUPLES) + b"K\x01d",
-    "doubled tuples as a key of an OrderedDict": b"ccollections\nOrderedDict\n(](" + doubled(TUPLES) + b"K\x01\x86etR",
+    "doubled lists": doubled(*LISTS),
+    "doubled tuples": doubled(*TUPLES),
+    "doubled tuples as a key": b"}" + doubled(*TUPLES) + b"K\x01s",
+    "doubled tuples as a key of protocol 0": b"(" + doubled(*TUPLES) + b"K\x01d",
+    "doubled tuples as a key of an OrderedDict": b"ccollections\nOrderedDict\n(](" + doubled(*TUPLES) + b"K\x01\x86etR",
     "deep lists": b"]" * DEEP + b"a" * (DEEP - 1),
     "deep tuples": b")" + b"\x85" * DEEP,
     "deep tuples as a key": b"})" + b"\x85" * DEEP + b"K\x01s",
     "deep tuples as an id": b")" + b"\x85" * DEEP + b"Q",
     "deep tuples as a storage": TENSOR + b"()" + b"\x85" * DEEP + b"K\x00))\x89)tR",
-    "doubled tuples as sizes": TENSOR + b"(" + text("0") + b"K\x00" + doubled(TUPLES) + doubled(TUPLES) + b"\x89)tR",
+    "doubled tuples as sizes": TENSOR + b"(" + text("0") + b"K\x00" + doubled(*TUPLES) + doubled(*TUPLES) + b"\x89)tR",
     "bytes": b"\x8e" + struct.pack("<Q", 1 << 36) + b"x",
     "text": b"\x8d" + struct.pack("<Q", 1 << 36) + b"x",
     "text of Python 2": b"T" + struct.pack("<i", 1 << 30) + b"x",
@@ -441,17 +447,20 @@ def safetensors_bombs(folder):
 
 def cifar_bombs(folder):
     files = python_version(pickle.dumps)
-    wide = pickle.dumps({"fine_label_names": ["x" * (1 << 20)] + ["x"] * 9999})
-    binary = binary_version() | {"fine_label_names.txt": b"x" * (1 << 20) + b" x" * 9999}
+    wide = pickle.dumps({"fine_label_names": ["x" * (1 << 18)] + ["x"] * 999})
+    labels = pickle.dumps({"data": np.zeros((1, 3072), np.uint8)})[:-1]
+    labels += text("fine_labels") + doubled(*LISTS, 27) + b"s."
+    binary = binary_version() | {"fine_label_names.txt": b"x" * (1 << 18) + b" x" * 999}
     name = tarfile.TarInfo("././@LongLink")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 36
     (folder / "name.tar").write_bytes(name.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     sparse = tarfile.TarInfo("cifar-100-python/train")
     sparse.type, header = tarfile.GNUTYPE_SPARSE, bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
-    header[156:157], header[483:495] = b"S", b"77777777777\0"  # its type and its size with holes
+    header[156:157], header[483:495] = b"S", b"07777777777\0"  # its type and its size with holes
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
     (folder / "sparse.tar").write_bytes(bytes(header) + bytes(1024))
-    return {"a wide name": write_folder(folder / "wide", files | {"meta": wide}),
+    return {"doubled labels": write_folder(folder / "labels", files | {"train": labels}),
+            "a wide name": write_folder(folder / "wide", files | {"meta": wide}),
             "a wide name, binary": write_folder(folder / "wide_binary", binary),
             "zeros in a tar archive": write_tar(folder / "zeros.tar.gz", "cifar-100-python", {"x": bytes(200 << 20)}),
             "a long name in a tar archive": folder / "name.tar", "holes in a tar archive": folder / "sparse.tar"}
