@@ -96,7 +96,7 @@ def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
     if weights.cached(given) is None and (found := teacher_store.find(recipe, k)):
         return found
     digest = weights.digest(weights.locate(given, f"{name}.weights", recipe.teachers[k].weights_sha256))
-    record.log(f"weights/{name}", digest)
+    record.confirm(f"weights/{name}", digest, f"{name}.weights={given!r}")
     return teacher_store.place(recipe, k, digest)
 
 

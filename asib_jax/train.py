@@ -32,11 +32,10 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
 
     last: the snapshot to go on from. Raises Interrupted after a signal, with a snapshot that holds all that was done.
     """
-    about = provenance.describe(recipe, inputs.data, inputs.feed.devices)
-    if last and record.about["data_sha256"] != about["data_sha256"]:
-        raise UserError(f"{inputs.data.origin} is not the data that the run {record.folder} began with: the SHA-256 of "
-                        "its splits differ")
-    record.about |= about
+    described = provenance.describe(recipe, inputs.data, inputs.feed.devices)
+    if last:
+        note_changes(record, described)
+    record.about |= described
     record.go_on_from(last.metrics if last else {})
     try:
         with Stop() as stop, Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
@@ -55,6 +54,22 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
         raise
     record.finish("finished", summary)
     snapshots.remove()
+
+
+def note_changes(record: Record, now: dict[str, object]) -> None:
+    """Warn where a run goes on with other code, packages or devices, and keep in its record what they were before.
+
+    Raises UserError for other data.
+    """
+    before = {key: record.about.get(key) for key in now}
+    changed = [key for key in now if before[key] != now[key] and key != "data"]  # which is a path
+    if "data_sha256" in changed:
+        raise UserError(f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "
+                        "SHA-256 of its splits differ")
+    if changed:
+        logger.warning("going on with another %s than before: bits may differ",
+                       ", ".join(key.replace("_", " ") for key in changed))
+        record.about["before"] = [*record.about.get("before", []), {key: before[key] for key in changed}]
 
 
 def train(recipe: Recipe, inputs: build.Inputs, record: Record, reporter: Reporter, snapshots: Snapshots

@@ -177,7 +177,27 @@ def finished(interrupted, tmp_path_factory):
 def test_ten_steps_after_it_went_on_with_other_devices_a_run_is_where_it_would_be(copy, finished, devices):
     recipe, run = copy
     students = finish(dataclasses.replace(recipe, num_devices=devices), run)
+    about = experiment.read_about(run)
+    assert about["devices"] == devices and about["before"] == [{"devices": 1}]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), students, finished)
+
+
+def test_other_data_are_refused_and_the_same_may_have_moved(copy, finished, tmp_path):
+    recipe, run = copy
+    with np.load(recipe.dataset.path) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "moved.npz", **arrays)
+    arrays["x_test"][0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+
+    def at(name):
+        return dataclasses.replace(recipe, dataset=dataclasses.replace(recipe.dataset, path=str(tmp_path / name)))
+
+    before = (run / "about.json").read_text()
+    with pytest.raises(UserError, match="other.npz is not the data that the run .* began with .*colours.npz"):
+        finish(at("other.npz"), run)
+    assert (run / "about.json").read_text() == before
+    jax.tree.map(np.testing.assert_array_equal, finish(at("moved.npz"), run), finished)
 
 
 def test_the_last_whole_snapshot_is_used(copy, caplog):
