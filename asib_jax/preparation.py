@@ -40,7 +40,7 @@ def check_weights(recipe: Recipe, nets: Networks, shapes: Variables) -> None:
     if student.weights and not recipe.teachers_only and weights.cached(student.weights):
         level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
         build.read_weights(student.weights, "model.student.weights", nets.student, shapes.of("student"), level,
-                           student.weights_sha256)
+                           sha256=student.weights_sha256)
     for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
         given = recipe.teachers[k].weights
         if given and weights.cached(given) and not teacher_store.kept_folder(recipe, k):
