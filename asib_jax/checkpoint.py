@@ -6,6 +6,7 @@ a checkpoint has no parts of other hosts.
 import hashlib
 import os
 import re
+import threading
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax.traverse_util import flatten_dict
 
 from asib_jax import hosts
 from asib_jax.errors import UserError
+
+_ALONE = threading.Lock()  # orbax in two threads at once makes a temporary folder twice
 
 
 def _digest(tree: dict, about: str) -> str:
@@ -51,7 +54,7 @@ def save(path: str | os.PathLike, tree: Any, about: str = "") -> None:
     arrays = jax.device_get(serialization.to_state_dict(tree))
     metadata = {"sha256": _digest(arrays, about), "about": about}
     try:
-        with _checkpointer() as checkpointer:
+        with _ALONE, _checkpointer() as checkpointer:
             checkpointer.save(os.path.abspath(path), arrays, custom_metadata=metadata, force=True)
             checkpointer.wait_until_finished()
     except ValueError as error:  # as TensorStore has it of a full disk, among others
@@ -76,7 +79,7 @@ def restore_with_text(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     if not os.path.isdir(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        with _checkpointer() as checkpointer:
+        with _ALONE, _checkpointer() as checkpointer:
             metadata, tree = _metadata(checkpointer, path), checkpointer.restore(path)
     except UserError:
         raise
@@ -95,7 +98,7 @@ def digest(path: str | os.PathLike) -> str:
     Raises UserError if there is none that `save` wrote.
     """
     path = os.path.abspath(path)
-    with _checkpointer() as checkpointer:
+    with _ALONE, _checkpointer() as checkpointer:
         return _metadata(checkpointer, path)["sha256"]
 
 

@@ -4,6 +4,7 @@ import fcntl
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 
 from asib_jax import hosts
 from asib_jax.errors import UserError
+
+logger = logging.getLogger("asib_jax")
 
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
@@ -67,13 +70,15 @@ class Record:
     def reopen(cls, folder: Path, config: dict[str, Any]) -> "Record":
         """The record of a run that is to go on under `config`; nothing is written before `go_on_from`.
 
-        Raises UserError while another process has the run.
+        Raises UserError while another process has the run, or if it has finished.
         """
-        about = read_about(folder)
-        record = (cls if hosts.is_first() else _Unwritten)(folder, about["name"], config)
-        record.about = about | {"status": "running", "resumed": about.get("resumed", 0) + 1}
+        record = (cls if hosts.is_first() else _Unwritten)(folder, "", config)
         if hosts.is_first():
             record._lock_folder()
+        about = read_about(folder)  # once no other process can change it
+        if about["status"] == "finished":
+            raise UserError(f"the run {folder} has finished: there is nothing to go on with")
+        record.name, record.about = about["name"], about | {"status": "running", "resumed": about.get("resumed", 0) + 1}
         return record
 
     def _lock_folder(self) -> None:
@@ -128,8 +133,8 @@ class Record:
         row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
                "error": " ".join(error.split()), **{key: self.about[key] for key in _ABOUT if key in self.about},
                **{key: _plain(value) for key, value in summary.items()}}
-        _add_row(self.folder.parent / "summary.csv", row)
         _point_latest(self.folder)
+        _add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
         self._lock.close()
 
 
@@ -191,37 +196,60 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def write(path: Path, text: str) -> None:
     """Replace the file at once."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves an empty file of the right name
     os.replace(temporary, path)
 
 
-def _add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into a CSV table, in the place of one with the same exp_id or at the end, and into its header the
-    columns that are new. Runs that end together take turns; a process that dies leaves no lock behind."""
+def _add_row(path: Path, row: dict[str, Any], replace: bool) -> None:
+    """Put a row into a CSV table, and into its header the columns that are new. Runs that end together take turns; a
+    process that dies leaves no lock behind.
+
+    replace: in the place of the last one with the same exp_id, if there is one.
+    """
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        columns, rows = [], []
-        if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                rows, columns = list(reader), list(reader.fieldnames or ())
+        columns, rows = _read_table(path)
+        alike = [place for place, other in enumerate(rows) if other["exp_id"] == row["exp_id"]] if replace else []
+        place = alike[-1] if alike else len(rows)
+        rows[place : place + 1] = [row]
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys([*columns, *row]), restval="", lineterminator="\n")
         writer.writeheader()
-        earlier = [place for place, other in enumerate(rows) if other["exp_id"] == row["exp_id"]]
-        for place in earlier or [len(rows)]:
-            rows[place : place + 1] = [row]
         writer.writerows(rows)
         write(path, text.getvalue())
 
 
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows; none where there is no table. One that is not ours any more (a spreadsheet may have saved it
+    with other separators) is put aside with a warning: a run that ends must not be lost for it."""
+    if not path.exists():
+        return [], []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+        if "exp_id" in columns and all(None not in other and None not in other.values() for other in rows):
+            return columns, rows
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.unreadable")
+    os.replace(path, aside)
+    logger.warning("%s is no table of runs: it is %s now, and a new one begins", path, aside)
+    return [], []
+
+
 def _point_latest(folder: Path) -> None:
     """A relative symbolic link `latest` beside the folder, or the name in `latest.txt` where links are not possible."""
-    temporary = folder.with_name(f".latest-{folder.name}")
+    temporary, latest = folder.with_name(f".latest-{folder.name}"), folder.with_name("latest")
     try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed here
         os.symlink(folder.name, temporary)
-        os.replace(temporary, folder.with_name("latest"))
-    except OSError:
+        os.replace(temporary, latest)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         write(folder.with_name("latest.txt"), folder.name + "\n")
+        logger.warning("%s cannot be a link to this run (%s): its name is in latest.txt", latest, error)

@@ -15,7 +15,7 @@ from asib_jax.snapshots import Snapshot, Snapshots
 from asib_jax.state import TrainState
 
 _IN_FLIGHT = 32  # steps; CPU collectives of several devices stall beyond that. Of examples from the host: one call
-_PATIENCE = 2.0  # seconds that may pass until a signal is heeded: longer steps wait for fewer in flight
+_PATIENCE = 2.0  # seconds until a signal is heeded, where a call of one step does not take longer
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class Part:
     of its steps on. learning_rate: of a step of the run. first_step: of the run, where the epoch begins that is next.
     bar: shows images done of an epoch. after: told epoch, state, controls, the metrics' means, steps and seconds; true
     ends the part. content: of a snapshot, its arrays and values, given the state. max_nonfinite_steps: as `Watch` has
-    it.
+    it. snapshot_at_end: where more than arrays is left on disk afterwards, which a run that goes on must not find early.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Part:
     after: Callable[..., bool | None]
     content: Callable[[TrainState], tuple[dict[str, Any], dict[str, Any]]]
     max_nonfinite_steps: int
+    snapshot_at_end: bool = False
     on_steps: Callable[[int, int], None] = lambda first, last: None
 
 
@@ -94,6 +95,9 @@ def run_part(part: Part, state: TrainState, snapshots: Snapshots, begun: Snapsho
                 raise FloatingPointError(f"{error}. Last snapshot: {snapshots.newest() or 'none yet'}") from error
         over = part.after(epoch, state, controls, tally.means, tally.steps, time.perf_counter() - start)
         epoch, tally = epoch + 1, Tally()
+    if part.snapshot_at_end:
+        held = {**dataclasses.asdict(Tally()), "in_a_row": watch.in_a_row}
+        snapshots.offer(part.name, part.epochs, held, 0, lambda: part.content(state), now=True)
     return state
 
 
@@ -123,7 +127,7 @@ def run_epoch(step: Steps, state: TrainState, frozen: Variables, calls: Iterable
             tally.add(metrics, count)
             on_images(images)
         pending.clear()
-        # On several hosts no clock may decide: `offer` asks all of them, so they have to come to it after the same steps.
+        # On several hosts no clock decides: `offer` asks all of them, who have to come to it after the same steps.
         quick = jax.process_count() > 1 or time.monotonic() - since < _PATIENCE / 2
         window, since = min(2 * window if quick else max(1, window // 2), _IN_FLIGHT, at_most), time.monotonic()
         offer(state, tally.steps - before)

@@ -2,6 +2,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from asib_jax import recipe as recipes
 from asib_jax.errors import UserError
@@ -23,28 +24,41 @@ _FREE_OF_A_NETWORK = ("weights", "weights_sha256")  # another file of the same c
 def find(recipe: Recipe) -> Path | None:
     """The folder of the run that the recipe's `resume` asks for; None for a new one.
 
-    "latest": the newest run of `results_dir`, or of the folder `exp_id` there, whose configuration is the same where it
-    matters; warns where there is none. What it finds may have finished.
+    "latest": the run called `exp_id`, or without one the newest of `results_dir` whose configuration is the same where
+    it matters; warns where there is none. What it finds may have finished.
 
     Raises UserError for a folder that is no run's, or of a run of another configuration.
     """
+    results = Path(recipe.results_dir)
     if not recipe.resume:
         return None
     if recipe.resume != LATEST:
-        folder = Path(recipe.resume).expanduser().resolve()
-        read_about(folder)
-        if found := differences(folder, recipe):
-            raise UserError(f"resume={recipe.resume!r}: that run has another configuration:\n  "
-                            + "\n  ".join(found) + "\nGive it the same, or begin a new run without resume")
-        return folder
-    results = Path(recipe.results_dir).expanduser()
-    runs = [path.parent for path in results.glob(f"{recipe.exp_id or '*'}/about.json") if not path.parent.is_symlink()]
-    newest_first = sorted(runs, key=lambda run: read_about(run)["begun"], reverse=True)
-    alike = [run for run in newest_first if not differences(run, recipe)]
+        return _of_this_configuration(Path(recipe.resume).resolve(), recipe)
+    if recipe.exp_id and (results / recipe.exp_id).exists():
+        return _of_this_configuration(results / recipe.exp_id, recipe)
+    runs = {run: about for path in results.glob("*/about.json") if not (run := path.parent).is_symlink()
+            and (about := _readable(run))}
+    alike = [run for run in sorted(runs, key=lambda run: runs[run]["begun"]) if not differences(run, recipe)]
     if not alike:
         logger.warning("resume='latest': none of the %d runs in %s is of this configuration, so a new one begins",
                        len(runs), results)
-    return alike[0] if alike else None
+    return alike[-1] if alike else None
+
+
+def _of_this_configuration(run: Path, recipe: Recipe) -> Path:
+    read_about(run)
+    if found := differences(run, recipe):
+        raise UserError(f"resume={recipe.resume!r}: the run {run} has another configuration:\n  "
+                        + "\n  ".join(found) + "\nGive it the same, or begin a new run without resume")
+    return run
+
+
+def _readable(run: Path) -> dict[str, Any] | None:
+    try:
+        return read_about(run)
+    except UserError as error:
+        logger.warning("left out: %s", error)
+        return None
 
 
 def differences(folder: Path, recipe: Recipe) -> list[str]:
@@ -63,6 +77,4 @@ def _that_matters(recipe: Recipe) -> dict[str, object]:
     values = {key: value for key, value in flat(recipe).items() if key not in FREE}
     for key in [key for key in values if key.rpartition(".")[2] in _FREE_OF_A_NETWORK]:
         values[key] = "given" if values[key] else ""
-    if recipe.scale_lr_with_devices:
-        values["num_devices"] = recipe.num_devices
     return values

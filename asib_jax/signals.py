@@ -31,4 +31,5 @@ class Stop:
             os.write(2, b"stopped at once\n")
             os._exit(128 + number)
         self.asked = signal.Signals(number).name
-        os.write(2, f"{self.asked}: stopping after this step, with a snapshot; once more to stop at once\n".encode())
+        told = f"{self.asked}: stopping at the next training step, with a snapshot; once more to stop at once\n"
+        os.write(2, told.encode())

@@ -91,8 +91,8 @@ class Snapshots:
         return time.monotonic() - self._begun
 
     def offer(self, part: str, epoch: int, tally: dict[str, Any], steps: int,
-              content: Callable[[], tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Take a snapshot if it is time, or the run has been asked to stop: then raise Interrupted.
+              content: Callable[[], tuple[dict[str, Any], dict[str, Any]]], now: bool = False) -> None:
+        """Take a snapshot if it is time, `now`, or the run has been asked to stop: then raise Interrupted.
 
         steps: since the last offer. content: gives its arrays (any tree) and values. Every host calls this alike.
         """
@@ -100,15 +100,17 @@ class Snapshots:
         (stops,) = hosts.anywhere([bool(self._stop.asked)])
         by_time = self._seconds and time.monotonic() - self._taken >= self._seconds
         by_steps = self.steps and self._done >= self.steps
-        if not (stops or by_time or by_steps):
+        if not (now or stops or by_time or by_steps):
             return
         self._taken, self._done = time.monotonic(), 0
         if hosts.is_first():
             self._save(part, epoch, tally, *content())
         if stops:
             self.close()
-            raise Interrupted(f"by {self._stop.asked or 'the signal of another host'} in {part}, epoch {epoch + 1}, "
-                              f"after {tally['steps']} steps; --resume goes on from {self.newest() or 'the beginning'}")
+            hosts.anywhere([True])  # none leaves, and has the others ended, before the snapshot is on disk
+            at = f"; --resume goes on from {self.newest() or 'the beginning'}" if hosts.is_first() else ""
+            raise Interrupted(f"by {self._stop.asked or 'a signal to another host'} in {part}, epoch {epoch + 1}, after "
+                              f"{tally['steps']} steps{at}")
 
     def _save(self, part: str, epoch: int, tally: dict, arrays: Any, values: dict) -> None:
         self._wait()  # for the one before
@@ -126,7 +128,7 @@ class Snapshots:
         self._whole = [*self._whole, number][-_KEPT:]
         for old in home.iterdir():  # damaged ones too, and what a process that was killed had begun to write
             if old.name not in {f"{kept:06d}" for kept in self._whole}:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None

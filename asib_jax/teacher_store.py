@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from typing import Any, NamedTuple
 
+import jax
+
 from asib_jax import checkpoint, hosts, idle_keys, parallel, weights
 from asib_jax.data.sources import Split, blocks
 from asib_jax.errors import UserError
@@ -119,15 +121,16 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
     return checkpoint.restore(place.folder / "checkpoint")
 
 
-def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, float]) -> None:
-    """Keep a trained teacher; its folder appears complete or not at all.
+def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, float]) -> bool:
+    """Keep a trained teacher; its folder appears complete or not at all. Whether it is what lies there now.
 
     reference: the `weights` it was given, as the configuration names them. A run that trained the same teacher at the
-    same time may have been first: then that one stays. Raises OSError naming where the teacher lies if it cannot be
-    moved to its place. Of several hosts the first keeps it.
+    same time may have been first: then that one stays, which on GPUs can differ in its last bits. Raises OSError naming
+    where the teacher lies if it cannot be moved to its place. Of several hosts the first keeps it, and they can go on
+    with no other: then raises UserError.
     """
     if not hosts.is_first():
-        return
+        return True
     place.folder.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
     backbone = {name: leaves for name, leaves in variables["params"].items() if name != "distill_adapter"}
@@ -141,8 +144,13 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
     except OSError as error:
         if _about(place.folder) is None:
             raise OSError(f"the trained teacher lies in {part}: it could not be moved to {place.folder}") from error
+        ours, theirs = (checkpoint.digest(folder / "checkpoint") for folder in (part, place.folder))
         shutil.rmtree(part)
-        logger.warning("%s was there already; this run goes on with the teacher it trained itself", place.folder)
+        if ours != theirs and jax.process_count() > 1:
+            raise UserError(f"another run has left a teacher in {place.folder} meanwhile, with other values: move it "
+                            "away and go on with --resume") from error
+        return ours == theirs
+    return True
 
 
 def _about(folder: pathlib.Path) -> dict[str, Any] | None:

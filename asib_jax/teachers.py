@@ -71,7 +71,7 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
             done[name] = train(recipe, nets, k, places[name], start[name], data, feed, record, reporter, snapshots)
         elif recipe.teachers[k].epochs and name not in done:
             raise UserError(f"{name} is no longer in {places[name].folder}, where this run found or left it: put it "
-                            "back")
+                            "back, or set the results_dir that it is in")
         if recipe.teachers[k].epochs and hosts.is_first():  # which alone has it on disk for certain
             record.confirm(f"kept/{name}", checkpoint.digest(places[name].folder / "checkpoint"),
                            f"{name} in {places[name].folder}")
@@ -133,7 +133,7 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
     step = feed.compile(steps.make_train_step(training.loss, training.tx, axis_name=axis), trains_convolutions=True,
                         donate_carry=True)
     examples, snapshot = feed.place(**split._asdict()), snapshots.take(name)
-    best = _Best(**snapshot.values["best"], variables=snapshot.arrays.get("best")) if snapshot else _Best()
+    best = _resumed_best(snapshot) if snapshot else _Best()
     current, frozen = _begin(recipe, training, variables, snapshot, feed)
     logger.info("%s: %s %s, trainable/total parameters %s/%s", name, "fine-tuning" if options.weights else "training",
                 options.name, f"{count_parameters(current.params):,}", f"{count_parameters(variables['params']):,}")
@@ -157,13 +157,16 @@ def train(recipe: Recipe, nets: Networks, k: int, place: Place, variables: dict[
         name=name, epochs=options.epochs, step=step, frozen=frozen, learning_rate=rate, calls=calls, after=after,
         controls=lambda epoch: controls_of(recipe, k, epoch), first_step=lambda: best.steps,
         bar=lambda epoch: reporter.epoch_bar(steps_per_epoch * batch_size, f"{name} {epoch + 1}/{options.epochs}"),
-        content=lambda current: _content(current, frozen, best), max_nonfinite_steps=recipe.max_nonfinite_steps),
-        current, snapshots, snapshot)
+        content=lambda current: _content(current, frozen, best), max_nonfinite_steps=recipe.max_nonfinite_steps,
+        snapshot_at_end=True), current, snapshots, snapshot)
     logger.info("%s: %s trained on %d images in %.0f s, best in epoch %d: %.2f %% on validation", name, options.name,
                 len(split.label), time.perf_counter() - start, best.epoch + 1, 100 * best.accuracy)
-    teacher_store.save(place, options.weights, best.variables, split,
-                       {"validation_accuracy": best.accuracy, "epoch": best.epoch + 1})
-    return best.variables
+    measured = {"validation_accuracy": best.accuracy, "epoch": best.epoch + 1}
+    if teacher_store.save(place, options.weights, best.variables, split, measured):
+        return best.variables
+    logger.warning("%s was there already, of another run: this one goes on with that teacher", place.folder)
+    kept = teacher_store.load(place, split)
+    return _whole(pretrained.fit_variables(kept, variables, model.architecture), place.folder)
 
 
 def _begin(recipe: Recipe, training: Training, variables: dict[str, Any], snapshot: Snapshot | None, feed: Feed
@@ -174,6 +177,11 @@ def _begin(recipe: Recipe, training: Training, variables: dict[str, Any], snapsh
     current, frozen = state.begin(whole, training.mask, training.trained_stats, training.tx,
                                   snapshot.arrays["opt_state"] if snapshot else None, recipe.compute_dtype)
     return parallel.replicate((state.with_loss_scale(current, snapshot and snapshot.arrays), frozen), feed.devices)
+
+
+def _resumed_best(snapshot: Snapshot) -> "_Best":
+    held = snapshot.arrays.get("best")
+    return _Best(**snapshot.values["best"], variables=held and {"batch_stats": {}, **held})  # {}: without BatchNorm
 
 
 def _content(current: TrainState, frozen: Variables, best: "_Best") -> tuple[dict[str, Any], dict[str, Any]]:

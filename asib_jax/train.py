@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from asib_jax import (a_step, b_step, build, checkpoint, checks, device_check, finished, hosts, overlap, parallel,
-                      provenance, teachers)
+                      provenance, teachers, weights)
 from asib_jax.data.sources import Split
 from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
@@ -32,40 +32,52 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
 
     last: the snapshot to go on from. Raises Interrupted after a signal, with a snapshot that holds all that was done.
     """
-    described = provenance.describe(recipe, inputs.data, inputs.feed.devices)
-    if last:
-        note_changes(record, described)
-    record.about |= described
-    record.go_on_from(last.metrics if last else {})
+    hosts.same_everywhere({"the snapshot to go on from": last.number if last else 0})
+    with Stop() as stop:
+        described = provenance.describe(recipe, inputs.data, inputs.feed.devices)
+        if last:
+            note_changes(recipe, record, described)
+        record.about |= described
+        try:
+            record.go_on_from(last.metrics if last else {})
+            with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
+                          profile_steps=recipe.profile_steps, config=record.config,
+                          purge_from=last.values.get("epochs", 0) + 1 if last else 0) as reporter:
+                snapshots = Snapshots(record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps,
+                                      last=last)
+                try:
+                    summary = train(recipe, inputs, record, reporter, snapshots)
+                finally:
+                    snapshots.close()
+        except BaseException as error:
+            _record_end(record, error)
+            raise
+        record.finish("finished", summary)
+        snapshots.remove()
+
+
+def _record_end(record: Record, error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+    logger.debug("%s: %s", status, error, exc_info=True)  # into log.txt; the console has it of the command line
     try:
-        with Stop() as stop, Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
-                                      profile_steps=recipe.profile_steps, config=record.config,
-                                      purge_from=last.values.get("epochs", 0) + 1 if last else None) as reporter:
-            snapshots = Snapshots(record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps,
-                                  last=last)
-            try:
-                summary = train(recipe, inputs, record, reporter, snapshots)
-            finally:
-                snapshots.close()
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         record.finish(status, {}, f"{type(error).__name__}: {error}")
-        logger.debug("%s: %s", status, error, exc_info=True)  # into log.txt; the console has it of the command line
-        raise
-    record.finish("finished", summary)
-    snapshots.remove()
+    except OSError as another:  # a full disk, perhaps the very one
+        logger.error("that the run was %s could not be recorded: %s", status, another)
 
 
-def note_changes(record: Record, now: dict[str, object]) -> None:
+def note_changes(recipe: Recipe, record: Record, now: dict[str, object]) -> None:
     """Warn where a run goes on with other code, packages or devices, and keep in its record what they were before.
 
-    Raises UserError for other data.
+    Raises UserError for other data, or as many devices as make other learning rates.
     """
     before = {key: record.about.get(key) for key in now}
     changed = [key for key in now if before[key] != now[key] and key != "data"]  # which is a path
     if "data_sha256" in changed:
         raise UserError(f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "
                         "SHA-256 of its splits differ")
+    if "devices" in changed and recipe.scale_lr_with_devices:
+        raise UserError(f"scale_lr_with_devices: the run {record.folder} began with {before['devices']} devices, here "
+                        f"are {now['devices']}, and every learning rate would be another; see num_devices")
     if changed:
         logger.warning("going on with another %s than before: bits may differ",
                        ", ".join(key.replace("_", " ") for key in changed))
@@ -107,12 +119,17 @@ def train(recipe: Recipe, inputs: build.Inputs, record: Record, reporter: Report
 def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: Record, reporter: Reporter,
            snapshots: Snapshots) -> tuple[Finished, Evaluator]:
     """Teachers ready, every stage, the control: what is finished then, and saved, and the evaluator of validation."""
+    if given := recipe.model.student.weights:
+        path = weights.locate(given, "model.student.weights", recipe.model.student.weights_sha256)
+        record.confirm("weights/student", weights.digest(path), f"model.student.weights={given!r}")
     student = build.init_student_and_fusion(recipe, nets, data.image_shape)  # before teachers: its errors come early
     ready = teachers.ready(recipe, nets, data, feed, record, reporter, snapshots)
     variables = Variables({**student.params, **ready.params}, {**student.batch_stats, **ready.batch_stats})
     run, variables = prepare(recipe, nets, data, feed, record, reporter, snapshots, variables)
     if snapshots.ahead.startswith("control/"):
         done = finished.load(record.folder, recipe, nets, data.image_shape)
+        if recipe.trains_teachers:
+            run.validation.read_teachers(parallel.replicate(done.variables, feed.devices))
     else:
         done = distilled(run, variables)
     if recipe.train_control and recipe.uses_teachers:
@@ -125,7 +142,7 @@ def distil(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record:
 def distilled(run: Run, variables: Variables) -> Finished:
     """What all stages come to, saved."""
     recipe, nets = run.recipe, run.nets
-    if recipe.trains_teachers:  # the table has them as the A-Steps leave them
+    if recipe.trains_teachers and not run.snapshots.ahead:  # the table has them as the A-Steps leave them
         before = evaluator(recipe, nets, variables, run.data.test, "test", run.feed)
         counts = before.teacher_counts()
         run.log_scalars("before", {f"test_acc_{name}": counts[name] / before.count for name in nets.teacher_names})

@@ -37,12 +37,13 @@ def run() -> None:
     recipe = preparation.checked(CONFIG.value)
     idle = idle_keys.without_effect(recipe, recipes.read(base.get_config(profile)))
     warning = f"without effect in this run: {', '.join(idle)}" if idle else ""
-    if DRY_RUN.value:
-        if hosts.is_first():
-            print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning)), sep="\n")
-        return
     found = resume.find(recipe)
     hosts.same_everywhere({"the run to go on with": str(found)})
+    if DRY_RUN.value:
+        if hosts.is_first():
+            goes_on = f"goes on with {found}" if found else ""
+            print(*filter(None, (dry_run.text(recipe, plan.make(recipe)), warning, goes_on)), sep="\n")
+        return
     if found and experiment.read_about(found)["status"] == "finished":
         print(f"{found} has finished: there is nothing to go on with")
         return
@@ -53,7 +54,7 @@ def run() -> None:
         name = "_".join(filter(None, (pathlib.Path(path).stem, profile, str(recipe.seed))))
         record = Record.create(recipe.results_dir, name, recipe.exp_id, CONFIG.value.to_dict())
     logger = reporting.setup_logging(record.folder)
-    last = snapshots.last_whole(record.folder)
+    last = snapshots.last_whole(found) if found else None
     if warning:
         logger.warning(warning)
     parallel.keep_compiled(recipe.compilation_cache)

@@ -1,6 +1,7 @@
 """Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
 import hashlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +105,11 @@ def test_whatever_happens_to_a_file_is_noticed(whole, tmp_path, change):
         assert text == '{"epoch": 3}'  # a file that nothing depends on
         jax.tree.map(np.testing.assert_array_equal, restored, intact)
     assert noticed >= 2
+
+
+def test_threads_do_not_disturb_each_other(tmp_path):
+    """A run saves its student while a thread writes a snapshot."""
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: checkpoint.save(tmp_path / str(number), {"w": np.full(3, number)}), range(12)))
+    for number in range(12):
+        np.testing.assert_array_equal(checkpoint.restore(tmp_path / str(number))["w"], np.full(3, number))

@@ -101,9 +101,8 @@ results, processes, rows = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.
 
 def write(process):
     for row in range(rows):
-        record = Record(results / f"{process}-{row}", "name", {"seed": row})
-        record.folder.mkdir()
-        for key in range(5):
+        record = Record.create(results, "name", f"{process}-{row}", {"seed": row})
+        for key in range(2):
             record.log(f"{key}", "x" * 5000)
             record.save()
         record.finish("finished", {f"column{process}": row, "long": f"{process}," * 300})

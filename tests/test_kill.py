@@ -38,21 +38,24 @@ def lines_of(results):
     return path.read_text().splitlines() if path.exists() else []
 
 
+def begin(results, programs, changes, *flags, until=""):
+    """The process, once it has written a line with `until` into the log, or has ended."""
+    before, process = len(lines_of(results)), start(results, programs, changes, *flags)
+    while not any(until in line for line in lines_of(results)[before:]) and process.poll() is None:
+        time.sleep(0.02)
+    return process
+
+
 def to_the_end(results, programs, changes, *flags):
     """The seconds between the first line of the log and the end."""
-    before, process = len(lines_of(results)), start(results, programs, changes, *flags)
-    while len(lines_of(results)) == before and process.poll() is None:
-        time.sleep(0.02)
-    begun = time.monotonic()
+    process, begun = begin(results, programs, changes, *flags), time.monotonic()
     assert process.wait() == 0, pathlib.Path(f"{results}.log").read_text()[-3000:]
     return time.monotonic() - begun
 
 
-def killed(results, programs, changes, delay, *flags):
-    """Whether SIGKILL came `delay` seconds after the first line of the log, or the run had ended by then."""
-    before, process = len(lines_of(results)), start(results, programs, changes, *flags)
-    while len(lines_of(results)) == before and process.poll() is None:
-        time.sleep(0.02)
+def killed(results, programs, changes, delay, *flags, until=""):
+    """Whether SIGKILL came `delay` seconds after that line of the log, or the run had ended by then."""
+    process = begin(results, programs, changes, *flags, until=until)
     try:
         assert process.wait(delay) == 0, pathlib.Path(f"{results}.log").read_text()[-3000:]
         return False
@@ -73,15 +76,14 @@ def untouched(tmp_path_factory, programs):
 
 
 def test_killed_five_times_a_run_ends_as_if_it_had_not_been(untouched, programs, tmp_path):
-    """Each life is a random share of the whole, and begins at the last snapshot of the one before."""
+    """Each life lasts for an epoch and a random share of the whole, and begins at the last snapshot of the one before."""
     whole, seconds = untouched
     results, draw = tmp_path / "results", random.Random(0)
     flags, parts = (), []
     for _ in range(5):
-        assert killed(results, programs, SHORT, draw.uniform(0.05, 0.25) * seconds, *flags)
+        assert killed(results, programs, SHORT, draw.uniform(0, 0.15) * seconds, *flags, until="epoch")
         assert experiment.read_about(results / "run")["status"] == "running"  # nobody could write anything else
-        last = snapshots.last_whole(results / "run")
-        parts.append(last.part if last else "")
+        parts.append(snapshots.last_whole(results / "run").part)
         flags = ("--resume",)
     to_the_end(results, programs, SHORT, "--resume")
     assert_same(whole, results)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from asib_jax import build, checkpoint, experiment, recipe as recipes, resume, snapshots, train, typed_groups
+from asib_jax import build, checkpoint, experiment, recipe as recipes, resume, snapshots, teachers, train, typed_groups
 from asib_jax.errors import UserError
 from asib_jax.experiment import Record
 from asib_jax.signals import Interrupted
@@ -63,7 +63,7 @@ class Watcher:
         self.seen, self.count = {}, 0
         offer = Snapshots.offer
 
-        def watched(snapshots_, part, epoch, tally, steps, content):
+        def watched(snapshots_, part, epoch, tally, steps, content, **options):
             self.count += 1
             if stops(part, epoch, tally["steps"], self.count):
                 signal.raise_signal(signal.SIGTERM)
@@ -73,7 +73,7 @@ class Watcher:
                 **{jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)},
                 "plain values": json.dumps([tally, values], sort_keys=True)}
-            offer(snapshots_, part, epoch, tally, steps, content)
+            offer(snapshots_, part, epoch, tally, steps, content, **options)
 
         patch.setattr(Snapshots, "offer", watched)
 
@@ -103,10 +103,12 @@ def run_to_the_end(recipe, record):
 
 CASES = {
     "float32": ("l3_tadapt", {}),
-    "bfloat16": ("l0_baseline", {"use_amp": True, "optimizer": "sgd"}),
+    "bfloat16": ("l0_baseline", {  # a teacher without BatchNorm whose training ends early
+        "use_amp": True, "optimizer": "sgd", "restore_best": False, "teacher2.name": "plain_teacher",
+        "teacher2.train_epochs": 4, "teacher2.early_stopping_patience": 1, "teacher2.early_stopping_min_delta": 0.9}),
     "float16": ("l4_full", {
         "use_amp": True, "amp_dtype": "float16", "use_partial_freeze": True, "student_freeze_level": (1, -1),
-        "train_control": False, "a_step_views": 2}),
+        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2}),
 }
 
 
@@ -200,6 +202,14 @@ def test_other_data_are_refused_and_the_same_may_have_moved(copy, finished, tmp_
     jax.tree.map(np.testing.assert_array_equal, finish(at("moved.npz"), run), finished)
 
 
+def test_rates_that_scale_with_devices_allow_no_other_number_of_them(copy):
+    recipe, run = copy
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"scale_lr_with_devices": True}))
+    with pytest.raises(UserError, match="scale_lr_with_devices: .* began with 1 devices, here are 2"):
+        finish(dataclasses.replace(recipe, num_devices=2, scale_lr_with_devices=True), run)
+
+
 def test_the_last_whole_snapshot_is_used(copy, caplog):
     """Of two, with a file of the newer one cut short; without any whole one there is nothing to go on from."""
     _, run = copy
@@ -209,7 +219,7 @@ def test_the_last_whole_snapshot_is_used(copy, caplog):
     cut(newer)
     last = snapshots.last_whole(run)
     assert (last.number, last.epoch) == (int(older.name), 0) and last.tally["steps"] < 10
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
     assert f"checkpoint {newer} is damaged" in warning and f"going on from the one before, {older}" in warning
     cut(older)
     with pytest.raises(UserError, match=f"(?s)no snapshot of {run} is whole: .*{newer.name}.*{older.name}"):
@@ -274,14 +284,7 @@ def test_the_newest_run_of_the_same_configuration_is_the_latest(interrupted, tmp
     assert resume.find(dataclasses.replace(recipe, seed=8)) is None and "none of the 3 runs" in caplog.text
 
 
-def with_key(run, folder, key, value):
-    """A folder with the configuration of a run, one key changed."""
-    config = json.loads((run / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    return folder
-
-
-def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted, tmp_path):
+def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):
     config, run = interrupted
     recipe = dataclasses.replace(recipes.read(config), resume=str(run))
     free = {"num_devices": 2, "tensorboard": True, "results_dir": "elsewhere", "checkpoint_minutes": 3.0,
@@ -292,9 +295,6 @@ def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted, t
         resume.find(dataclasses.replace(recipe, tau=3.0, teachers=(teacher, *recipe.teachers[1:])))
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
         "tau: 4.0 there, 3.0 here", "teacher1.finetune_lr: 0.0001 there, 0.5 here"]
-    scaled = dataclasses.replace(recipe, num_devices=2, scale_lr_with_devices=True)
-    other = with_key(run, tmp_path, "scale_lr_with_devices", True)
-    assert "num_devices: 1 there, 2 here" in resume.differences(other, scaled)
     for nowhere in (run.parent, run / "config.json", run / "absent"):
         with pytest.raises(UserError, match="is no run folder"):
             resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
@@ -344,3 +344,24 @@ def test_a_teacher_that_was_moved_away_is_missed(data_file, tmp_path, monkeypatc
     record, last = go_on(record)
     with pytest.raises(UserError, match="is no longer in .*put it back"):
         train.recorded(recipe, build.make_inputs(recipe), record, last)
+
+
+def test_a_run_that_dies_between_its_teachers_keeps_the_figures_of_the_first(data_file, tmp_path, monkeypatch):
+    """With no snapshot by time or steps."""
+    recipe = read_recipe("l0_baseline", data_file, **RUN | {"train_control": False, "student_epochs_per_stage": (1,)})
+    assert run_to_the_end(*begin(recipe, tmp_path / "untouched")) == 0
+    whole, train_teacher = (tmp_path / "dies"), teachers.train
+    recipe, record = begin(recipe, whole)
+    with monkeypatch.context() as patch:
+        def dies_in_the_second(recipe, nets, k, *rest):
+            if k:
+                raise ZeroDivisionError
+            return train_teacher(recipe, nets, k, *rest)
+
+        patch.setattr(teachers, "train", dies_in_the_second)
+        with pytest.raises(ZeroDivisionError):
+            train.recorded(recipe, build.make_inputs(recipe), record)
+    assert len(list((whole / "teachers").iterdir())) == 1
+    record, last = go_on(record)
+    train.recorded(recipe, build.make_inputs(recipe), record, last)
+    assert_same(tmp_path / "untouched", whole)

@@ -445,7 +445,7 @@ def test_run_from_stored_views_is_the_run_that_streams_them(data_file, tmp_path)
 def test_control_is_the_run_of_labels_alone(whole, data_file, tmp_path):
     """`train_control` of the fusion run and a run of ce_only: bitwise the same last and best student."""
     run = variant(whole.run, tmp_path, train_control=True)
-    control = train.train_control(run, epochs_before=8)
+    control = train.train_control(run)
     alone, variables = start(read_recipe("ce_only", data_file), tmp_path)
     _, progress = train.run_stages(alone, variables)
     assert same(control["control_last"], progress.last_student)

@@ -3,13 +3,16 @@ import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from asib_jax import recipe as recipes
 from asib_jax.models import MODELS
+from asib_jax.models.architecture import Architecture
 from asib_jax.recipe import Recipe
 from networks import convolutions, make_split
 
@@ -25,11 +28,24 @@ SMALL = {
 }
 
 
+class Plain(nn.Module):
+    """A stage of one convolution, without BatchNorm."""
+
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, *, train, dropout_keys=None):
+        return nn.relu(nn.Conv(8, (3, 3), 2, dtype=self.dtype, name="conv")(x))
+
+
 @contextlib.contextmanager
 def tiny_networks() -> Iterator[None]:
-    """The names "tiny" and "tiny_teacher" among MODELS."""
+    """The names "tiny", "tiny_teacher" and "plain_teacher" among MODELS."""
+    networks = {"tiny": convolutions(8, 8, 8), "tiny_teacher": convolutions(8, 16),
+                "plain_teacher": Architecture((("stage0", Plain),), 8)}
     with pytest.MonkeyPatch.context() as patch:
-        for name, network in {"tiny": convolutions(8, 8, 8), "tiny_teacher": convolutions(8, 16)}.items():
+        for name, network in networks.items():
             patch.setitem(MODELS, name, lambda small_input, network=network: network)
         yield
 
