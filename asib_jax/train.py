@@ -32,7 +32,6 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
 
     last: the snapshot to go on from. Raises Interrupted after a signal, with a snapshot that holds all that was done.
     """
-    hosts.same_everywhere({"the snapshot to go on from": last.number if last else 0})
     with Stop() as stop:
         described = provenance.describe(recipe, inputs.data, inputs.feed.devices)
         if last:
@@ -40,6 +39,7 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
         record.about |= described
         try:
             record.go_on_from(last.metrics if last else {})
+            hosts.same_everywhere({"the snapshot to go on from": last.number if last else 0})
             with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
                           profile_steps=recipe.profile_steps, config=record.config,
                           purge_from=last.values.get("epochs", 0) + 1 if last else 0) as reporter:

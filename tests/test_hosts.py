@@ -124,8 +124,10 @@ def test_a_signal_to_one_host_stops_all_and_they_go_on(launch, tmp_path):
 
 
 def test_hosts_that_disagree_stop(launch, tmp_path):
-    """Another seed on the second: both name it, and there is no result."""
-    for number, (status, told) in enumerate(ends(launch("results", ({}, True), ({"seed": 5}, True)))):
+    """Another seed on the second: both name it, and there is no result. Of a run without `exp_id`, whose folder the
+    second does not know."""
+    for number, (status, told) in enumerate(ends(launch("results", ({"exp_id": ""}, True),
+                                                        ({"exp_id": "", "seed": 5}, True)))):
         assert status == 2
         assert f"seed is not the same on host 1 as on host 0 (here {5 * number})" in told
     assert row(tmp_path / "results")["status"] == "failed"

@@ -344,6 +344,7 @@ def test_a_control_that_fails_takes_nothing_along(data_file, tmp_path, monkeypat
     with pytest.raises(RuntimeError):
         train.recorded(recipe, build.make_inputs(recipe), record)
     assert finished.load_students(record.folder).keys() == {"last", "best"}
-    assert {path.name for path in (record.folder / "checkpoints").iterdir()} == {"final", "stage1_last", "stage1_best"}
+    assert {path.name for path in (record.folder / "checkpoints").iterdir()} == {
+        "final", "stage1_last", "stage1_best", "snapshots"}
     assert "student, last" in train.evaluate_run(record.folder)
     assert ",failed," in (tmp_path / "summary.csv").read_text()
