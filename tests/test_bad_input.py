@@ -291,7 +291,7 @@ def _data_files(folder: pathlib.Path) -> None:
 
 
 def _weights_files(folder: pathlib.Path) -> None:
-    for name, network, classes in (("resnet14", "resnet14", 10), ("seven", "resnet8", 7)):
+    for name, network, classes in (("resnet14", "resnet14", 10), ("resnet8", "resnet8", 10), ("seven", "resnet8", 7)):
         model = KDModel(models.MODELS[network](True), classes, (0.3,), (0.4,))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
         np.savez(folder / f"{name}.npz", **pretrained.export_weights(random_values(shapes), model.architecture))
@@ -346,8 +346,9 @@ def test_enough_cases():
 def test_what_is_right_begins(files, compiled, tmp_path):
     """Without the change, or with files that fit; a program is seen where one is compiled."""
     programs = compiled()
-    for changes in ({}, npz("good"), NO_TEACHERS | {"platform": jax.default_backend(), "num_devices": 2},
-                    FINETUNED | {"teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}):
+    given = {"platform": jax.default_backend(), "num_devices": 2, "model.student.weights": "FILES/resnet8.npz",
+             "teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}
+    for changes in ({}, npz("good") | STUDENT | FINETUNED | given):
         record = begin(config_of(changes | {"results_dir": str(tmp_path)}, files))
         assert json.loads((record.folder / "config.json").read_text())["seed"] == 0
     assert compiled() == programs
