@@ -83,11 +83,16 @@ CASES = [
     ({"results_dir": "FILES/file/below"}, "results_dir=", "Not a directory"),
     ({"results_dir": "/proc/results"}, "results_dir='/proc/results'", "no run can be recorded there"),
     ({"teacher_cache": "FILES/file/below"}, "teacher_cache=", "/file is no folder"),
+    ({"results_dir": "~nobodyhere/runs"}, "results_dir='~nobodyhere/runs'", "home directory"),
+    ({"resume": "~nobodyhere/run"}, "resume='~nobodyhere/run'", "home directory"),
+    ({"teacher_cache": "~nobodyhere/x"}, "teacher_cache='~nobodyhere/x'", "home directory"),
     # data
     ({"dataset.name": "cifar10"}, "dataset.name='cifar10'", "cifar100, digits"),
     ({"dataset.path": A_FILE}, "dataset.path=", "scikit-learn"),
     ({"dataset.name": "npz"}, "dataset.path", "x_train"),
     (npz("missing"), "dataset.path", "missing.npz", "does not exist"),
+    (npz("good") | {"dataset.path": "~nobodyhere/x.npz"}, "dataset.path='~nobodyhere/x.npz'", "home directory"),
+    ({"dataset.name": "cifar100", "dataset.data_dir": "~nobodyhere"}, "dataset.data_dir='~nobodyhere'", "home directory"),
     (npz("text"), "text.npz", "not an .npz"),
     (npz("empty"), "empty.npz", "not an .npz"),
     (npz("cut"), "cut.npz", "not an .npz"),
@@ -140,6 +145,7 @@ CASES = [
     ({"teacher1.weights": "no.npz", "teacher1.train_epochs": 0}, "teacher1.weights='no.npz'", "does not exist"),
     ({"model.student.name": "resnet8", "model.student.weights": "no.npz"}, "model.student.weights='no.npz'",
      "does not exist"),
+    (GIVEN | {"teacher1.weights": "~nobodyhere/w.npz"}, "weights='~nobodyhere/w.npz'", "home directory"),
     (GIVEN | {"teacher1.weights": A_FILE}, "teacher1.weights=", ".safetensors, .npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.npz"}, "teacher1.weights=", "cannot read weights", "text.npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.safetensors"}, "teacher1.weights=", "cannot read weights"),
@@ -343,13 +349,15 @@ def test_enough_cases():
     assert len(CASES) >= 60 and len({str(case) for case in CASES}) == len(CASES)
 
 
-def test_what_is_right_begins(files, compiled, tmp_path):
-    """Without the change, or with files that fit; a program is seen where one is compiled."""
+def test_what_is_right_begins(files, compiled, tmp_path, monkeypatch):
+    """Without the change, or with files that fit; a program is seen where one is compiled. A ~ is the home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     programs = compiled()
     given = {"platform": jax.default_backend(), "num_devices": 2, "model.student.weights": "FILES/resnet8.npz",
              "teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}
     for changes in ({}, npz("good") | STUDENT | FINETUNED | given):
-        record = begin(config_of(changes | {"results_dir": str(tmp_path)}, files))
+        record = begin(config_of(changes | {"results_dir": "~/runs"}, files))
+        assert record.folder.parent == tmp_path / "runs"
         assert json.loads((record.folder / "config.json").read_text())["seed"] == 0
     assert compiled() == programs
     jax.block_until_ready(jax.jit(lambda x: x * 12345.678 + len(str(tmp_path)))(jnp.ones(3)))

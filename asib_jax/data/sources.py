@@ -14,6 +14,7 @@ from asib_jax.data import archives, cifar100
 from asib_jax.data.archives import Arrays, Found
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
+from asib_jax.paths import expanded
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BLOCK_BYTES = 16 << 20
@@ -113,13 +114,13 @@ def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
     """
     if name not in SOURCES:
         raise UserError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "dataset.data_dir")
     arrays, origin = SOURCES[name](_existing(path), folder)
     return _checked(name, arrays, origin)
 
 
 def _existing(path: str) -> Path | None:
-    given = Path(path).expanduser() if path else None
+    given = expanded(path, "dataset.path") if path else None
     if given and not given.exists():
         raise UserError(f"dataset.path = {path!r} does not exist")
     return given
