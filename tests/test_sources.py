@@ -110,8 +110,28 @@ def test_imagenet32_joins_batches_in_numerical_order(tmp_path, monkeypatch, map_
     np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
     with pytest.raises(ValueError, match=r"train_data_batch_2\.npz: data must have shape \[N,3072\], found \[2, 192\]"):
         load("imagenet32", path=str(tmp_path))
+    (tmp_path / "train_data_batch_1_copy.npz").touch()
+    with pytest.raises(UserError, match="train_data_batch_1_copy.npz, which is no train_data_batch_NUMBER.npz"):
+        load("imagenet32", path=str(tmp_path))
+    (tmp_path / "train_data_batch_1_copy.npz").unlink()
     (tmp_path / "val_data.npz").unlink()
     with pytest.raises(ValueError, match=r"dataset\.path.*val_data\.npz"):
+        load("imagenet32", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("labels, message", [
+    (np.array(["1", "2", "3"]), r"integers \[3\], one per image; found <U1 \[3\]"),
+    (np.array(3), r"integers \[3\], one per image; found int64 \[\]"),
+    (np.ones((3, 1), int), r"found int64 \[3, 1\]"),
+    (np.ones(3), "found float64"),
+    (np.array([1, 0, 2], np.uint8), r"1\.\.1000; found 0\.\.2"),  # 0 - 1 would be 255
+    (np.array([1, 2, 2**32 + 1]), r"1\.\.1000; found 1\.\.4294967297"),
+])
+@pytest.mark.parametrize("name", ["train_data_batch_2", "val_data"])
+def test_imagenet32_names_the_file_of_wrong_labels(tmp_path, name, labels, message):
+    for part in ("train_data_batch_1", "train_data_batch_2", "val_data"):
+        np.savez(tmp_path / f"{part}.npz", data=rows(small(3, 0)[0]), labels=labels if part == name else np.ones(3, int))
+    with pytest.raises(UserError, match=rf"{name}\.npz: labels must .*{message}"):
         load("imagenet32", path=str(tmp_path))
 
 

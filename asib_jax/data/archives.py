@@ -232,6 +232,21 @@ def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
     }
 
 
+def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N,32,32,3] and labels int32 [N], 0..999, of a file of downsampled ImageNet (Chrabaszcz et al. 2017).
+
+    Raises OSError if it cannot be opened, UserError naming it if it is malformed.
+    """
+    part = read_npz(path, ("data", "labels"), mapped=True)
+    images, labels = channels_last(part["data"], f"{path}: data"), part["labels"]
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(f"{path}: labels must be integers [{len(images)}], one per image; "
+                        f"found {labels.dtype} {list(labels.shape)}")
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
+        raise UserError(f"{path}: labels must lie in 1..1000; found {labels.min()}..{labels.max()}")
+    return images, labels.astype(np.int32) - 1
+
+
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:
     """[N,3072] rows stored channel by channel -> [N,32,32,3], a view.
 

@@ -1,6 +1,7 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -197,17 +198,17 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
     """Downsampled ImageNet (Chrabaszcz et al. 2017), 32x32, as published in .npz files; its validation set is our test
     split, and its labels 1..1000 become 0..999."""
     source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
-    batches = sorted(source.glob("train_data_batch_*.npz"), key=lambda file: int(file.stem.rpartition("_")[2]))
+    batches = list(source.glob("train_data_batch_*.npz"))
+    if others := [file.name for file in batches if not re.fullmatch(r"train_data_batch_\d+", file.stem)]:
+        raise UserError(f"dataset.path = {str(source)!r} holds {', '.join(others)}, which is no "
+                        "train_data_batch_NUMBER.npz: move it away")
+    batches.sort(key=lambda file: int(file.stem.rpartition("_")[2]))
     if not batches or not (source / "val_data.npz").is_file():
         raise UserError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
     arrays = {"class_names": np.arange(1000).astype(str)}
     for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
-        images, labels = [], []
-        for file in files:
-            part = archives.read_npz(file, ("data", "labels"), mapped=True)
-            images.append(archives.channels_last(part["data"], f"{file}: data"))
-            labels.append(part["labels"])
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels) - 1
+        images, labels = map(list, zip(*map(archives.read_imagenet32, files)))
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels)
     return arrays, str(source)
 
 
