@@ -38,7 +38,7 @@ class _Tensor(NamedTuple):
 
 def _rebuild_tensor(key: str, offset: int, size: tuple, stride: tuple, requires_grad: Any, hooks: Any) -> _Tensor:
     """A tensor with PyTorch's lazy negation or conjugation has a seventh argument, which fails."""
-    if len(size) > _MOST_AXES or len(size) != len(stride):  # asked first: a pickle may give long ones any number of times
+    if len(size) > _MOST_AXES or len(size) != len(stride):  # first: a pickle may give long ones often
         raise ValueError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
     numbers = (offset, *size, *stride)
     if not isinstance(key, str) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):

@@ -92,7 +92,7 @@ CASES = [
     ({"dataset.name": "npz"}, "dataset.path", "x_train"),
     (npz("missing"), "dataset.path", "missing.npz", "does not exist"),
     (npz("good") | {"dataset.path": "~nobodyhere/x.npz"}, "dataset.path='~nobodyhere/x.npz'", "home directory"),
-    ({"dataset.name": "cifar100", "dataset.data_dir": "~nobodyhere"}, "dataset.data_dir='~nobodyhere'", "home directory"),
+    ({"dataset.name": "cifar100", "dataset.data_dir": "~nobodyhere"}, "dataset.data_dir='~nobodyhere'", "home"),
     (npz("text"), "text.npz", "not an .npz"),
     (npz("empty"), "empty.npz", "not an .npz"),
     (npz("cut"), "cut.npz", "not an .npz"),
