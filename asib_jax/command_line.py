@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from asib_jax import hosts
 from asib_jax.errors import UserError
@@ -20,8 +20,12 @@ _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an err
 
 def run(main: Callable[[], None]) -> None:
     """Read the flags, do `main` and leave the process with a status from above, its error told on stderr."""
+    def quietly(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
+        main()
+
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(quietly, flags_parser=_parse)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(tell(error))
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import absl.logging
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -32,7 +31,6 @@ jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 
 
 def main() -> None:
-    absl.logging.set_verbosity(absl.logging.WARNING)
     if VS_TORCH.value:  # or jax takes three quarters of a GPU, and PyTorch has to do with the rest
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.getLogger("asib_jax.benchmark").setLevel(logging.INFO)  # its progress alone

@@ -474,6 +474,14 @@ def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error):
     assert ("Traceback" in ended.stderr) == bool(flags) and ("--verbose" in ended.stderr) == (status == 1)
 
 
+def test_what_libraries_say_is_shown_from_warnings_on():
+    """As jax does, through absl, of every kind of device that is not here."""
+    program = ("from absl import logging; from asib_jax import command_line; "
+               "command_line.run(lambda: (logging.info('of no use'), logging.warning('of use')))")
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "of use" in ended.stderr and "of no use" not in ended.stderr
+
+
 IN_TMPFS = """mount -t tmpfs -o size=300k tmpfs "$0" && mkdir "$0/earlier"
 head -c "$1" /dev/urandom > "$0/earlier/file"; before=$(sha256sum "$0/earlier/file"); shift; "$@"; status=$?
 [ "$before" = "$(sha256sum "$0/earlier/file")" ] && ls -A "$0" && cat "$0/summary.csv"; exit $status"""
