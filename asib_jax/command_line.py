@@ -66,7 +66,9 @@ def _parse(argv: list[str]) -> list[str]:
         others = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS["config"].value, "items")  # one that was not found fails when it is asked for anything
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not _in_config(error):  # --help ends so
+            raise
         raise UserError(_explained(error, argv)) from error
     if others:
         raise UserError(f"unexpected arguments {others}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE")
@@ -80,11 +82,22 @@ def _explained(error: Exception, argv: list[str]) -> str:
         chain.append(deeper)
     file = "--config=" + next((arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])
                                if arg.lstrip("-").partition("=")[0] == "config"), "")
+    if file.endswith(".json"):
+        return (f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
+                "started with, and --config.resume=RUN")
+    if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", _line(error)):
+        key = f"{group[1]}." + {"schedule": "type", "model": "student.name"}.get(group[1], "name")
+        return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
+    if file != "--config=" and _line(error).startswith("flag --config=None:"):
+        return f"{file}: its get_config returned None; it has to return the config"
     for one in chain:
         if place := _in_config(one):
             return f"{file}: {type(one).__name__}: {_line(getattr(one, 'msg', one))} ({place})"
     for one in chain:
         if isinstance(one, KeyError):  # its text names the nearest key, where one is near
+            if teacher := re.match(r"'(teacher\d+)'", _line(one)):
+                return (f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
+                        f"config.{teacher[1]} = ConfigDict(config.teacher1)")
             return f"unknown key in {file}: {_line(one)}"
     if isinstance(error, OSError):
         return f"{file}: {str(error).splitlines()[-1].strip()}"

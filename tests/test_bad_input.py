@@ -418,6 +418,12 @@ PROCESSES = [
     ("main", ["--config=missing.py", "--config.seed=1"], "--config=missing.py", "No such file"),
     ("main", ["--config=configs/l2_cccp.py:tiny"], "l2_cccp.py:tiny", "'tiny'", "['', 'digits', 'small']"),
     ("main", ["--config=FILES/wrong.py"], "NameError", "name 'digits' is not defined", "/wrong.py, line 2"),
+    ("main", ["--config=FILES/none.py"], "none.py", "returned None"),
+    ("main", ["--config=FILES/exits.py"], "exits.py: SystemExit: no data today", "/exits.py, line 2"),
+    ("main", ["--config=FILES/results/earlier/config.json"], "a config is a .py file", "--config.resume=RUN"),
+    ("main", [DIGITS, "--config.dataset=npz"], "dataset is a group of keys; set dataset.name"),
+    ("main", [DIGITS, "--config.teacher1=resnet20"], "teacher1 is a group of keys; set teacher1.name"),
+    ("main", [DIGITS, "--config.teacher3.name=resnet20"], "'teacher3'; teachers are added in a config file"),
     ("main", [DIGITS, "seed=1"], "['seed=1']", "--config.KEY=VALUE"),
     ("main", [], "--config"),
     ("main", [DIGITS, "--config.dataset.name=npz", "--config.dataset.path=FILES/label_above.npz"], "y_test", "0..9"),
@@ -425,6 +431,7 @@ PROCESSES = [
     ("main", [DIGITS, "--coordinator=there", "--processes=2"], "--coordinator=there", "HOST:PORT"),
     ("evaluate", ["--run=FILES/results/nothing"], "results/nothing", "is no run folder"),
     ("export", ["--run=FILES/results/nothing", "--format=onnx"], "--format=onnx", "safetensors"),
+    ("benchmark", [DIGITS, "--synthetic", "--json=FILES/nowhere/x.json"], "--json=", "nowhere is no folder"),
     ("benchmark", [DIGITS, "--config.kd_target=mean"], "kd_target='mean'", "'weighted_conf'"),
     ("check_devices", ["--expect=64"], "--expect=64", "jax sees 1"),
 ]
@@ -444,6 +451,8 @@ def errors(told: subprocess.CompletedProcess) -> list[str]:
                          ids=[f"{case[0]}-{k}" for k, case in enumerate(PROCESSES)])
 def test_a_script_says_so_once(script, arguments, words, files):
     (files / "wrong.py").write_text("def get_config(profile=''):\n    return digits\n")
+    (files / "none.py").write_text("def get_config(profile=''):\n    pass\n")
+    (files / "exits.py").write_text("import sys\nsys.exit('no data today')\n")
     given = [argument.replace("FILES", str(files)) for argument in arguments]
     if script == "main" and DIGITS in given:
         given.append(f"--config.results_dir={files / 'results'}")
