@@ -45,7 +45,7 @@ def test_copies_are_counted_in_the_log_too(caplog):
 
 
 @pytest.mark.parametrize("test, level", [(TEST, "WARNING"), (split(0, (5, 1), (7, 0)), "WARNING"),  # in validation
-                                         (split(0, (7, 0), (8, 1)), "INFO")])  # which shares colour 4 with training
+                                         (split(0, (7, 0), (8, 1)), "INFO")])  # though validation shares one with training
 def test_copies_of_test_images_are_a_warning(caplog, test, level):
     with caplog.at_level(logging.INFO, "asib_jax"):
         overlap.check(data(test=test))
