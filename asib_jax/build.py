@@ -58,14 +58,15 @@ class Rows(NamedTuple):
 
 
 def load_data(recipe: Recipe) -> Data:
-    """The splits of SPEC 7, fixed by the seed. Errors: those of `sources.load` and `divide`."""
+    """The splits of SPEC 7, fixed by the seed. UserError for what `sources.load` and `divide` raise."""
     options = recipe.dataset
     try:
         dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
-    except UserError as error:
-        error.add_note(f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
-                       f"dataset.data_dir={options.data_dir!r}")
-        raise
+    except (UserError, OSError) as error:  # OSError: of a file that cannot be opened or read
+        told = UserError(str(error))
+        told.add_note(f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
+                      f"dataset.data_dir={options.data_dir!r}")
+        raise told from error
     parts = [dataset.train.take(rows) for rows in divide(recipe, dataset.train.label)]
     return Data(*parts, dataset.test, dataset.num_classes, dataset.origin)
 

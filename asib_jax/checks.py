@@ -9,6 +9,7 @@ from asib_jax import device_check, freezing, losses, models, parallel, schedules
 from asib_jax.data.augment import POLICIES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
+from asib_jax.paths import expanded
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
 from asib_jax.typed_groups import flat
 
@@ -35,8 +36,6 @@ _CHOICES = {
     "feat_kd_key": ("", "distill_feat", "feat_2d"), "platform": ("", "gpu", "cpu"),
 }
 _INT_LIMIT = 2**31  # steps, rows and seeds are 32 bits wide on devices
-
-
 _IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are named so
 
 
@@ -99,7 +98,7 @@ def _check_run(recipe: Recipe) -> None:
              f"exp_id={recipe.exp_id!r} is not the run of resume={recipe.resume!r}; leave one of them empty")
     _require(not recipe.wandb or importlib.util.find_spec("wandb") is not None,
              f"wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to \"\"")
-    cache = Path(recipe.teacher_cache).expanduser()
+    cache = expanded(recipe.teacher_cache, "teacher_cache")
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     _require(not recipe.teacher_cache or (there.is_dir() and os.access(there, os.W_OK)),
              f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name another, or none")

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from asib_jax import hosts
 from asib_jax.errors import UserError
@@ -20,8 +20,12 @@ _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an err
 
 def run(main: Callable[[], None]) -> None:
     """Read the flags, do `main` and leave the process with a status from above, its error told on stderr."""
+    def quietly(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
+        main()
+
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(quietly, flags_parser=_parse)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(tell(error))
 
@@ -62,7 +66,9 @@ def _parse(argv: list[str]) -> list[str]:
         others = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS["config"].value, "items")  # one that was not found fails when it is asked for anything
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not _in_config(error):  # --help ends so
+            raise
         raise UserError(_explained(error, argv)) from error
     if others:
         raise UserError(f"unexpected arguments {others}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE")
@@ -76,11 +82,22 @@ def _explained(error: Exception, argv: list[str]) -> str:
         chain.append(deeper)
     file = "--config=" + next((arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])
                                if arg.lstrip("-").partition("=")[0] == "config"), "")
+    if file.endswith(".json"):
+        return (f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
+                "started with, and --config.resume=RUN")
+    if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", _line(error)):
+        key = f"{group[1]}." + {"schedule": "type", "model": "student.name"}.get(group[1], "name")
+        return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
+    if file != "--config=" and _line(error).startswith("flag --config=None:"):
+        return f"{file}: its get_config returned None; it has to return the config"
     for one in chain:
         if place := _in_config(one):
             return f"{file}: {type(one).__name__}: {_line(getattr(one, 'msg', one))} ({place})"
     for one in chain:
         if isinstance(one, KeyError):  # its text names the nearest key, where one is near
+            if teacher := re.match(r"'(teacher\d+)'", _line(one)):
+                return (f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
+                        f"config.{teacher[1]} = ConfigDict(config.teacher1)")
             return f"unknown key in {file}: {_line(one)}"
     if isinstance(error, OSError):
         return f"{file}: {str(error).splitlines()[-1].strip()}"

@@ -52,11 +52,16 @@ def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
 
 
 def read_recipe(folder: pathlib.Path) -> Recipe:
-    """The recipe of the run in `folder`. UserError if there is none."""
+    """The recipe of the run in `folder`. UserError if there is none, or one of a version with other keys."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is no run folder: {path.name} is missing")
-    return recipes.read(_read_json(path))
+    config = _read_json(path)
+    try:
+        return recipes.read(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
+                        "has its revision") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

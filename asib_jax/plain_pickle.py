@@ -1,6 +1,6 @@
 """Pickles as data: plain containers, text and numbers, and the few names of a format. Nothing else is looked up."""
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 _KEYS = (str, int, type(None))  # bool is an int
@@ -19,9 +19,15 @@ class Dictionary(dict):
     The hash of a tuple that holds a tuple, and so on a million times, which takes a megabyte, would end the process.
     """
 
-    def __init__(self, items: Iterable[tuple[Any, Any]] = ()):
+    def __init__(self, items: list | None = None):
+        """Of [key, value] pairs, and empties the list: a pickle may call this with one list any number of times."""
         super().__init__()
-        for key, value in items:
+        if items is None:
+            return
+        if not isinstance(items, list):
+            raise ValueError(f"a dictionary is made of a {type(items).__name__}")
+        taken, items[:] = list(items), []
+        for key, value in taken:
             self[key] = value
 
     def __setitem__(self, key: str | int | None, value: Any) -> None:
@@ -68,7 +74,7 @@ class Unpickler(pickle._Unpickler):
 
     def _load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(Dictionary(zip(items[::2], items[1::2], strict=True)))
+        self.append(Dictionary(list(zip(items[::2], items[1::2], strict=True))))
 
     def _load_build(self) -> None:
         """State goes only to objects whose class says what it does with it: functions and classes keep theirs."""

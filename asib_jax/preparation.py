@@ -1,19 +1,25 @@
 """What can be known to go wrong before a run leaves a trace: nothing here is compiled or written."""
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from asib_jax import build, checks, experiment, freezing, parallel, recipe as recipes, teacher_store, teachers, weights
 from asib_jax.build import Inputs
 from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.paths import expanded
 from asib_jax.recipe import Recipe
 
 
 def checked(config: Mapping[str, Any]) -> Recipe:
-    """The recipe of a configuration that this machine can run, as far as no data are read.
+    """The recipe of a configuration that this machine can run, as far as no data are read. A ~ is a home's path in it
+    where the run is written or looked for.
 
     Raises UserError for a key or a value that cannot be, for devices that are not here, or for a run that exists.
     """
     recipe = recipes.read(config)
+    homes = {key: str(expanded(path, key)) for key in ("results_dir", "resume")
+             if (path := getattr(recipe, key)).startswith("~")}
+    recipe = dataclasses.replace(recipe, **homes)
     if recipe.deterministic:
         parallel.be_deterministic()  # before the checks, which ask for devices
     checks.check(recipe)

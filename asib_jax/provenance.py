@@ -20,15 +20,12 @@ _CODE = ("asib_jax", "configs", "launch")
 def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """JSON-able values that, with the configuration, say what the run computes on which `devices`.
 
-    "data_sha256" is of each split's images and labels, in their order; "revision" and "uncommitted_changes" are of the
-    git repository that the package lies in, "" and None where there is none.
+    "data_sha256": see `data_digests`; "revision" and "uncommitted_changes" are of the git repository that the package
+    lies in, "" and None where there is none.
     """
-    digests = {name: images_digest(getattr(data, name)) for name in ("teacher_train", "validation", "test")}
-    whole = len(data.train.label) == len(data.teacher_train.label)
-    digests["train"] = digests["teacher_train"] if whole else images_digest(data.train)
     revision, changed = git_state(ROOT)
     return {
-        "seed": recipe.seed, "data": data.origin, "data_sha256": digests,
+        "seed": recipe.seed, "data": data.origin, "data_sha256": data_digests(data),
         "revision": revision, "uncommitted_changes": changed,
         "versions": {**device_check.versions(), "numpy": np.__version__},
         "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
@@ -36,6 +33,14 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
         "compute_dtype": recipe.compute_dtype, "matmul_precision": jax.config.jax_default_matmul_precision,
         "deterministic": recipe.deterministic, "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def data_digests(data: Data) -> dict[str, str]:
+    """SHA-256 of each split's images and labels, in their order, in hexadecimal."""
+    digests = {name: images_digest(getattr(data, name)) for name in ("teacher_train", "validation", "test")}
+    whole = len(data.train.label) == len(data.teacher_train.label)
+    digests["train"] = digests["teacher_train"] if whole else images_digest(data.train)
+    return digests
 
 
 def git_state(root: pathlib.Path, timeout: float = 5.0) -> tuple[str, bool | None]:

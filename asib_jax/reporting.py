@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 from tqdm import tqdm
 
@@ -43,7 +42,6 @@ def setup_logging(folder: str | os.PathLike) -> logging.Logger:
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-    absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells of every step of every save
     logger.propagate = False  # absl installs a root handler that would print everything twice
     return logger
 

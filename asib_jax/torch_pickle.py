@@ -20,6 +20,7 @@ _DTYPES = {name: np.dtype(dtype) for name, dtype in (
     ("FloatStorage", np.float32), ("DoubleStorage", np.float64), ("HalfStorage", np.float16),
     ("BFloat16Storage", ml_dtypes.bfloat16), ("LongStorage", np.int64), ("IntStorage", np.int32),
     ("ShortStorage", np.int16), ("CharStorage", np.int8), ("ByteStorage", np.uint8), ("BoolStorage", np.bool_))}
+_MOST_AXES = 32
 _WRAPPERS = ("state_dict", "model")  # what a checkpoint calls the state dict in it
 
 _CONVERT = """import torch, safetensors.torch
@@ -37,6 +38,8 @@ class _Tensor(NamedTuple):
 
 def _rebuild_tensor(key: str, offset: int, size: tuple, stride: tuple, requires_grad: Any, hooks: Any) -> _Tensor:
     """A tensor with PyTorch's lazy negation or conjugation has a seventh argument, which fails."""
+    if len(size) > _MOST_AXES or len(size) != len(stride):  # first: a pickle may give long ones often
+        raise ValueError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
     numbers = (offset, *size, *stride)
     if not isinstance(key, str) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a tensor's offset, sizes and strides in a storage are not whole numbers from 0 on")

@@ -12,7 +12,7 @@ from asib_jax import (a_step, b_step, build, checkpoint, checks, device_check, f
 from asib_jax.data.sources import Split
 from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
-from asib_jax.experiment import Record
+from asib_jax.experiment import Record, read_about
 from asib_jax.feed import Feed
 from asib_jax.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
@@ -244,10 +244,17 @@ def evaluator(recipe: Recipe, nets: Networks, variables: Variables, split: Split
 
 
 def evaluate_run(folder: pathlib.Path) -> str:
-    """The final table of the finished run in `folder`, computed anew from disk. Errors: those of `finished.load`."""
+    """The final table of the finished run in `folder`, computed anew from disk.
+
+    Raises UserError where the data are not those of the run, and the errors of `finished.load`.
+    """
     recipe = finished.read_recipe(folder)
     feed = Feed(tuple(parallel.run_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
     data = build.load_data(recipe)
+    theirs, ours = read_about(folder).get("data_sha256", {}), provenance.data_digests(data)
+    if changed := [split for split in ours if theirs.get(split) != ours[split]]:
+        raise UserError(f"{data.origin} is not the data of the run in {folder}: about.json there has another SHA-256 "
+                        f"of {', '.join(changed)}, or none; dataset.path in its config.json says where they were")
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
     return render(recipe, evaluate_finished(recipe, nets, data, feed, done))

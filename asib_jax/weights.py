@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from asib_jax import checkpoint, torch_pickle
 from asib_jax.data.archives import read_npz
 from asib_jax.errors import UserError
+from asib_jax.paths import expanded
 
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
 
@@ -29,12 +30,12 @@ def cached(weights: str) -> Path | None:
     Raises UserError if what follows "hf:" is no reference, or no file can be called so.
     """
     reference = _reference(weights)
+    path = expanded(weights, "weights") if reference is None else None
     try:
-        if reference is None:
-            path = Path(weights).expanduser()
+        if path is not None:
             return path if path.exists() else None
         found = try_to_load_from_cache(**reference)
-    except (ValueError, OSError, RuntimeError) as error:  # of huggingface_hub; a name too long; the home of nobody
+    except (ValueError, OSError) as error:  # of huggingface_hub; a name too long
         raise UserError(f"weights {weights!r}: {error}") from error
     return Path(found) if isinstance(found, str) else None  # else None, or a mark that the hub had no such file
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import absl.logging
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -32,7 +31,6 @@ jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
 
 
 def main() -> None:
-    absl.logging.set_verbosity(absl.logging.WARNING)
     if VS_TORCH.value:  # or jax takes three quarters of a GPU, and PyTorch has to do with the rest
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.getLogger("asib_jax.benchmark").setLevel(logging.INFO)  # its progress alone
@@ -40,13 +38,16 @@ def main() -> None:
     recipe = recipes.read(CONFIG.value)
     recipe = workloads.synthetic(recipe) if SYNTHETIC.value else recipe
     checks.check(recipe)
+    out = pathlib.Path(JSON.value)
+    if JSON.value and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise UserError(f"--json={JSON.value}: {out.parent} is no folder that can be written")
     rival = vs_torch(recipe) if VS_TORCH.value else None
     parallel.keep_compiled(recipe.compilation_cache)
     report = benchmark.measure(recipe, random=SYNTHETIC.value, seconds=SECONDS.value, rival=rival)
     report["config"] = ":".join(filter(None, (pathlib.Path(path).stem, profile)))
     print(benchmark.text(report))
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+        out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def vs_torch(recipe: recipes.Recipe) -> Callable:

@@ -5,7 +5,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from asib_jax import command_line, train
 
@@ -15,7 +15,6 @@ jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a restore
     print(train.evaluate_run(pathlib.Path(RUN.value)))
 
 

@@ -4,7 +4,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import flags, logging
+from absl import flags
 
 from asib_jax import command_line, export
 
@@ -15,7 +15,6 @@ OUT = flags.DEFINE_string("out", None, "The file; by default student.FORMAT in t
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a restore
     out = pathlib.Path(OUT.value) if OUT.value else None
     path, about = export.export(pathlib.Path(RUN.value), STUDENT.value, FORMAT.value, out)
     print(path, *(f"  {key}: {value}" for key, value in about.items()), sep="\n")

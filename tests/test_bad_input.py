@@ -83,11 +83,16 @@ CASES = [
     ({"results_dir": "FILES/file/below"}, "results_dir=", "Not a directory"),
     ({"results_dir": "/proc/results"}, "results_dir='/proc/results'", "no run can be recorded there"),
     ({"teacher_cache": "FILES/file/below"}, "teacher_cache=", "/file is no folder"),
+    ({"results_dir": "~nobodyhere/runs"}, "results_dir='~nobodyhere/runs'", "home directory"),
+    ({"resume": "~nobodyhere/run"}, "resume='~nobodyhere/run'", "home directory"),
+    ({"teacher_cache": "~nobodyhere/x"}, "teacher_cache='~nobodyhere/x'", "home directory"),
     # data
     ({"dataset.name": "cifar10"}, "dataset.name='cifar10'", "cifar100, digits"),
     ({"dataset.path": A_FILE}, "dataset.path=", "scikit-learn"),
     ({"dataset.name": "npz"}, "dataset.path", "x_train"),
     (npz("missing"), "dataset.path", "missing.npz", "does not exist"),
+    (npz("good") | {"dataset.path": "~nobodyhere/x.npz"}, "dataset.path='~nobodyhere/x.npz'", "home directory"),
+    ({"dataset.name": "cifar100", "dataset.data_dir": "~nobodyhere"}, "dataset.data_dir='~nobodyhere'", "home"),
     (npz("text"), "text.npz", "not an .npz"),
     (npz("empty"), "empty.npz", "not an .npz"),
     (npz("cut"), "cut.npz", "not an .npz"),
@@ -140,6 +145,7 @@ CASES = [
     ({"teacher1.weights": "no.npz", "teacher1.train_epochs": 0}, "teacher1.weights='no.npz'", "does not exist"),
     ({"model.student.name": "resnet8", "model.student.weights": "no.npz"}, "model.student.weights='no.npz'",
      "does not exist"),
+    (GIVEN | {"teacher1.weights": "~nobodyhere/w.npz"}, "weights='~nobodyhere/w.npz'", "home directory"),
     (GIVEN | {"teacher1.weights": A_FILE}, "teacher1.weights=", ".safetensors, .npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.npz"}, "teacher1.weights=", "cannot read weights", "text.npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.safetensors"}, "teacher1.weights=", "cannot read weights"),
@@ -291,7 +297,7 @@ def _data_files(folder: pathlib.Path) -> None:
 
 
 def _weights_files(folder: pathlib.Path) -> None:
-    for name, network, classes in (("resnet14", "resnet14", 10), ("seven", "resnet8", 7)):
+    for name, network, classes in (("resnet14", "resnet14", 10), ("resnet8", "resnet8", 10), ("seven", "resnet8", 7)):
         model = KDModel(models.MODELS[network](True), classes, (0.3,), (0.4,))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
         np.savez(folder / f"{name}.npz", **pretrained.export_weights(random_values(shapes), model.architecture))
@@ -343,12 +349,15 @@ def test_enough_cases():
     assert len(CASES) >= 60 and len({str(case) for case in CASES}) == len(CASES)
 
 
-def test_what_is_right_begins(files, compiled, tmp_path):
-    """Without the change, or with files that fit; a program is seen where one is compiled."""
+def test_what_is_right_begins(files, compiled, tmp_path, monkeypatch):
+    """Without the change, or with files that fit; a program is seen where one is compiled. A ~ is the home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     programs = compiled()
-    for changes in ({}, npz("good"), NO_TEACHERS | {"platform": jax.default_backend(), "num_devices": 2},
-                    FINETUNED | {"teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}):
-        record = begin(config_of(changes | {"results_dir": str(tmp_path)}, files))
+    given = {"platform": jax.default_backend(), "num_devices": 2, "model.student.weights": "FILES/resnet8.npz",
+             "teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}
+    for changes in ({}, npz("good") | STUDENT | FINETUNED | given):
+        record = begin(config_of(changes | {"results_dir": "~/runs"}, files))
+        assert record.folder.parent == tmp_path / "runs"
         assert json.loads((record.folder / "config.json").read_text())["seed"] == 0
     assert compiled() == programs
     jax.block_until_ready(jax.jit(lambda x: x * 12345.678 + len(str(tmp_path)))(jnp.ones(3)))
@@ -409,6 +418,12 @@ PROCESSES = [
     ("main", ["--config=missing.py", "--config.seed=1"], "--config=missing.py", "No such file"),
     ("main", ["--config=configs/l2_cccp.py:tiny"], "l2_cccp.py:tiny", "'tiny'", "['', 'digits', 'small']"),
     ("main", ["--config=FILES/wrong.py"], "NameError", "name 'digits' is not defined", "/wrong.py, line 2"),
+    ("main", ["--config=FILES/none.py"], "none.py", "returned None"),
+    ("main", ["--config=FILES/exits.py"], "exits.py: SystemExit: no data today", "/exits.py, line 2"),
+    ("main", ["--config=FILES/results/earlier/config.json"], "a config is a .py file", "--config.resume=RUN"),
+    ("main", [DIGITS, "--config.dataset=npz"], "dataset is a group of keys; set dataset.name"),
+    ("main", [DIGITS, "--config.teacher1=resnet20"], "teacher1 is a group of keys; set teacher1.name"),
+    ("main", [DIGITS, "--config.teacher3.name=resnet20"], "'teacher3'; teachers are added in a config file"),
     ("main", [DIGITS, "seed=1"], "['seed=1']", "--config.KEY=VALUE"),
     ("main", [], "--config"),
     ("main", [DIGITS, "--config.dataset.name=npz", "--config.dataset.path=FILES/label_above.npz"], "y_test", "0..9"),
@@ -416,6 +431,7 @@ PROCESSES = [
     ("main", [DIGITS, "--coordinator=there", "--processes=2"], "--coordinator=there", "HOST:PORT"),
     ("evaluate", ["--run=FILES/results/nothing"], "results/nothing", "is no run folder"),
     ("export", ["--run=FILES/results/nothing", "--format=onnx"], "--format=onnx", "safetensors"),
+    ("benchmark", [DIGITS, "--synthetic", "--json=FILES/nowhere/x.json"], "--json=", "nowhere is no folder"),
     ("benchmark", [DIGITS, "--config.kd_target=mean"], "kd_target='mean'", "'weighted_conf'"),
     ("check_devices", ["--expect=64"], "--expect=64", "jax sees 1"),
 ]
@@ -435,6 +451,8 @@ def errors(told: subprocess.CompletedProcess) -> list[str]:
                          ids=[f"{case[0]}-{k}" for k, case in enumerate(PROCESSES)])
 def test_a_script_says_so_once(script, arguments, words, files):
     (files / "wrong.py").write_text("def get_config(profile=''):\n    return digits\n")
+    (files / "none.py").write_text("def get_config(profile=''):\n    pass\n")
+    (files / "exits.py").write_text("import sys\nsys.exit('no data today')\n")
     given = [argument.replace("FILES", str(files)) for argument in arguments]
     if script == "main" and DIGITS in given:
         given.append(f"--config.results_dir={files / 'results'}")
@@ -463,6 +481,14 @@ def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error):
     ended = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == status and errors(ended) == [f"error: {error}"]
     assert ("Traceback" in ended.stderr) == bool(flags) and ("--verbose" in ended.stderr) == (status == 1)
+
+
+def test_what_libraries_say_is_shown_from_warnings_on():
+    """As jax does, through absl, of every kind of device that is not here."""
+    program = ("from absl import logging; from asib_jax import command_line; "
+               "command_line.run(lambda: (logging.info('of no use'), logging.warning('of use')))")
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "of use" in ended.stderr and "of no use" not in ended.stderr
 
 
 IN_TMPFS = """mount -t tmpfs -o size=300k tmpfs "$0" && mkdir "$0/earlier"

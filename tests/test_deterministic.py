@@ -36,6 +36,7 @@ def test_once_a_device_was_used_it_is_too_late():
 
 
 def test_two_runs_leave_the_same_bits(tmp_path):
+    """Seeds and order alone: XLA's flag is about GPUs, and on CPUs nothing would differ without it either."""
     left = []
     for name in ("one", "two"):
         done = python("launch/main.py", "--config=configs/ce_only.py:digits", f"--config.results_dir={tmp_path}",

@@ -119,6 +119,13 @@ def test_damaged_json_is_named(saved, name, content):
     (folder / name).write_bytes(whole)
 
 
+def test_keys_of_another_version_are_told_with_their_file(saved, tmp_path):
+    config = json.loads((saved[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "tau"}))
+    with pytest.raises(UserError, match=r"/config\.json: missing keys: tau; another version .* about\.json"):
+        finished.read_recipe(tmp_path)
+
+
 def test_a_run_that_did_not_finish_is_named(saved, tmp_path):
     _, settings, nets, _ = saved
     record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})

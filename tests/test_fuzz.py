@@ -75,6 +75,7 @@ def contents() -> dict[str, bytes]:
                  "y_train": np.array([0, 1, 2]), "y_test": np.array([1, 0])}
         np.savez(folder / "data.npz", **small)
         np.savez_compressed(folder / "named.npz", **small, class_names=np.array(["a", "b", "c"]))
+        np.savez(folder / "part.npz", data=np.zeros((2, 3072), np.uint8), labels=np.array([1, 1000], np.uint16))
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     files["w.safetensors"] = save({"a": VALUES, "b": np.arange(4, dtype=np.int8).reshape(2, 2)})
     files |= {f"python/{name}": content for name, content in python_files(python2_pickle).items()}
@@ -179,6 +180,15 @@ def test_npz(folder, drawn):
     name, content = drawn
     (folder / name).write_bytes(content)
     return checked(only_user_errors(sources.load, "npz", path=str(folder / name)))
+
+
+@fuzz(100, drawn=damaged("part.npz"), place=st.sampled_from(("train_data_batch_1", "train_data_batch_2", "val_data")))
+def test_imagenet32(folder, drawn, place):
+    source = folder / "imagenet32"
+    source.mkdir(exist_ok=True)
+    for part in ("train_data_batch_1", "train_data_batch_2", "val_data"):
+        (source / f"{part}.npz").write_bytes(drawn[1] if part == place else contents()["part.npz"])
+    return checked(only_user_errors(sources.load, "imagenet32", path=str(source)))
 
 
 @fuzz(300, drawn=damaged("plain.tar", "packed.tar.gz", "binary.tar"))

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "asib_jax"
 
 # The order to read the package in: a file imports only from files above it.
 READING_ORDER = (
-    "errors", "plain_pickle", "typed_groups", "streams", "losses", "schedules", "freezing", "parallel", "hosts", "device_check",
+    "errors", "paths", "plain_pickle", "typed_groups", "streams", "losses", "schedules", "freezing", "parallel", "hosts", "device_check",
     "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
     "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
     "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",

@@ -44,6 +44,14 @@ def test_copies_are_counted_in_the_log_too(caplog):
     assert "6 of test in train (3 with another label)" in caplog.text
 
 
+@pytest.mark.parametrize("test, level", [(TEST, "WARNING"), (split(0, (5, 1), (7, 0)), "WARNING"),  # in validation
+                                         (split(0, (7, 0), (8, 1)), "INFO")])  # though validation shares one with training
+def test_copies_of_test_images_are_a_warning(caplog, test, level):
+    with caplog.at_level(logging.INFO, "asib_jax"):
+        overlap.check(data(test=test))
+    assert [record.levelname for record in caplog.records] == [level]
+
+
 def test_a_students_subset_is_told_apart_from_the_teachers_images():
     counts = overlap.check(data(TEACHER_TRAIN.take(np.array([5, 1, 4]))))
     subset = split(0, (9, 2), (2, 1), (4, 1))

@@ -399,6 +399,12 @@ PICKLE_BOMBS = {
     "deep tuples as an id": b")" + b"\x85" * DEEP + b"Q",
     "deep tuples as a storage": TENSOR + b"()" + b"\x85" * DEEP + b"K\x00))\x89)tR",
     "doubled tuples as sizes": TENSOR + b"(" + text("0") + b"K\x00" + doubled(*TUPLES) + doubled(*TUPLES) + b"\x89)tR",
+    "a dictionary of the same long list, again and again":
+        b"(](" + b"".join(b"M" + struct.pack("<H", k) + b"N\x86" for k in range(20_000)) + b"eq\x00"
+        + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 500 + b"l",
+    "a tensor of the same long sizes, again and again":
+        b"((" + b"K\x01" * 20_000 + b"tq\x00" + TENSOR + b"q\x01" + text("0") + b"q\x02"
+        + b"h\x01(h\x02K\x00h\x00h\x00NNtR" * 20_000 + b"l",
     "bytes": b"\x8e" + struct.pack("<Q", 1 << 36) + b"x",
     "text": b"\x8d" + struct.pack("<Q", 1 << 36) + b"x",
     "text of Python 2": b"T" + struct.pack("<i", 1 << 30) + b"x",

@@ -71,6 +71,11 @@ def test_pickled_array_in_npz_is_refused(tmp_path, array):
     ({"y_test": np.full(TEST, 100)}, r"y_test must lie in 0\.\.99; found 100\.\.100"),
     ({"y_train": np.arange(TRAIN) - 1}, r"y_train must lie in 0\.\.99; found -1\.\.5"),
     ({"y_train": np.arange(TRAIN), "y_test": np.full(TEST, 8), "class_names": None}, r"y_test must .* 0\.\.6; found 8"),
+    ({"y_train": np.arange(TRAIN) % 2 * 5, "y_test": np.full(TEST, 3), "class_names": None}, "no 1, 2, 3, 4; labels"),
+    ({"y_train": np.arange(TRAIN) + 1, "y_test": np.ones(TEST, int), "class_names": None},
+     "y_train has no 0; labels must be 0"),
+    ({"y_train": np.arange(TRAIN) + 9, "y_test": np.ones(TEST, int), "class_names": None},
+     r"y_train has no 0, 1, .*4, \.\.\.;"),
     ({"class_names": np.arange(100)}, r"class_names must be text \[C\]; found int64 \[100\]"),
     ({"class_names": np.full((100, 4), 0x110000, np.uint32).view("U4")[:, 0]}, "class_names is not all text"),
     ({"class_names": np.array(["\udc80"] * 100)}, "class_names is not all text"),
@@ -85,9 +90,21 @@ def test_malformed_arrays_are_named(tmp_path, changes, message):
 
 
 def test_npz_without_names_numbers_its_classes(tmp_path):
-    labels = np.array([0, 1, 2, 3, 4, 5, 255], np.uint8)
-    path = write_npz(tmp_path / "own.npz", y_train=labels, y_test=np.arange(TEST), class_names=None)
+    labels = np.arange(256).astype(np.uint8)
+    path = write_npz(tmp_path / "own.npz", x_train=np.zeros((256, 32, 32, 3), np.uint8), y_train=labels,
+                     y_test=np.arange(TEST), class_names=None)
     assert load("npz", path=str(path)).class_names == tuple(str(c) for c in range(256))
+
+
+def test_named_classes_without_images_are_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sources.logger, "propagate", True)
+    names = np.array(["a", "b", "c", "d", "e"])
+    path = write_npz(tmp_path / "own.npz", y_train=np.arange(TRAIN) % 2 * 3, y_test=np.full(TEST, 2), class_names=names)
+    assert load("npz", path=str(path)).class_names == tuple(names)
+    assert "3 classes of 5 have no training image: b, c, e" in caplog.text
+    caplog.clear()
+    load("npz", path=str(write_npz(path, y_train=np.arange(TRAIN) % 5, y_test=np.full(TEST, 2), class_names=names)))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("map_bytes", [0, archives._MAP_BYTES], ids=["mapped", "read"])
@@ -110,8 +127,29 @@ def test_imagenet32_joins_batches_in_numerical_order(tmp_path, monkeypatch, map_
     np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
     with pytest.raises(ValueError, match=r"train_data_batch_2\.npz: data must have shape \[N,3072\], found \[2, 192\]"):
         load("imagenet32", path=str(tmp_path))
+    (tmp_path / "train_data_batch_1_copy.npz").touch()
+    with pytest.raises(UserError, match="train_data_batch_1_copy.npz, which is no train_data_batch_NUMBER.npz"):
+        load("imagenet32", path=str(tmp_path))
+    (tmp_path / "train_data_batch_1_copy.npz").unlink()
     (tmp_path / "val_data.npz").unlink()
     with pytest.raises(ValueError, match=r"dataset\.path.*val_data\.npz"):
+        load("imagenet32", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("labels, message", [
+    (np.array(["1", "2", "3"]), r"integers \[3\], one per image; found <U1 \[3\]"),
+    (np.array(3), r"integers \[3\], one per image; found int64 \[\]"),
+    (np.ones((3, 1), int), r"found int64 \[3, 1\]"),
+    (np.ones(3), "found float64"),
+    (np.array([1, 0, 2], np.uint8), r"1\.\.1000; found 0\.\.2"),  # 0 - 1 would be 255
+    (np.array([1, 2, 2**32 + 1]), r"1\.\.1000; found 1\.\.4294967297"),
+])
+@pytest.mark.parametrize("name", ["train_data_batch_2", "val_data"])
+def test_imagenet32_names_the_file_of_wrong_labels(tmp_path, name, labels, message):
+    for part in ("train_data_batch_1", "train_data_batch_2", "val_data"):
+        given = labels if part == name else np.ones(3, int)
+        np.savez(tmp_path / f"{part}.npz", data=rows(small(3, 0)[0]), labels=given)
+    with pytest.raises(UserError, match=rf"{name}\.npz: labels must .*{message}"):
         load("imagenet32", path=str(tmp_path))
 
 
@@ -132,6 +170,8 @@ def test_folder_of_pictures(tmp_path):
     write_picture(tmp_path / "train" / "ant" / "z.jpg", (200, 200, 200))
     write_picture(tmp_path / "test" / "cat" / "c.png", (4, 5, 6))
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "test" / "ant").mkdir()
     data = load("folder", path=str(tmp_path))
     assert data.class_names == ("ant", "cat") and data.train.image.shape == (3, 4, 6, 3)
     np.testing.assert_array_equal(data.train.image[:, 0, 0], [[200] * 3, [9] * 3, [1, 2, 3]])
@@ -139,6 +179,10 @@ def test_folder_of_pictures(tmp_path):
     np.testing.assert_array_equal(data.test.image[0, 3, 5], [4, 5, 6])
     np.testing.assert_array_equal(data.test.label, [1])
 
+    (tmp_path / "train" / "bee").mkdir()
+    with pytest.raises(UserError, match=r"/train: no picture .* in bee$"):
+        load("folder", path=str(tmp_path))
+    (tmp_path / "train" / "bee").rmdir()
     write_picture(tmp_path / "test" / "dog" / "d.png", (0, 0, 0))
     with pytest.raises(ValueError, match="classes that train has not: dog"):
         load("folder", path=str(tmp_path))

@@ -2,12 +2,14 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from asib_jax import build, checkpoint, checks, finished, recipe as recipes, teacher_store, teachers, train
+from asib_jax.errors import UserError
 from asib_jax.evaluate import Evaluator
 from asib_jax.experiment import Record
 from asib_jax.models import MODELS
@@ -283,13 +285,15 @@ def test_the_recipe_reaches_the_optimizer(given, data_file, tmp_path):
 
 
 def test_a_run_of_teachers_alone(data_file, tmp_path):
-    """No student, no row for an average of one; the same table again from disk, also where the teacher was kept."""
+    """No student, no row for an average of one; the same table again from disk, also where the teacher was kept, but
+    not for other data."""
+    own = shutil.copy(data_file, tmp_path / "own.npz")
     config = l1_ib.get_config("digits")
     with config.unlocked():
         del config.teacher2
     config.update_from_flattened_dict({
         **{key: value for key, value in TINY.items() if not key.startswith("teacher2")}, "teachers_only": True,
-        "dataset.path": data_file, "results_dir": str(tmp_path), "tensorboard": False})
+        "dataset.path": str(own), "results_dir": str(tmp_path), "tensorboard": False})
     tables = []
     for exp_id in ("first", "second"):
         config.exp_id = exp_id
@@ -304,6 +308,10 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
     assert tables[0] == tables[1] and "teacher1 (tiny)" in tables[0] and "distilled" not in tables[0]
     rows = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(rows) == 3 and "test_acc_teacher1" in rows[0] and "synergy" not in rows[0]
+    arrays = dict(np.load(own))
+    np.savez(own, **arrays | {"y_test": np.roll(arrays["y_test"], 1)})
+    with pytest.raises(UserError, match="own.npz is not the data of the run in .*another SHA-256 of test, or none"):
+        train.evaluate_run(record.folder)
 
 
 def test_a_random_stem_is_not_frozen(given, data_file, tmp_path):

@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -230,6 +231,53 @@ def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
         "y_test": test[:, 1],
         "class_names": _names(names.decode().split()),
     }
+
+
+def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N,32,32,3] and labels int32 [N], 0..999, of a file of downsampled ImageNet (Chrabaszcz et al. 2017).
+
+    Raises OSError if it cannot be opened, UserError naming it if it is malformed.
+    """
+    part = read_npz(path, ("data", "labels"), mapped=True)
+    images, labels = channels_last(part["data"], f"{path}: data"), part["labels"]
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(f"{path}: labels must be integers [{len(images)}], one per image; "
+                        f"found {labels.dtype} {list(labels.shape)}")
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
+        raise UserError(f"{path}: labels must lie in 1..1000; found {labels.min()}..{labels.max()}")
+    return images, labels.astype(np.int32) - 1
+
+
+def read_pictures(files: list[Path]) -> np.ndarray:
+    """[N,H,W,3]. A picture is decoded only once its header says that it has the size of the first.
+
+    Raises OSError if one cannot be found, UserError naming one that cannot be read or has another size.
+    """
+    packed, images = sum(file.stat().st_size for file in files), None
+    for row, file in enumerate(files):
+        try:
+            with _open_picture(file) as picture:
+                width, height = picture.size
+                if images is None:
+                    check_unpacked(len(files) * height * width * 3, packed)
+                    images = np.empty((len(files), height, width, 3), np.uint8)
+                if (height, width) == images.shape[1:3]:
+                    images[row] = picture.convert("RGB")
+        except Exception as error:  # damaged pictures raise nearly anything
+            raise UserError(f"{file} cannot be read as a picture: {error}") from error
+        if (height, width) != images.shape[1:3]:
+            raise UserError(f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
+                            f"but {file} is {width}x{height}")
+    return images
+
+
+def _open_picture(file: Path) -> Any:
+    """By its contents a PNG or JPEG: Pillow would hand others, whatever they are called, to other programs."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=("PNG", "JPEG"))
 
 
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
+import logging
 import math
 import os
-import warnings
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from asib_jax.data import archives, cifar100
 from asib_jax.data.archives import Arrays, Found
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
+from asib_jax.paths import expanded
+
+logger = logging.getLogger("asib_jax")
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _BLOCK_BYTES = 16 << 20
@@ -113,20 +117,23 @@ def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
     """
     if name not in SOURCES:
         raise UserError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "dataset.data_dir")
     arrays, origin = SOURCES[name](_existing(path), folder)
     return _checked(name, arrays, origin)
 
 
 def _existing(path: str) -> Path | None:
-    given = Path(path).expanduser() if path else None
+    given = expanded(path, "dataset.path") if path else None
     if given and not given.exists():
         raise UserError(f"dataset.path = {path!r} does not exist")
     return given
 
 
 def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
-    """A Dataset of well-formed arrays. Without class names, the classes are 0..the largest training label."""
+    """A Dataset of well-formed arrays. Without class names the classes are 0..the largest training label, all of them.
+
+    Named classes may be without images, as in a part of ImageNet for networks that know all of it: that is a warning.
+    """
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
@@ -140,6 +147,12 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
         y = arrays[f"y_{split}"]
         if y.min() < 0 or y.max() >= len(names):
             raise UserError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
+    missing = np.setdiff1d(np.arange(len(names)), arrays["y_train"])
+    told = ", ".join([*(names[k] for k in missing[:5]), *["..."][: max(0, len(missing) - 5)]])
+    if len(missing) and "class_names" not in arrays:
+        raise UserError(f"{origin}: y_train has no {told}; labels must be 0..C-1, each there, or class_names be given")
+    if len(missing):
+        logger.warning("%s: %d classes of %d have no training image: %s", origin, len(missing), len(names), told)
     train, test = (
         Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
         for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
@@ -196,17 +209,17 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
     """Downsampled ImageNet (Chrabaszcz et al. 2017), 32x32, as published in .npz files; its validation set is our test
     split, and its labels 1..1000 become 0..999."""
     source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
-    batches = sorted(source.glob("train_data_batch_*.npz"), key=lambda file: int(file.stem.rpartition("_")[2]))
+    batches = list(source.glob("train_data_batch_*.npz"))
+    if others := [file.name for file in batches if not re.fullmatch(r"train_data_batch_\d+", file.stem)]:
+        raise UserError(f"dataset.path = {str(source)!r} holds {', '.join(others)}, which is no "
+                        "train_data_batch_NUMBER.npz: move it away")
+    batches.sort(key=lambda file: int(file.stem.rpartition("_")[2]))
     if not batches or not (source / "val_data.npz").is_file():
         raise UserError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")
     arrays = {"class_names": np.arange(1000).astype(str)}
     for split, files in (("train", batches), ("test", [source / "val_data.npz"])):
-        images, labels = [], []
-        for file in files:
-            part = archives.read_npz(file, ("data", "labels"), mapped=True)
-            images.append(archives.channels_last(part["data"], f"{file}: data"))
-            labels.append(part["labels"])
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels) - 1
+        images, labels = map(list, zip(*map(archives.read_imagenet32, files)))
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = _joined(images), np.concatenate(labels)
     return arrays, str(source)
 
 
@@ -222,7 +235,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _folder(path: Path | None, folder: Path) -> Found:
-    """Pictures in train/<class>/ and test/<class>/, of one size, read as RGB."""
+    """Pictures in train/<class>/ and test/<class>/, of one size, read as RGB. Each class has some for training; hidden
+    folders, such as notebooks leave behind, are none."""
     source = _required(path, "a folder of train/<class>/*.png and test/<class>/*.png (or jpg)")
     names = _subfolders(source / "train")
     unknown = sorted(set(_subfolders(source / "test")) - set(names))
@@ -236,9 +250,10 @@ def _folder(path: Path | None, folder: Path) -> Found:
             for file in sorted((source / split / name).glob("*"))
             if file.suffix.lower() in _PICTURES
         ]
-        if not files:
-            raise UserError(f"{source / split}/<class> holds no picture ({', '.join(_PICTURES)})")
-        arrays[f"x_{split}"] = _read_pictures([file for file, _ in files])
+        empty = sorted(set(names) - {names[label] for _, label in files})
+        if not files or empty and split == "train":
+            raise UserError(f"{source / split}: no picture ({', '.join(_PICTURES)}) in {', '.join(empty) or '<class>'}")
+        arrays[f"x_{split}"] = archives.read_pictures([file for file, _ in files])
         arrays[f"y_{split}"] = np.asarray([label for _, label in files])
     return arrays, str(source)
 
@@ -246,36 +261,7 @@ def _folder(path: Path | None, folder: Path) -> Found:
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"dataset.path must hold train/<class> and test/<class>; there is no folder {folder}")
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-
-
-def _read_pictures(files: list[Path]) -> np.ndarray:
-    """[N,H,W,3]. A picture is decoded only once its header says that it has the size of the first."""
-    packed, images = sum(file.stat().st_size for file in files), None
-    for row, file in enumerate(files):
-        try:
-            with _open_picture(file) as picture:
-                width, height = picture.size
-                if images is None:
-                    archives.check_unpacked(len(files) * height * width * 3, packed)
-                    images = np.empty((len(files), height, width, 3), np.uint8)
-                if (height, width) == images.shape[1:3]:
-                    images[row] = picture.convert("RGB")
-        except Exception as error:  # damaged pictures raise nearly anything
-            raise UserError(f"{file} cannot be read as a picture: {error}") from error
-        if (height, width) != images.shape[1:3]:
-            raise UserError(f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
-                            f"but {file} is {width}x{height}")
-    return images
-
-
-def _open_picture(file: Path) -> Any:
-    """By its contents one of `_PICTURES`: Pillow would hand others, whatever they are called, to other programs."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=("PNG", "JPEG"))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _required(path: Path | None, what: str) -> Path:
