@@ -34,8 +34,11 @@ def find(recipe: Recipe) -> Path | None:
         return None
     if recipe.resume != LATEST:
         return _of_this_configuration(Path(recipe.resume).resolve(), recipe)
-    if recipe.exp_id and (results / recipe.exp_id).exists():
-        return _of_this_configuration(results / recipe.exp_id, recipe)
+    if recipe.exp_id:
+        if (results / recipe.exp_id).exists():
+            return _of_this_configuration(results / recipe.exp_id, recipe)
+        logger.warning("resume='latest': there is no run %s yet, so it begins", results / recipe.exp_id)
+        return None
     runs = {run: about for path in results.glob("*/about.json") if not (run := path.parent).is_symlink()
             and (about := _readable(run))}
     alike = [run for run in sorted(runs, key=lambda run: runs[run]["begun"]) if not differences(run, recipe)]

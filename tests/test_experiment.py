@@ -2,6 +2,7 @@
 import csv
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -154,6 +155,34 @@ def test_rows_of_many_processes_are_neither_lost_nor_torn(tmp_path):
         process, number = exp_id.split("-")
         assert row["seed"] == row[f"column{process}"] == number and row["long"] == f"{process}," * 300
         assert not any(row[f"column{other}"] for other in range(processes) if str(other) != process)
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffexp_id;name\nearlier;mine\n", "exp_id,name\nearlier\n", "exp_id,name\nearlier,mine,more\n", "name\nmine\n", ""])
+def test_a_table_that_is_not_ours_is_put_aside(text, tmp_path, caplog):
+    """As spreadsheets and hands leave it; no run is lost for it. Its byte-order mark alone does no harm."""
+    record, table = create(tmp_path, "run"), tmp_path / "results" / "summary.csv"
+    table.write_text(text, encoding="utf-8")
+    record.finish("finished", {"test_acc": 0.5})
+    assert [row["exp_id"] for row in summary(tmp_path)] == ["run"]
+    (aside,) = table.parent.glob("summary.csv.*.unreadable")
+    assert aside.read_text(encoding="utf-8") == text and str(aside) in caplog.text
+
+
+def test_a_table_with_a_byte_order_mark_goes_on(tmp_path):
+    record, table = create(tmp_path, "run"), tmp_path / "results" / "summary.csv"
+    table.write_text("\ufeffexp_id,name\nearlier,mine\n", encoding="utf-8")
+    record.finish("finished", {})
+    assert [row["exp_id"] for row in summary(tmp_path)] == ["earlier", "run"]
+
+
+def test_a_run_that_went_on_replaces_its_row_and_a_new_one_of_that_name_does_not(tmp_path):
+    create(tmp_path, "run").finish("interrupted", {})
+    Record.reopen(tmp_path / "results" / "run", CONFIG).finish("failed", {}, "later")
+    assert [row["status"] for row in summary(tmp_path)] == ["failed"]
+    shutil.rmtree(tmp_path / "results" / "run")
+    create(tmp_path, "run").finish("finished", {})
+    assert [row["status"] for row in summary(tmp_path)] == ["failed", "finished"]
 
 
 def test_latest_follows_the_run_that_finished_last(tmp_path):

@@ -278,10 +278,27 @@ def test_the_newest_run_of_the_same_configuration_is_the_latest(interrupted, tmp
     assert resume.find(recipe) is None and "none of the 0 runs" in caplog.text
     for name, changes in {"older": {}, "newest": {}, "other": {"seed": 7}}.items():
         Record.create(tmp_path, "test_0", name, {**config.to_dict(), **changes}).finish("interrupted", {})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "about.json").write_text("")
     assert resume.find(recipe) == tmp_path / "newest"
+    assert "left out: " in caplog.text and "damaged/about.json is damaged" in caplog.text
     assert resume.find(dataclasses.replace(recipe, seed=7)) == tmp_path / "other"
     assert resume.find(dataclasses.replace(recipe, exp_id="older")) == tmp_path / "older"
     assert resume.find(dataclasses.replace(recipe, seed=8)) is None and "none of the 3 runs" in caplog.text
+    with pytest.raises(UserError, match="(?s)older has another configuration:.*seed: 0 there, 8 here"):
+        resume.find(dataclasses.replace(recipe, seed=8, exp_id="older"))
+    assert resume.find(dataclasses.replace(recipe, exp_id="unknown")) is None
+
+
+def test_a_run_that_has_finished_is_not_begun_again(tmp_path):
+    """By a process that looked for it before it had, for instance."""
+    record = Record.create(tmp_path, "test_0", "run", {"seed": 0})
+    record.log("acc", 0.5)
+    record.finish("finished", {})
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(UserError, match="run has finished"):
+        Record.reopen(record.folder, {"seed": 1})
+    assert left == {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
 
 
 def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):

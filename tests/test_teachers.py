@@ -251,12 +251,33 @@ def test_a_damaged_store_is_refused(first, tmp_path):
 def test_the_first_of_two_that_end_together_stays(first, tmp_path):
     _, variables, _, (recipe, _, data) = first
     place = teacher_store.find(recipe, 0)._replace(folder=tmp_path / "teacher")
-    for name in ("teacher1", "teacher2"):
+    for name, is_kept in (("teacher1", True), ("teacher1", True), ("teacher2", False)):
         kept = {"params": variables.params[name], "batch_stats": variables.batch_stats[name]}
-        teacher_store.save(place, "", kept, data.teacher_train, {})
+        assert teacher_store.save(place, "", kept, data.teacher_train, {}) == is_kept
     stays = teacher_store.load(place, data.teacher_train)
     assert same(stays["params"]["stage0"], variables.params["teacher1"]["stage0"])
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_a_run_goes_on_with_the_teacher_that_another_left_meanwhile(first, data_file, tmp_path, monkeypatch):
+    """Which it would find if it were interrupted, too."""
+    _, variables, _, (_, _, data) = first
+    save = teacher_store.save
+
+    def beaten(place, reference, own, train, measured):
+        if "tiny" in place.folder.name and not place.folder.exists():
+            other = jax.tree.map(lambda leaf: leaf + 1, {part: own[part] for part in ("params", "batch_stats")})
+            assert save(place, reference, other, train, measured)
+        return save(place, reference, own, train, measured)
+
+    monkeypatch.setattr(teacher_store, "save", beaten)
+    ours, metrics, _ = ready(data_file, tmp_path)
+    for name in ("teacher1", "teacher2"):
+        (kept,) = [checkpoint.restore(folder / "checkpoint") for folder in (tmp_path / "teachers").iterdir()
+                   if checkpoint.digest(folder / "checkpoint") == metrics[f"kept/{name}"]]
+        assert same(ours.params[name]["classifier"], kept["params"]["classifier"])
+        shifted = jax.tree.map(lambda leaf: leaf + 1, variables.params[name]["classifier"])
+        assert same(kept["params"]["classifier"], shifted)
 
 
 @pytest.mark.parametrize("changes, field, value", [
