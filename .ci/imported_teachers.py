@@ -27,7 +27,7 @@ def main(data: str, weights: str) -> None:
     for k, name in enumerate(EXPECTED, 1):
         model = models.create_teacher_by_name(name, 100, small_input=True, mean=MEAN, std=STD)
         variables, _ = build.read_weights(f"{weights}/cifar100_{name}.safetensors", "weights", model,
-                                          build.init_network(model, 0, name, test.image.shape[1:]))
+                                          build.init_network(model, 0, name, test.image.shape[1:]), sha256="")
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
     (view,) = feature_bank.read_teachers(
