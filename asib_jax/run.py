@@ -48,7 +48,6 @@ class Progress:
         """Whether synergy has been measured and is good enough to distil from (SPEC 4 and 5)."""
         return self.synergy_acc is not None and self.synergy_acc >= threshold
 
-
     def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All of it for a snapshot: its arrays, by name, and its plain values."""
         held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
