@@ -123,6 +123,9 @@ class Snapshots:
         self._writing = self._writer.submit(self._write, number, tree, about)
 
     def _write(self, number: int, tree: dict[str, Any], about: str) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not np.isfinite(leaf).all():  # a run that breaks must not break what it can go on from
+                raise ValueError(f"{jax.tree_util.keystr(path)} is not finite; the snapshot before stays the last")
         home = folder(self._record.folder)
         checkpoint.save(home / f"{number:06d}", tree, about)
         self._whole = [*self._whole, number][-_KEPT:]

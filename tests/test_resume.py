@@ -254,6 +254,19 @@ def test_a_disk_that_takes_no_snapshot_ends_no_run(copy, finished, caplog, monke
     assert "no snapshot could be written: OSError: [Errno 28] No space left on device" in caplog.text
 
 
+def test_a_run_that_breaks_names_the_last_good_snapshot_and_leaves_it(copy, finished, caplog):
+    """By a learning rate that is no number: the first step breaks all parameters, and nothing is finite after it."""
+    recipe, run = copy
+    number = snapshots.last_whole(run).number
+    with pytest.raises(FloatingPointError, match=(
+            r"stage1/b, epoch 2: 3 steps in a row from step 11 are not finite .* broke in ce.*"
+            rf"Last snapshot: {run}/checkpoints/snapshots/{number:06d}$")):
+        finish(dataclasses.replace(recipe, student_lr=float("nan"), max_nonfinite_steps=3), run)
+    assert "is not finite; the snapshot before stays the last" in caplog.text
+    assert experiment.read_about(run)["status"] == "failed"
+    jax.tree.map(np.testing.assert_array_equal, finish(recipe, run), finished)
+
+
 def test_snapshots_come_by_time_too(tmp_path):
     """Of 0.1 s: the first offer after it has passed is taken, the next is not."""
     record = Record.create(tmp_path, "test_0", "run", {"seed": 0})
