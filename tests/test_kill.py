@@ -39,11 +39,11 @@ def lines_of(results):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def begin(results, programs, changes, *flags, until=""):
-    """The process, once it has written a line with `until` into the log, or has ended."""
+def begin(results, programs, changes, *flags, until=len):
+    """The process, once `until` is true of the lines that it has added to the log, or once it has ended."""
     before, process = len(lines_of(results)), start(results, programs, changes, *flags)
-    while not any(until in line for line in lines_of(results)[before:]) and process.poll() is None:
-        time.sleep(0.02)
+    while not until(lines_of(results)[before:]) and process.poll() is None:
+        time.sleep(0.01)
     return process
 
 
@@ -54,8 +54,8 @@ def to_the_end(results, programs, changes, *flags):
     return time.monotonic() - begun
 
 
-def killed(results, programs, changes, delay, *flags, until=""):
-    """Whether SIGKILL came `delay` seconds after that line of the log, or the run had ended by then."""
+def killed(results, programs, changes, delay, *flags, until):
+    """Whether SIGKILL came `delay` seconds after that, or the run had ended by then."""
     process = begin(results, programs, changes, *flags, until=until)
     try:
         assert process.wait(delay) == 0, pathlib.Path(f"{results}.log").read_text()[-3000:]
@@ -82,9 +82,11 @@ def test_killed_five_times_a_run_ends_as_if_it_had_not_been(untouched, programs,
     results, draw = tmp_path / "results", random.Random(0)
     flags, parts = (), []
     for _ in range(5):
-        assert killed(results, programs, SHORT, draw.uniform(0, 0.15) * seconds, *flags, until="epoch")
+        assert killed(results, programs, SHORT, draw.uniform(0, 0.15) * seconds, *flags,
+                      until=lambda lines: any("epoch" in line for line in lines))
         assert experiment.read_about(results / "run")["status"] == "running"  # nobody could write anything else
-        parts.append(snapshots.last_whole(results / "run").part)
+        last = snapshots.last_whole(results / "run")
+        parts.append(last.part if last else "none")
         flags = ("--resume",)
     to_the_end(results, programs, SHORT, "--resume")
     assert_same(whole, results)
@@ -112,17 +114,19 @@ def test_sigterm_ends_a_run_with_a_snapshot_and_its_own_exit_status(untouched, p
 
 @pytest.mark.slow
 def test_killed_in_every_twentieth_of_the_run(tmp_path, programs):
-    """The digits run as it is shipped, 20 times: killed at a random moment of its own twentieth, and resumed."""
-    to_the_end(tmp_path / "compiled", programs, ())
-    seconds = to_the_end(tmp_path / "whole", programs, ())
-    draw, parts = random.Random(), []
+    """The digits run as it is shipped, 20 times: killed in its own twentieth, by the lines of its log, at a random
+    moment, and resumed."""
+    to_the_end(tmp_path / "whole", programs, ())
+    length, draw, parts = len(lines_of(tmp_path / "whole")), random.Random(), []
     for number in range(20):
         results = tmp_path / f"results{number}"
-        while not killed(results, programs, (), (number + draw.random()) / 20 * seconds):
-            shutil.rmtree(results)  # it was faster than the whole one
+        reached = round((number + draw.random()) / 20 * length)
+        while not killed(results, programs, (), draw.uniform(0, 0.1), until=lambda lines: len(lines) >= reached):
+            shutil.rmtree(results)
+            reached -= 1  # the last lines come all at once
         last = snapshots.last_whole(results / "run")
         parts.append(f"{last.part} {last.epoch + 1}:{last.tally['steps']}" if last else "none")
         to_the_end(results, programs, (), "--resume")
         assert_same(tmp_path / "whole", results)
-        print(f"kill {number + 1} at {parts[-1]}: bitwise equal", flush=True)
+        print(f"kill {number + 1} after line {reached} of {length}, last snapshot {parts[-1]}: bitwise equal", flush=True)
     assert len(parts) == 20
