@@ -13,7 +13,8 @@ from asib_jax import checkpoint
 def contents(folder: Path) -> list[dict[str, Any]]:
     """All checkpoints, the teachers' too; the metrics but for times; the run's only row, but for its minutes."""
     found = {str(path.parent.relative_to(folder)): checkpoint.restore(path.parent)
-             for path in folder.rglob("_CHECKPOINT_METADATA")}
+             for path in folder.rglob("_CHECKPOINT_METADATA")
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)}  # half a teacher, at a kill
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     with open(folder / "summary.csv", newline="") as file:
         (row,) = csv.DictReader(file)
