@@ -71,9 +71,8 @@ def differences(folder: Path, recipe: Recipe) -> list[str]:
         theirs, ours = _that_matters(recipes.read(there)), _that_matters(recipe)
     except (OSError, ValueError) as error:  # of a version with other keys, or damaged
         return [f"{folder / 'config.json'} cannot be read: {error}"]
-    missing = object()
-    return [f"{key}: {theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here"
-            for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key, missing) != ours.get(key, missing)]
+    pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(theirs.keys() | ours.keys())}
+    return [f"{key}: {there!r} there, {here!r} here" for key, (there, here) in pairs.items() if there != here]
 
 
 def _that_matters(recipe: Recipe) -> dict[str, object]:

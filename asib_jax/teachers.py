@@ -46,7 +46,7 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
     Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts, and for
     a teacher that is not what the run began with.
     """
-    start, done, places, train_now = {}, {}, {}, _train_now(recipe, nets, snapshots)
+    start, done, places, train_now = {}, {}, {}, _train_now(snapshots)
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers)):
         model = nets.teachers[k]
         start[name] = build.init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
@@ -80,7 +80,7 @@ def ready(recipe: Recipe, nets: Networks, data: build.Data, feed: Feed, record: 
                      {name: variables["batch_stats"] for name, variables in done.items()})
 
 
-def _train_now(recipe: Recipe, nets: Networks, snapshots: Snapshots) -> list[str]:
+def _train_now(snapshots: Snapshots) -> list[str]:
     """Of a run that goes on, the teachers whose training is not over."""
     trained = snapshots.trained
     if snapshots.ahead in trained:
