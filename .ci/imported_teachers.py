@@ -11,9 +11,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 
-from asib_jax import build, feature_bank, models
+from asib_jax import build, models
+from asib_jax.engine import feature_bank
 from asib_jax.data import sources
-from asib_jax.feed import Feed
+from asib_jax.engine.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
 
 EXPECTED = {"resnet56": 1473, "resnet44": 1472}

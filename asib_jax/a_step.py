@@ -10,17 +10,19 @@ import jax
 import numpy as np
 from flax.serialization import to_state_dict
 
-from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
-from asib_jax.feed import Steps
-from asib_jax.loop import Part, Tally, run_epoch, run_part
+from asib_jax import streams
+from asib_jax.engine import parallel
+from asib_jax.objectives import freezing, losses, schedules, state, steps
+from asib_jax.engine.feed import Steps
+from asib_jax.engine.loop import Part, Tally, run_epoch, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
-from asib_jax.nonfinite import Watch
-from asib_jax.recipe import Recipe
+from asib_jax.engine.nonfinite import Watch
+from asib_jax.recipe.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.snapshots import Snapshot
-from asib_jax.state import TrainState
-from asib_jax.steps import ATerms, BTerms, Training
+from asib_jax.record.snapshots import Snapshot
+from asib_jax.objectives.state import TrainState
+from asib_jax.objectives.steps import ATerms, BTerms, Training
 
 logger = logging.getLogger("asib_jax")
 

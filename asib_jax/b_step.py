@@ -7,17 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import freezing, losses, parallel, schedules, state, steps, streams
+from asib_jax import streams
+from asib_jax.engine import parallel
+from asib_jax.objectives import freezing, losses, schedules, state, steps
 from asib_jax.a_step import ema
-from asib_jax.feed import Steps
-from asib_jax.loop import Part, run_part
+from asib_jax.engine.feed import Steps
+from asib_jax.engine.loop import Part, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
-from asib_jax.recipe import Recipe
+from asib_jax.recipe.recipe import Recipe
 from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.snapshots import Snapshot
-from asib_jax.state import TrainState
-from asib_jax.steps import BTerms, Training
+from asib_jax.record.snapshots import Snapshot
+from asib_jax.objectives.state import TrainState
+from asib_jax.objectives.steps import BTerms, Training
 
 logger = logging.getLogger("asib_jax")
 

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import checkpoint, freezing, models, parallel, pretrained, streams, weights
+from asib_jax import models, streams
+from asib_jax.engine import parallel
+from asib_jax.objectives import freezing
+from asib_jax.weights import checkpoint, files as weights, pretrained
 from asib_jax.data import sources, splits
 from asib_jax.data.sources import Split
 from asib_jax.errors import UserError
-from asib_jax.feed import Feed
+from asib_jax.engine.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
-from asib_jax.recipe import Recipe
+from asib_jax.recipe.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 

@@ -3,11 +3,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from asib_jax import build, checks, experiment, freezing, parallel, recipe as recipes, teacher_store, teachers, weights
+from asib_jax import build, teachers
+from asib_jax.engine import parallel
+from asib_jax.objectives import freezing
+from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.record import experiment
+from asib_jax.weights import files as weights, teacher_store
 from asib_jax.build import Inputs
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.paths import expanded
-from asib_jax.recipe import Recipe
+from asib_jax.data.paths import expanded
+from asib_jax.recipe.recipe import Recipe
 
 
 def checked(config: Mapping[str, Any]) -> Recipe:

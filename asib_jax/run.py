@@ -9,19 +9,21 @@ import jax
 from clu.parameter_overview import count_parameters
 from tqdm import tqdm
 
-from asib_jax import parallel, schedules, state, steps, stored_views, streams
+from asib_jax import streams
+from asib_jax.engine import parallel, stored_views
+from asib_jax.objectives import schedules, state, steps
 from asib_jax.build import Data
 from asib_jax.data.batches import training_rows
-from asib_jax.evaluate import Evaluator
-from asib_jax.experiment import Record
-from asib_jax.feed import Call, Examples, Feed, Steps
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.record.experiment import Record
+from asib_jax.engine.feed import Call, Examples, Feed, Steps
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe import Recipe
-from asib_jax.reporting import Reporter
-from asib_jax.snapshots import Snapshot, Snapshots
-from asib_jax.state import TrainState
-from asib_jax.steps import Training
-from asib_jax.stored_views import StoredViews
+from asib_jax.recipe.recipe import Recipe
+from asib_jax.record.reporting import Reporter
+from asib_jax.record.snapshots import Snapshot, Snapshots
+from asib_jax.objectives.state import TrainState
+from asib_jax.objectives.steps import Training
+from asib_jax.engine.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
 

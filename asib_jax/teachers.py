@@ -9,24 +9,26 @@ from typing import Any
 import jax
 from clu.parameter_overview import count_parameters
 
-from asib_jax import (build, checkpoint, freezing, hosts, parallel, pretrained, state, steps, streams, teacher_store,
-                      weights)
+from asib_jax import build, streams
+from asib_jax.engine import hosts, parallel
+from asib_jax.objectives import freezing, state, steps
+from asib_jax.weights import checkpoint, files as weights, pretrained, teacher_store
 from asib_jax.data.batches import training_rows
 from asib_jax.errors import UserError
-from asib_jax.evaluate import Evaluator
-from asib_jax.experiment import Record
-from asib_jax.feed import Feed
-from asib_jax.loop import Part, run_part
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.record.experiment import Record
+from asib_jax.engine.feed import Feed
+from asib_jax.engine.loop import Part, run_part
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
-from asib_jax.pretrained import Imported
-from asib_jax.recipe import Recipe, TeacherRecipe
-from asib_jax.reporting import Reporter
+from asib_jax.weights.pretrained import Imported
+from asib_jax.recipe.recipe import Recipe, TeacherRecipe
+from asib_jax.record.reporting import Reporter
 from asib_jax.run import learning_rate
-from asib_jax.snapshots import Snapshot, Snapshots
-from asib_jax.state import TrainState
-from asib_jax.steps import BTerms, Training
-from asib_jax.teacher_store import Place
+from asib_jax.record.snapshots import Snapshot, Snapshots
+from asib_jax.objectives.state import TrainState
+from asib_jax.objectives.steps import BTerms, Training
+from asib_jax.weights.teacher_store import Place
 
 logger = logging.getLogger("asib_jax")
 

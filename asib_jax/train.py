@@ -7,22 +7,27 @@ from collections.abc import Sequence
 
 import jax
 
-from asib_jax import (a_step, b_step, build, checkpoint, checks, device_check, finished, hosts, overlap, parallel,
-                      provenance, teachers, weights)
+from asib_jax import a_step, b_step, build, teachers
+from asib_jax.data import overlap
+from asib_jax.engine import hosts, parallel
+from asib_jax.recipe import checks
+from asib_jax.record import finished, provenance
+from asib_jax.tools import device_check
+from asib_jax.weights import checkpoint, files as weights
 from asib_jax.data.sources import Split
 from asib_jax.errors import UserError
-from asib_jax.evaluate import Evaluator
-from asib_jax.experiment import Record, read_about
-from asib_jax.feed import Feed
-from asib_jax.finished import Finished
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.record.experiment import Record, read_about
+from asib_jax.engine.feed import Feed
+from asib_jax.record.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe import Recipe
-from asib_jax.reporting import Reporter
-from asib_jax.results import Results, final_results, render
+from asib_jax.recipe.recipe import Recipe
+from asib_jax.record.reporting import Reporter
+from asib_jax.record.results import Results, final_results, render
 from asib_jax.run import Progress, Run
-from asib_jax.signals import Interrupted, Stop
-from asib_jax.snapshots import Snapshot, Snapshots
-from asib_jax.stored_views import StoredViews
+from asib_jax.record.signals import Interrupted, Stop
+from asib_jax.record.snapshots import Snapshot, Snapshots
+from asib_jax.engine.stored_views import StoredViews
 
 logger = logging.getLogger("asib_jax")
 

@@ -17,7 +17,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from asib_jax import benchmark, checks, command_line, parallel, recipe as recipes, workloads
+from asib_jax.engine import parallel
+from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.tools import benchmark, command_line, workloads
 from asib_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)

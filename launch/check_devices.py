@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from absl import flags
 
-from asib_jax import command_line, device_check
+from asib_jax.tools import command_line, device_check
 
 EXPECT = flags.DEFINE_integer("expect", 1, "The least number of devices, over all processes.", lower_bound=1)
 PLATFORM = flags.DEFINE_string("platform", "", "What the devices must be, e.g. gpu.")

@@ -7,7 +7,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from absl import flags
 
-from asib_jax import command_line, train
+from asib_jax import train
+from asib_jax.tools import command_line
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
 

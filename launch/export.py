@@ -6,7 +6,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from asib_jax import command_line, export
+from asib_jax.tools import command_line, export
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
 STUDENT = flags.DEFINE_string("student", "best", "Which student: best (on validation), last, control_best, ...")

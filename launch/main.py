@@ -11,9 +11,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from asib_jax import (command_line, dry_run, experiment, hosts, idle_keys, parallel, plan, preparation,
-                      recipe as recipes, reporting, resume, snapshots, train)
-from asib_jax.experiment import Record
+from asib_jax import preparation, train
+from asib_jax.engine import hosts, parallel
+from asib_jax.recipe import idle_keys, recipe as recipes
+from asib_jax.record import experiment, reporting, resume, snapshots
+from asib_jax.tools import command_line, dry_run, plan
+from asib_jax.record.experiment import Record
 from configs import base
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import parallel
+from asib_jax.engine import parallel
 from asib_jax.data.sources import Split
-from asib_jax.feed import Feed, Steps
+from asib_jax.engine.feed import Feed, Steps
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import checkpoint
+from asib_jax.weights import checkpoint
 
 
 def contents(folder: Path) -> list[dict[str, Any]]:

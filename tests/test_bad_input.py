@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import checks, models, preparation, pretrained, recipe
+from asib_jax import models, preparation
+from asib_jax.recipe import checks, recipe
+from asib_jax.weights import pretrained
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 from asib_jax.models.kd_model import KDModel
-from asib_jax.typed_groups import flat
+from asib_jax.recipe.typed_groups import flat
 from configs import l4_full
 from networks import random_values
 from test_recipe import A_FILE, STEADY, changed

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import benchmark, build, checks, cost, device_check, recipe as recipes, workloads
+from asib_jax import build
+from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.tools import benchmark, cost, device_check, workloads
 from asib_jax.models import MODELS
 from configs import l2_cccp, l4_full
 from networks import convolutions, full_size_shapes

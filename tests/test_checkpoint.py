@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
-from asib_jax import checkpoint
+from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
 
 

@@ -8,7 +8,8 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from asib_jax import checks, idle_keys, recipe, teacher_store
+from asib_jax.recipe import checks, idle_keys, recipe
+from asib_jax.weights import teacher_store
 from configs import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

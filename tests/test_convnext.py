@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from asib_jax.models import MODELS
 from asib_jax.models.convnext import Block, convnext
 from asib_jax.models.kd_model import KDModel
-from asib_jax.pretrained import export_weights, import_weights
+from asib_jax.weights.pretrained import export_weights, import_weights
 from networks import random_values, stage_shapes, variable_shapes
 
 WIDTHS, COUNTS = (8, 16, 16, 24), (1, 2, 1, 1)

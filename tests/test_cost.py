@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from asib_jax import cost, state, steps
+from asib_jax.objectives import state, steps
+from asib_jax.tools import cost
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel
 from networks import CLASSES, SHALLOW, make_batch

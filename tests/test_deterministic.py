@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from asib_jax import checkpoint
+from asib_jax.weights import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAG = "--xla_gpu_deterministic_ops"

@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import device_check
-from asib_jax.device_check import Matmul
+from asib_jax.tools import device_check
+from asib_jax.tools.device_check import Matmul
 
 DEVICES = jax.devices()
 

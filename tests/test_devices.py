@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from asib_jax import parallel, state, steps, streams
+from asib_jax import streams
+from asib_jax.engine import parallel
+from asib_jax.objectives import state, steps
 from asib_jax.models.ensemble import Mode
-from asib_jax.steps import ATerms, BTerms
+from asib_jax.objectives.steps import ATerms, BTerms
 from networks import SHALLOW, make_feed, make_networks, one_step, make_split, random_variables
 
 SPLIT = make_split(40)

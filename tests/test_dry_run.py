@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from asib_jax import build, checks, dry_run, plan as plans, recipe as recipes, teacher_store
+from asib_jax import build
+from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.tools import dry_run, plan as plans
+from asib_jax.weights import teacher_store
 from asib_jax.data import sources
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax.evaluate import Evaluator
+from asib_jax.engine.evaluate import Evaluator
 from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)  # batches of 8 leave three empty places

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 
 CONFIG = {"seed": 3, "tau_schedule": (2.0, 6.0), "teacher1": {"name": "resnet8"}}
 

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from asib_jax import build, checkpoint, export, finished, pretrained, recipe as recipes, weights
+from asib_jax import build
+from asib_jax.recipe import recipe as recipes
+from asib_jax.record import finished
+from asib_jax.tools import export
+from asib_jax.weights import checkpoint, files as weights, pretrained
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
 from configs import ce_only
 

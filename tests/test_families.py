@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import state, steps, streams
+from asib_jax import streams
+from asib_jax.objectives import state, steps
 from asib_jax.models import MODELS
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
@@ -17,8 +18,8 @@ from asib_jax.models.resnet import cifar_resnet
 from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
 from asib_jax.models.wide_resnet import wide_resnet
-from asib_jax.pretrained import export_weights
-from asib_jax.steps import ATerms, BTerms
+from asib_jax.weights.pretrained import export_weights
+from asib_jax.objectives.steps import ATerms, BTerms
 from networks import (convolutions, full_size_shapes, make_batch, make_networks, random_values, random_variables,
                       variable_shapes)
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import feature_bank, state, steps, streams
+from asib_jax import streams
+from asib_jax.engine import feature_bank
+from asib_jax.objectives import state, steps
 from asib_jax.data.augment import augment
 from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
-from asib_jax.steps import ATerms, BTerms
+from asib_jax.objectives.steps import ATerms, BTerms
 from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)

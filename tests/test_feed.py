@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from asib_jax import parallel
-from asib_jax.feed import on_host
+from asib_jax.engine import parallel
+from asib_jax.engine.feed import on_host
 from networks import make_feed
 
 SIZE = 21  # not a multiple of any number of devices
@@ -92,7 +92,7 @@ def test_what_is_placed_alike_lies_alike():
 @pytest.mark.parametrize("room_gb", [0, 1])
 def test_a_call_stays_within_its_bytes(monkeypatch, room_gb):
     """Four rows of 16 bytes and two steps' worth of bytes: two steps a call instead of 32."""
-    monkeypatch.setattr("asib_jax.feed._CALL_BYTES", 140)
+    monkeypatch.setattr("asib_jax.engine.feed._CALL_BYTES", 140)
     feed = make_feed(1, room_gb=room_gb)
     steps = feed.compile(make_step(None))
     calls = list(feed.calls(steps, ROWS, feed.place(label=LABEL, feat=FEAT)))

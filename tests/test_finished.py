@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, finished, recipe, teachers, weights
+from asib_jax import build, teachers
+from asib_jax.recipe import recipe
+from asib_jax.record import finished
+from asib_jax.weights import files as weights
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 from asib_jax.models.ensemble import Variables
 from configs import l1_ib
 

@@ -8,7 +8,9 @@ import optax
 from clu.parameter_overview import count_parameters
 import pytest
 
-from asib_jax import b_step, freezing, recipe, state, steps, streams
+from asib_jax import b_step, streams
+from asib_jax.objectives import freezing, state, steps
+from asib_jax.recipe import recipe
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet

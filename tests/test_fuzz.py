@@ -20,10 +20,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from safetensors.numpy import save
 
-from asib_jax import checks, feature_bank, finished, recipe, weights
+from asib_jax.engine import feature_bank
+from asib_jax.recipe import checks, recipe
+from asib_jax.record import finished
+from asib_jax.weights import files as weights
 from asib_jax.data import sources
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 from configs import base, l4_full
 from networks import SHALLOW, make_networks
 from test_cifar100 import binary_version, python2_pickle, python_version

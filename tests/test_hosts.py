@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import checkpoint, hosts, parallel, signals, snapshots
+from asib_jax.engine import hosts, parallel
+from asib_jax.record import signals, snapshots
+from asib_jax.weights import checkpoint
 from networks import make_split
 
 TESTS = pathlib.Path(__file__).resolve().parent

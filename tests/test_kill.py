@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from asib_jax import experiment, signals, snapshots
+from asib_jax.record import experiment, signals, snapshots
 from run_contents import assert_same
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

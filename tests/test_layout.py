@@ -3,7 +3,8 @@ import ast
 import dataclasses
 import pathlib
 
-from asib_jax import recipe, steps
+from asib_jax.objectives import steps
+from asib_jax.recipe import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "asib_jax"

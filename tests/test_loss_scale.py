@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from flax.training.dynamic_scale import DynamicScale
 
-from asib_jax import loop, parallel, state, steps, streams
+from asib_jax import streams
+from asib_jax.engine import loop, parallel
+from asib_jax.objectives import state, steps
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.nonfinite import Watch
-from asib_jax.steps import BTerms
+from asib_jax.engine.nonfinite import Watch
+from asib_jax.objectives.steps import BTerms
 from networks import SHALLOW, make_batch, make_feed, make_networks, one_step, random_variables
 
 BATCH = make_batch()

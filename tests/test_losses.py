@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import losses
+from asib_jax.objectives import losses
 
 RNG = np.random.default_rng(0)
 LOGITS, TARGET = 2 * RNG.normal(size=(2, 4, 5))

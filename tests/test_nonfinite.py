@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import loop, parallel, state, steps, streams
+from asib_jax import streams
+from asib_jax.engine import loop, parallel
+from asib_jax.objectives import state, steps
 from asib_jax.models.ensemble import TeacherOutputs, Variables
-from asib_jax.nonfinite import Watch
-from asib_jax.steps import ATerms, BTerms, TERMS
+from asib_jax.engine.nonfinite import Watch
+from asib_jax.objectives.steps import ATerms, BTerms, TERMS
 from networks import CLASSES, SHALLOW, make_batch, make_feed, make_networks, random_variables
 
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,

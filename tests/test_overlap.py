@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 
-from asib_jax import overlap
+from asib_jax.data import overlap
 from asib_jax.build import Data
 from asib_jax.data.sources import Split
 

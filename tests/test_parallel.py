@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from asib_jax import parallel
+from asib_jax.engine import parallel
 
 DEVICES = parallel.run_devices(4)
 

@@ -7,7 +7,7 @@ import pytest
 
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
-from asib_jax.pretrained import export_weights, fit_variables, import_weights
+from asib_jax.weights.pretrained import export_weights, fit_variables, import_weights
 from networks import variable_shapes
 
 CLASSES = 5

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import parallel, provenance, recipe
+from asib_jax.engine import parallel
+from asib_jax.recipe import recipe
+from asib_jax.record import provenance
 from asib_jax.build import Data
 from configs import l1_ib
 from networks import make_split

@@ -4,7 +4,9 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from asib_jax import checks, idle_keys, losses, models, recipe
+from asib_jax import models
+from asib_jax.objectives import losses
+from asib_jax.recipe import checks, idle_keys, recipe
 from configs import base, ce_only, l0_baseline, l1_ib, l4_full
 
 

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 from asib_jax.errors import UserError
-from asib_jax.reporting import Reporter, Result, binomial_interval, results_table, setup_logging
+from asib_jax.record.reporting import Reporter, Result, binomial_interval, results_table, setup_logging
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import dataclasses
 
 import pytest
 
-from asib_jax import recipe, results
-from asib_jax.results import Results
+from asib_jax.recipe import recipe
+from asib_jax.record import results
+from asib_jax.record.results import Results
 from configs import l1_ib
 
 COUNTS = {"teacher1": 90, "teacher2": 80, "average": 92, "disagreement": 25, "synergy": 85, "without_teachers": 10,

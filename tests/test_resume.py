@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from asib_jax import build, checkpoint, experiment, recipe as recipes, resume, snapshots, teachers, train, typed_groups
+from asib_jax import build, teachers, train
+from asib_jax.recipe import recipe as recipes, typed_groups
+from asib_jax.record import experiment, resume, snapshots
+from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
-from asib_jax.experiment import Record
-from asib_jax.signals import Interrupted
-from asib_jax.snapshots import Snapshots
+from asib_jax.record.experiment import Record
+from asib_jax.record.signals import Interrupted
+from asib_jax.record.snapshots import Snapshots
 from run_contents import assert_same
 from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from asib_jax import schedules
+from asib_jax.objectives import schedules
 
 DEFAULTS = dict(base=1e-3, steps_per_epoch=10, epochs=20, warmup_epochs=5, kind="cosine", min_lr=1e-5, step_size=8,
                 gamma=0.1, milestones=(7, 15))

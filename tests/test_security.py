@@ -19,7 +19,7 @@ import zlib
 import numpy as np
 import pytest
 
-from asib_jax import torch_pickle, weights
+from asib_jax.weights import files as weights, torch_pickle
 from asib_jax.data import archives, sources
 from asib_jax.errors import UserError
 from test_cifar100 import binary_version, python_version, write_folder, write_tar

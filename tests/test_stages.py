@@ -14,16 +14,19 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, parallel, plan, state, steps, train
+from asib_jax import a_step, b_step, build, train
+from asib_jax.engine import parallel
+from asib_jax.objectives import state, steps
+from asib_jax.tools import plan
 from asib_jax.data.augment import augment
 from asib_jax.data.sources import Sizes
-from asib_jax.experiment import Record
-from asib_jax.feed import Steps, on_host
+from asib_jax.record.experiment import Record
+from asib_jax.engine.feed import Steps, on_host
 from asib_jax.models.ensemble import Variables, run_student, run_teachers
-from asib_jax.reporting import Reporter
+from asib_jax.record.reporting import Reporter
 from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.snapshots import Snapshots
-from asib_jax.stored_views import StoredViews
+from asib_jax.record.snapshots import Snapshots
+from asib_jax.engine.stored_views import StoredViews
 from networks import make_feed, random_variables
 from tiny_runs import STEPS, read_recipe, tiny_networks, write_data
 

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import state
+from asib_jax.objectives import state
 from asib_jax.models.ensemble import Variables
 
 GENERATOR = np.random.default_rng(0)

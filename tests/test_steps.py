@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax import freezing, losses, state, steps, streams
+from asib_jax import streams
+from asib_jax.objectives import freezing, losses, state, steps
 from asib_jax.data.augment import augment, mix
 from asib_jax.models.ensemble import Mode, TeacherOutputs, Variables
 from asib_jax.models.ib_mbm import sample
-from asib_jax.steps import ATerms, BTerms
+from asib_jax.objectives.steps import ATerms, BTerms
 from networks import CLASSES, DIM, convolutions, make_batch, make_networks, random_variables
 
 BATCH = {**make_batch(), "label": np.array([0, 1, 0, 3, 4, 0, 1, 3], np.int32)}  # some the teachers know, some not

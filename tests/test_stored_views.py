@@ -3,7 +3,9 @@ import dataclasses
 
 import pytest
 
-from asib_jax import build, recipe as recipes, stored_views
+from asib_jax import build
+from asib_jax.engine import stored_views
+from asib_jax.recipe import recipe as recipes
 from configs import l2_cccp
 
 IMAGES, CLASSES = 1000, 10

@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, checkpoint, checks, finished, recipe as recipes, teacher_store, teachers, train
+from asib_jax import build, teachers, train
+from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.record import finished
+from asib_jax.weights import checkpoint, teacher_store
 from asib_jax.errors import UserError
-from asib_jax.evaluate import Evaluator
-from asib_jax.experiment import Record
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.record.experiment import Record
 from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.reporting import Reporter
-from asib_jax.snapshots import Snapshots
+from asib_jax.record.reporting import Reporter
+from asib_jax.record.snapshots import Snapshots
 from configs import l1_ib
 from networks import convolutions, make_feed, make_split
 

@@ -13,9 +13,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from asib_jax import a_step, b_step, recipe, state, steps, streams
+from asib_jax import a_step, b_step, streams
+from asib_jax.objectives import state, steps
+from asib_jax.recipe import recipe
 from asib_jax.models.resnet import cifar_resnet
-from asib_jax.pretrained import export_weights
+from asib_jax.weights.pretrained import export_weights
 from configs import l2_cccp
 from networks import CLASSES, DIM, make_networks, make_split, random_variables
 from torch_asib import ASIB, KDNetwork, Settings

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from asib_jax.torch_pickle import read
+from asib_jax.weights.torch_pickle import read
 
 VALUES = np.arange(6, dtype=np.float32)
 FLOAT, REBUILD = b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"

@@ -16,9 +16,10 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save, save_file
 
-from asib_jax import checkpoint, checks
+from asib_jax.recipe import checks
+from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
-from asib_jax.weights import cached, digest, load, locate
+from asib_jax.weights.files import cached, digest, load, locate
 from test_recipe import recipe_of
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from asib_jax.errors import UserError
-from asib_jax.plain_pickle import Unpickler
+from asib_jax.data.plain_pickle import Unpickler
 
 Arrays = dict[str, np.ndarray]
 Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps class_names), and in words what was read

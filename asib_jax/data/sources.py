@@ -15,7 +15,7 @@ from asib_jax.data import archives, cifar100
 from asib_jax.data.archives import Arrays, Found
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
-from asib_jax.paths import expanded
+from asib_jax.data.paths import expanded
 
 logger = logging.getLogger("asib_jax")
 

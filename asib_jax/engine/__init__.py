@@ -1,0 +1,1 @@
+"""How it is run: devices, hosts, examples on their way, banks of outputs, evaluation."""

@@ -1,0 +1,90 @@
+"""What a step trains, and the optimizers (SPEC 4 to 6).
+
+An optimizer holds exactly the leaves its loss reaches: the others were split off the tree before (`freezing.split`), so
+nothing that gets no gradient is decayed, clipped against or given moments. The learning rate is no part of it: it
+enters each step as a control, so that its position is never rewound.
+"""
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.serialization import from_state_dict
+from flax.training.dynamic_scale import DynamicScale
+
+from asib_jax.objectives import freezing
+from asib_jax.models.ensemble import Variables
+
+
+class TrainState(NamedTuple):
+    """The arrays a step changes: trainable parameters, batch statistics of the networks in training, moments; under
+    float16 also the factor of the loss, else None."""
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: Any
+    loss_scale: DynamicScale | None
+
+
+def decayed(params: Any) -> Any:
+    """Mask of the leaves weight decay acts on: kernels, never biases, normalisation parameters or temperatures."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key == "kernel", params)
+
+
+def make_optimizer(kind: str, *, weight_decay: float, grad_clip_norm: float, momentum: float = 0.9,
+                   factors: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """Gradients to descent directions, which the step multiplies by minus the learning rate.
+
+    kind: "adamw" (Loshchilov & Hutter 2019) or "sgd" (Nesterov momentum, decay added to the gradient).
+    grad_clip_norm: bound of the global gradient norm; 0: none.
+    factors: a multiple of the learning rate for each network, by its name; absent: 1.
+    """
+    clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity()
+    parts = {"adamw": (clip, optax.scale_by_adam(), decay), "sgd": (clip, decay, optax.trace(momentum, nesterov=True))}
+    if factors:
+        scale = optax.stateless(lambda updates, params: {
+            name: jax.tree.map(lambda u: u * factors.get(name, 1.0), branch) for name, branch in updates.items()})
+        return optax.chain(*parts[kind], scale)
+    return optax.chain(*parts[kind])
+
+
+def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
+    """The factor that keeps small gradients in float16's range (Micikevicius et al. 2018); None for other types.
+
+    It doubles after 2000 finite steps and halves at every overflow (Flax's `DynamicScale`). It starts at Flax's 65536,
+    where ASIB has 1024: too high costs one step for each halving, too low loses gradients for thousands of steps.
+    """
+    if compute_dtype != "float16":
+        return None
+    return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(65536))  # typed as a step returns them
+
+
+def begin(variables: Variables, mask: Any, trained_stats: tuple[str, ...], tx: optax.GradientTransformation,
+          opt_state: Any = None, compute_dtype: str = "float32") -> tuple[TrainState, Variables]:
+    """Split the variables into what a step trains and what stands still.
+
+    mask: over the parameters, True where a leaf trains (may stop at whole branches); trained_stats: the networks whose
+    batch statistics the step updates; opt_state: of the step before, whose moments carry over to leaves that still
+    train; compute_dtype: that gradients pass through, for `first_loss_scale`.
+    """
+    params, frozen_params = freezing.split(variables.params, mask)
+    stats = {name: variables.batch_stats[name] for name in trained_stats}
+    frozen_stats = {name: value for name, value in variables.batch_stats.items() if name not in trained_stats}
+    fresh = tx.init(params)
+    opt_state = fresh if opt_state is None else freezing.carry(opt_state, fresh)
+    state = TrainState(params, stats, opt_state, first_loss_scale(compute_dtype))
+    return jax.tree.map(jnp.copy, state), Variables(frozen_params, frozen_stats)
+
+
+def with_loss_scale(state: TrainState, held: Mapping[str, Any] | None) -> TrainState:
+    """The state with the loss scale that `held`, nested dicts of arrays, has, where it needs one."""
+    if held is None or state.loss_scale is None:
+        return state
+    return state._replace(loss_scale=from_state_dict(state.loss_scale, held["loss_scale"]))
+
+
+def join(state: TrainState, frozen: Variables) -> Variables:
+    """All variables again: what the state trains and what stands still."""
+    return Variables(freezing.merge(state.params, frozen.params), {**frozen.batch_stats, **state.batch_stats})

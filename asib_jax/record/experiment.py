@@ -1,0 +1,255 @@
+"""The record of a run on disk (SPEC 7): its folder, its metrics and its row in `summary.csv`."""
+import csv
+import fcntl
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from asib_jax.engine import hosts
+from asib_jax.errors import UserError
+
+logger = logging.getLogger("asib_jax")
+
+TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
+_OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
+_LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
+_ABOUT = ("revision", "device_kind", "compute_dtype")  # of about.json, in the run's row too
+STATUSES = ("finished", "failed", "interrupted")
+
+
+class Record:
+    """One run: `folder` holds config.json, about.json, metrics.json, log.txt and checkpoints/; `metrics` maps keys to
+    scalars, `about` says what the run is and how far it came (its "status").
+
+    The folder is locked as long as the process lives: a second one that would go on with the same run is refused.
+    """
+
+    def __init__(self, folder: Path, name: str, config: dict[str, Any]):
+        self.folder, self.name, self.config = folder, name, config
+        self.metrics: dict[str, Any] = {}
+        self.about: dict[str, Any] = {"name": name, "status": "running", "begun": time.time()}
+        self._earlier: dict[str, Any] = {}
+        self._lock: TextIO | None = None
+
+    @classmethod
+    def create(cls, results_dir: str | os.PathLike, name: str, exp_id: str, config: dict[str, Any]) -> "Record":
+        """Make the folder `results_dir/exp_id` with the resolved config, a dict of plain values that has a `seed`.
+
+        `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
+        within the same second get different ones. Of several hosts the first alone has a record that is written.
+
+        Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
+        in it.
+        """
+        if not hosts.is_first():
+            return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
+        check_exp_id(results_dir, exp_id)
+        text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
+        record = None
+        try:
+            record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
+            (record.folder / "checkpoints").mkdir()
+            (record.folder / "log.txt").touch()
+            write(record.folder / "config.json", text)
+            record._lock_folder()
+            record.save()
+        except OSError as error:  # not a folder, read-only, full
+            if record is not None:
+                shutil.rmtree(record.folder)
+            raise UserError(f"results_dir={str(results_dir)!r}: no run can be recorded there: {error}") from error
+        return record
+
+    @classmethod
+    def reopen(cls, folder: Path, config: dict[str, Any]) -> "Record":
+        """The record of a run that is to go on under `config`; nothing is written before `go_on_from`.
+
+        Raises UserError while another process has the run, or if it has finished.
+        """
+        record = (cls if hosts.is_first() else _Unwritten)(folder, "", config)
+        if hosts.is_first():
+            record._lock_folder()
+        about = read_about(folder)  # once no other process can change it
+        if about["status"] == "finished":
+            raise UserError(f"the run {folder} has finished: there is nothing to go on with")
+        record.name, record.about = about["name"], about | {"status": "running", "resumed": about.get("resumed", 0) + 1}
+        return record
+
+    def _lock_folder(self) -> None:
+        self._lock = open(self.folder / ".lock", "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(f"the run {self.folder} is going on in another process ({self._lock.read().strip()}); "
+                            "end that first") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._lock.flush()
+
+    def go_on_from(self, metrics: dict[str, Any]) -> None:
+        """Take up the metrics that an interrupted run had logged. What is logged once more must be equal."""
+        self.metrics, self._earlier = dict(metrics), dict(metrics)
+        if hosts.is_first():
+            write(self.folder / "config.json", json.dumps(self.config, indent=2))
+        self.save()
+
+    def confirm(self, key: str, value: str, what: str) -> None:
+        """Log a digest; UserError if the run had another one before it was interrupted. what: what it is of."""
+        if self._earlier.get(key, value) != value:
+            raise UserError(f"{what} is not what this run began with: its SHA-256 is {value}, not {self._earlier[key]}")
+        self.log(key, value)
+
+    def log(self, key: str, value: Any) -> None:
+        """Store a scalar under a slash key such as `stage2/b/epoch07/val_acc`; timings belong under `time/`.
+
+        Raises ValueError where the key was logged before, or the value is an array of several elements.
+        """
+        if key in self.metrics and not (key in self._earlier and self._earlier[key] == _plain(value)):
+            raise ValueError(f"metric {key!r} is already {self.metrics[key]}; keys carry stage, step and epoch")
+        self.metrics[key] = _plain(value)
+
+    def save(self) -> None:
+        """Write metrics.json and about.json; a reader finds the old or the new file, never a part of one."""
+        write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
+        write(self.folder / "about.json", json.dumps(self.about, indent=2))
+
+    def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
+        """Write the metrics, put the run's row into `results_dir/summary.csv`, point `latest` at its folder, unlock it.
+
+        The row holds exp_id, name, status, seed, `error` and the fields of `summary` at full precision. A figure that
+        was not measured is left out or None and becomes an empty cell, never 0: a failed run has no accuracy.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status={status!r}: choose one of {', '.join(STATUSES)}")
+        self.about |= {"status": status, "ended": time.time()}
+        self.save()
+        row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
+               "error": " ".join(error.split()), **{key: self.about[key] for key in _ABOUT if key in self.about},
+               **{key: _plain(value) for key, value in summary.items()}}
+        _point_latest(self.folder)
+        _add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
+        self._lock.close()
+
+
+class _Unwritten(Record):
+    """That of a host which is not the first; its `folder` is only a name."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+    def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
+        """Nothing."""
+
+
+def check_exp_id(results_dir: str | os.PathLike, exp_id: str) -> None:
+    """UserError if a run called `exp_id` exists, or that cannot name a run's folder; "" leaves the name to the run."""
+    if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
+            or len(exp_id.encode()) > _LONGEST_NAME):
+        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
+                        f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
+    if exp_id in (TEACHERS, *_OWN_NAMES):
+        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
+                        "results_dir has a use for; choose another")
+    if exp_id and (Path(results_dir) / exp_id).exists():
+        raise UserError(_taken(Path(results_dir) / exp_id))
+
+
+def _taken(folder: Path) -> str:
+    return f"exp_id={folder.name!r}: {folder} exists; choose another, or none for a unique name"
+
+
+def _new_folder(results: Path, name: str, exp_id: str) -> Path:
+    stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in itertools.count(1):
+        folder = results / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if exp_id:  # of two that start at once
+                raise UserError(_taken(folder)) from None
+
+
+def _plain(value: Any) -> Any:
+    """A plain scalar of numpy's or jax's; None for what is no number, which JSON and tables cannot hold."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What about.json says of the run in `folder`. UserError if that is no run folder, or the file is damaged."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return {"name": str(about["name"]), "status": str(about["status"]), "begun": float(about["begun"]), **about}
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is no run folder: about.json is missing") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the file at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves an empty file of the right name
+    os.replace(temporary, path)
+
+
+def _add_row(path: Path, row: dict[str, Any], replace: bool) -> None:
+    """Put a row into a CSV table, and into its header the columns that are new. Runs that end together take turns; a
+    process that dies leaves no lock behind.
+
+    replace: in the place of the last one with the same exp_id, if there is one.
+    """
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        columns, rows = _read_table(path)
+        alike = [place for place, other in enumerate(rows) if other["exp_id"] == row["exp_id"]] if replace else []
+        place = alike[-1] if alike else len(rows)
+        rows[place : place + 1] = [row]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, dict.fromkeys([*columns, *row]), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write(path, text.getvalue())
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows; none where there is no table. One that is not ours any more (a spreadsheet may have saved it
+    with other separators) is put aside with a warning: a run that ends must not be lost for it."""
+    if not path.exists():
+        return [], []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+        if "exp_id" in columns and all(None not in other and None not in other.values() for other in rows):
+            return columns, rows
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.unreadable")
+    os.replace(path, aside)
+    logger.warning("%s is no table of runs: it is %s now, and a new one begins", path, aside)
+    return [], []
+
+
+def _point_latest(folder: Path) -> None:
+    """A relative symbolic link `latest` beside the folder, or the name in `latest.txt` where links are not possible."""
+    temporary, latest = folder.with_name(f".latest-{folder.name}"), folder.with_name("latest")
+    try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed here
+        os.symlink(folder.name, temporary)
+        os.replace(temporary, latest)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        write(folder.with_name("latest.txt"), folder.name + "\n")
+        logger.warning("%s cannot be a link to this run (%s): its name is in latest.txt", latest, error)

@@ -1,0 +1,118 @@
+"""What a finished run leaves, on disk and read back: all that evaluation needs (SPEC 7)."""
+import collections
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from asib_jax import build
+from asib_jax.recipe import recipe as recipes
+from asib_jax.weights import checkpoint, files as weights
+from asib_jax.errors import UserError
+from asib_jax.record.experiment import Record
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.recipe.recipe import Recipe, TeacherRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """All variables, the students ({"params", "batch_stats"}), and how many B-steps distilled from each target.
+
+    students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best";
+        none of a run with teachers_only.
+    """
+
+    variables: Variables
+    students: dict[str, dict[str, Any]]
+    distilled_steps: collections.Counter
+
+
+def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> None:
+    """Everything trained or drawn at random here, in the checkpoint `final`; imported backbones by digest alone."""
+    variables = jax.device_get(finished.variables)
+    trained = {name: variables.of(name) for name in variables.params}
+    for name, options in zip(nets.teacher_names, recipe.teachers):
+        if not changed_here(recipe, options):
+            adapter = {child: leaves for child, leaves in variables.params[name].items() if child == "distill_adapter"}
+            trained[name] = {"params": adapter, "batch_stats": {}}
+    for name, steps in finished.distilled_steps.items():
+        record.log(f"distilled_steps/{name}", steps)
+    record.save()  # before the checkpoint, whose presence says that the run can be evaluated
+    checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
+
+
+def save_control(record: Record, students: dict[str, dict[str, Any]]) -> None:
+    """The control's students, which are trained after all else is saved."""
+    checkpoint.save(record.folder / "checkpoints" / "control", students)
+
+
+def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
+    """Whether a teacher's backbone is no longer what its given weights say, or there are none."""
+    return teacher.epochs > 0 or recipe.trains_teachers
+
+
+def read_recipe(folder: pathlib.Path) -> Recipe:
+    """The recipe of the run in `folder`. UserError if there is none, or one of a version with other keys."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no run folder: {path.name} is missing")
+    config = _read_json(path)
+    try:
+        return recipes.read(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
+                        "has its revision") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
+
+
+def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
+    """The finished run in `folder`.
+
+    Raises UserError where it did not finish, the checkpoint is damaged, or a teacher's weights are no longer the file
+    that the run used.
+    """
+    stored = checkpoint.restore(folder / "checkpoints" / "final")
+    metrics = _read_json(folder / "metrics.json")
+    params, stats = {}, {}
+    for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
+        if changed_here(recipe, options):
+            continue  # stored whole
+        key = f"{name}.weights"
+        if weights.digest(weights.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
+            raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
+                             f"{metrics[f'weights/{name}']}")
+        random = build.init_network(model, recipe.seed, name, image_shape)
+        backbone = build.read_weights(options.weights, key, model, random, sha256=options.weights_sha256).variables
+        params[name], stats[name] = backbone["params"], backbone["batch_stats"]
+    for name, variables in stored["variables"].items():
+        params[name] = {**params.get(name, {}), **variables["params"]}
+        if variables.get("batch_stats"):
+            stats[name] = variables["batch_stats"]
+    for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
+        stats[name] = {}  # a network without BatchNorm
+    prefix = "distilled_steps/"
+    steps = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    return Finished(Variables(params, stats), _students(folder, stored), collections.Counter(steps))
+
+
+def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The students alone of the finished run in `folder`. Errors: those of `checkpoint.restore`."""
+    return _students(folder, checkpoint.restore(folder / "checkpoints" / "final"))
+
+
+def _students(folder: pathlib.Path, stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    students, control = stored.get("students", {}), folder / "checkpoints" / "control"
+    if control.exists():
+        students = students | checkpoint.restore(control)
+    return {name: {"batch_stats": {}, **student} for name, student in students.items()}

@@ -1,0 +1,160 @@
+"""What a person sees of a run: log lines, a progress bar, curves and the table at the end."""
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from asib_jax.engine import hosts
+from asib_jax.errors import UserError
+
+
+class _Console(logging.Handler):
+    """Messages alone, on stderr, above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(folder: str | os.PathLike) -> logging.Logger:
+    """The logger `asib_jax`, writing to the console and, with time, level and debugging messages, to `folder/log.txt`.
+
+    A second call moves it to another folder. Of several hosts, those after the first write no file: warnings and errors
+    go to the console, after the host's number.
+    """
+    logger = logging.getLogger("asib_jax")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    if hosts.is_first():
+        file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
+        handlers = file, _Console(logging.INFO)
+    else:
+        console = _Console(logging.WARNING)
+        console.setFormatter(logging.Formatter(f"host {jax.process_index()}: %(message)s"))
+        handlers = (console,)
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False  # absl installs a root handler that would print everything twice
+    return logger
+
+
+class Reporter:
+    """Progress bars and curves of one run; a context manager.
+
+    `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
+    in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
+    profiler trace of the calls with those B-steps to `folder/profile`. purge_from: in a run that goes on, the step from
+    which TensorBoard forgets what was drawn before. Of several hosts the first alone does any of it.
+
+    Raises:
+        UserError: `wandb` is asked for but not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
+                 profile_steps: tuple[int, ...] = (), purge_from: int | None = None):
+        folder = Path(folder)
+        first = hosts.is_first()
+        self._profile_folder, self._profiling = folder / "profile", False
+        self._profile_steps = profile_steps if first else ()
+        self._wandb = _start_wandb(folder, wandb, config) if wandb and first else None
+        self._tensorboard = _start_tensorboard(folder, purge_from) if tensorboard and first else None
+
+    @staticmethod
+    def epoch_bar(images: int, description: str) -> tqdm:
+        """A bar over an epoch's images, with images/s and the time left: `with ... as bar: bar.update(batch_size)`.
+
+        It shows on a terminal only and vanishes when done: the epoch's log line stays.
+        """
+        disable = None if hosts.is_first() else True
+        return tqdm(total=images, desc=description, unit=" images", leave=False, disable=disable, dynamic_ncols=True)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each named curve; `step` counts over the whole run and never decreases."""
+        values = {name: float(value) for name, value in values.items()}
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def on_steps(self, first: int, last: int) -> None:
+        """Told the B-steps that one call is about to do: starts and ends the profiler's trace, which is of whole
+        calls."""
+        if self._profile_steps and not self._profiling and first <= self._profile_steps[0] <= last:
+            jax.profiler.start_trace(str(self._profile_folder))
+            self._profiling = True
+        elif self._profiling and first > self._profile_steps[1]:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        jax.block_until_ready(jax.device_put(0.0) + 0.0)  # queued behind the steps in flight
+        jax.profiler.stop_trace()
+        self._profiling, self._profile_steps = False, ()  # once: the control's steps count from 0 again
+
+    def close(self) -> None:
+        """End a trace that is still open and flush the curves."""
+        if self._profiling:
+            self._stop_profile()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _start_tensorboard(folder: Path, purge_from: int | None) -> Any:
+    import tensorboardX  # imports PyTorch where that is installed, which takes a second
+    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_from)
+
+
+def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(
+            f"wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to \"\"") from None
+    return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
+
+
+class Result(NamedTuple):
+    """One line of the final table: `correct` of `count` examples of a split; which of its parameters gave them."""
+    name: str
+    split: str
+    parameters: str
+    correct: int
+    count: int
+    note: str = ""
+
+
+def binomial_interval(correct: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, by inverting the score test (Wilson, 1927): it stays within [0, 1]."""
+    z2 = 1.959963984540054**2
+    centre = (correct + z2 / 2) / (count + z2)
+    half = math.sqrt(z2 * (correct * (count - correct) / count + z2 / 4)) / (count + z2)
+    return centre - half, centre + half
+
+
+def results_table(rows: Iterable[Result]) -> str:
+    """The results as aligned plain text, accuracies and their 95 % intervals in per cent."""
+    lines = [("name", "split", "parameters", "correct/count", "accuracy %", "95 % interval", "note")]
+    for name, split, parameters, correct, count, note in rows:
+        low, high = binomial_interval(correct, count)
+        lines.append((name, split, parameters, f"{correct}/{count}", f"{100 * correct / count:.2f}",
+                      f"{100 * low:.2f} to {100 * high:.2f}", note))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip()
+                     for line in lines)

@@ -1,0 +1,136 @@
+"""The final table of a run: every accuracy on test, measured once, and what the student was distilled from (SPEC 7)."""
+import dataclasses
+
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.record.finished import Finished
+from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.recipe.recipe import Recipe
+from asib_jax.record.reporting import Result, results_table
+
+_TITLES = {  # of the table's rows, in their order; the teachers come first
+    "average": "teachers' average",
+    "synergy": "synergy ensemble",
+    "without_teachers": "synergy, teachers zeroed",
+    "control_last": "student without teachers, last",
+    "control_best": "student without teachers, best on validation",
+    "last": "student, last",
+    "best": "student, best on validation",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used.
+
+    moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
+    Raises ValueError for a count that its split cannot have.
+    """
+
+    counts: dict[str, dict[str, int]]
+    sizes: dict[str, int]
+    shares: dict[str, float]
+    moving: dict[str, str]
+
+    def __post_init__(self):
+        wrong = [f"{split}: {count} {name} of {self.sizes[split]}" for split, counts in self.counts.items()
+                 for name, count in counts.items() if not 0 <= count <= self.sizes[split]]
+        if wrong:
+            raise ValueError(f"these counts are impossible: {'; '.join(wrong)}")
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The scalars of the run's row in `summary.csv`: `test_acc_best`, named by split, network and parameters."""
+        row = {}
+        for split, counts in self.counts.items():
+            for name, count in counts.items():
+                column = name if name == "disagreement" else f"acc_{name}"
+                which = f"_{self.moving[name]}" if name in self.moving else ""
+                row[f"{split}_{column}{which}"] = count / self.sizes[split]
+        row |= {f"{split}_count": size for split, size in self.sizes.items()}
+        if self.shares:
+            row["synergy_steps_share"] = self.shares.get("synergy", 0.0)  # unmixed synergy
+        return row
+
+
+def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
+    """Evaluate everything on each split. The synergy ensemble asks with the student that training ended with."""
+    counts = {}
+    for evaluator in evaluators:
+        row = evaluator.teacher_counts()
+        if len(nets.teachers) == 1:
+            row = {"teacher1": row["teacher1"]}
+        if nets.ib_mbm is not None:
+            ensemble = evaluator(finished.variables)
+            row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
+        alone = evaluator.student_only()
+        for name, student in finished.students.items():
+            row[name] = alone(Variables({"student": student["params"]}, {"student": student["batch_stats"]}))["student"]
+        counts[evaluator.name] = row
+    total = sum(finished.distilled_steps.values())
+    shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
+    return Results(counts, {evaluator.name: evaluator.count for evaluator in evaluators}, shares,
+                   moving_parameters(recipe))
+
+
+def moving_parameters(recipe: Recipe) -> dict[str, str]:
+    """`Results.moving`: of the ensemble, which has its student's, and of teachers that A-Steps train."""
+    ended_with = "best" if recipe.restore_best else "last"
+    moving = {"synergy": ended_with, "without_teachers": ended_with}
+    if recipe.trains_teachers and not recipe.teachers_only:
+        names = [f"teacher{k}" for k in range(1, len(recipe.teachers) + 1)]
+        moving |= dict.fromkeys([*names, "average", "disagreement"], "last")
+    return moving
+
+
+def render(recipe: Recipe, results: Results) -> str:
+    """The table and what belongs below it, as plain text."""
+    test, validation = results.counts["test"], results.counts["validation"]
+    inflated = any(teacher.weights and teacher.saw_val for teacher in recipe.teachers)
+    rows = []
+    for name in sorted((name for name in test if name != "disagreement"), key=_position):
+        share = validation[name] / results.sizes["validation"]
+        marked = inflated and _reads_given_weights(recipe, name)
+        rows.append(Result(_title(recipe, name), "test", _parameters(recipe, results, name), test[name],
+                           results.sizes["test"], f"validation {100 * share:.2f} % of {results.sizes['validation']}"
+                                                  f"{'*' if marked else ''}"))
+    lines = [results_table(rows), ""]
+    if inflated and recipe.uses_teachers:
+        lines.append("* inflated: the teachers' weights were fitted on these images too")
+    if results.shares:
+        lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
+                                                    for name, share in results.shares.items()))
+    if "disagreement" in test:
+        lines.append(f"teachers disagree on {100 * test['disagreement'] / results.sizes['test']:.2f} % of test images")
+    return "\n".join(lines)
+
+
+def _position(name: str) -> int:
+    order = list(_TITLES)
+    return order.index(name) + 1 if name in order else 0  # the sort is stable: teachers stay in their order
+
+
+def _title(recipe: Recipe, name: str) -> str:
+    if name in _TITLES:
+        return _TITLES[name]
+    return f"{name} ({recipe.teachers[int(name.removeprefix('teacher')) - 1].name})"
+
+
+def _parameters(recipe: Recipe, results: Results, name: str) -> str:
+    """Which parameters of a row's network were measured."""
+    if name in ("synergy", "without_teachers"):
+        return f"{results.moving[name]} student, best A-epoch"
+    if name in results.moving:
+        return "as the A-Steps left them"
+    if name == "average":
+        return "as above"
+    if name.startswith("teacher"):
+        return "best epoch" if recipe.teachers[int(name.removeprefix("teacher")) - 1].epochs else "as given"
+    return f"{name.removeprefix('control_')} epoch"
+
+
+def _reads_given_weights(recipe: Recipe, name: str) -> bool:
+    """Whether validation flatters this row: an imported teacher saw the images, alone or within an ensemble."""
+    if name.startswith("teacher"):
+        teacher = recipe.teachers[int(name.removeprefix("teacher")) - 1]
+        return bool(teacher.weights) and teacher.saw_val
+    return name in ("average", "synergy")

@@ -1,0 +1,260 @@
+"""How fast a run's own steps are on the devices here: what `launch/benchmark.py` prints and writes.
+
+After two calls of each that warm it up, all are measured in turn, `ROUNDS` times; figures are medians over the rounds.
+The clock is read when the devices have finished.
+"""
+import collections
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from asib_jax import build
+from asib_jax.engine import stored_views
+from asib_jax.objectives import schedules
+from asib_jax.tools import device_check, workloads
+from asib_jax.build import Data
+from asib_jax.errors import UserError
+from asib_jax.record.experiment import Record
+from asib_jax.recipe.recipe import Recipe
+from asib_jax.record.reporting import Reporter
+from asib_jax.run import Run
+from asib_jax.tools.workloads import Work
+
+logger = logging.getLogger("asib_jax.benchmark")
+
+ROUNDS = 5
+TITLES = {"a_streaming": "A-Step, all networks run", "torch_a": "A-Step, PyTorch", "a_stored": "A-Step, stored outputs",
+          "b_streaming": "B-Step, all networks run", "torch_b": "B-Step, PyTorch", "b_stored": "B-Step, stored outputs",
+          "read_teachers": "reading the teachers", "read_student": "reading the student", "evaluation": "evaluation"}
+_NOTES = """\
+A-Step, B-Step: of the first stage; reading is not part of those from stored outputs. PyTorch: tests/torch_asib.py,
+  which runs every network in every step; /PyTorch is the median of the rounds' ratios.
+MFLOP: of a training step for an image, 2 operations for a multiply-add, as XLA counts them before it optimises.
+compile s: the first call less the second, tracing included; cache: programs read from / added to jax's cache.
+projected: reading the views (the teachers' once, the student's in every stage) and all epochs, with ready teachers;
+  without evaluations, the control, calibration of BatchNorm and compilation; stored outputs on the devices."""
+_HITS, _MISSES = (f"/jax/compilation_cache/cache_{name}" for name in ("hits", "misses"))
+
+
+def warm_up(makers: dict[str, Callable[[], Work]], devices: Sequence[jax.Device]
+            ) -> tuple[dict[str, Work], dict[str, dict[str, float]]]:
+    """Prepares each and calls it twice.
+
+    Of each: how long it took to the end of the first call; how much longer than the second, which is tracing and
+    compiling or loading; how many programs jax's persistent cache had, and how many were added to it; the most memory
+    used so far.
+    """
+    works, found = {}, {}
+    for name, make in makers.items():
+        with _cache_events() as events:
+            began = time.perf_counter()
+            work = works[name] = make()
+            called = time.perf_counter()
+            work(0.0)
+            done = time.perf_counter()
+        work(0.0)
+        first, compile_seconds = done - began, max(0.0, done - called - (time.perf_counter() - done))
+        found[name] = {"first_call_seconds": first, "compile_seconds": compile_seconds, "from_cache": events[_HITS],
+                       "new_in_cache": events[_MISSES], "peak_bytes": peak_bytes(devices)}
+        logger.info("%s: %.1f s to the end of the first call", TITLES[name], first)
+    return works, found
+
+
+@contextlib.contextmanager
+def _cache_events() -> Iterator[collections.Counter]:
+    events: collections.Counter = collections.Counter()
+
+    def listen(event: str, **details: Any) -> None:
+        events[event] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def peak_bytes(devices: Sequence[jax.Device]) -> int:
+    """The most memory used so far: of one device where they tell, as GPUs do; else this process's resident memory."""
+    used = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
+    return used or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def rates_of(works: dict[str, Work], seconds: float) -> dict[str, list[float]]:
+    """Images per second of each, ROUNDS times in turn; `seconds` for each in all."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(ROUNDS):
+        logger.info("round %d of %d", number + 1, ROUNDS)
+        for name, work in works.items():
+            began = time.perf_counter()
+            images = work(seconds / ROUNDS)
+            rates[name].append(images / (time.perf_counter() - began))
+    return rates
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios: what slows a whole round down leaves it as it is."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def matmul_rate(devices: Sequence[jax.Device], dtype: str) -> float:
+    """Operations per second of large matrix products on all devices together, the median of ROUNDS."""
+    size = device_check.matmul_size(devices[0].platform)
+    return 1e12 * statistics.median(sum(product.rate for product in device_check.matmuls(devices, size, dtype))
+                                    for _ in range(ROUNDS))
+
+
+def project(rates: Mapping[str, float], *, images: int, epoch_images: int, a_epochs: int, b_epochs: Sequence[int],
+            a_views: int, b_views: int) -> float:
+    """Seconds of reading and training in stages of `a_epochs` A-epochs and each of `b_epochs`, from images per second.
+
+    a_views, b_views: how many views a step's outputs are stored of; 0: none, every network runs in each of its steps.
+    images: of the training split, which reading a view runs through; epoch_images: of an epoch's whole batches.
+    """
+    a_lengths = (a_epochs,) * len(b_epochs)
+    stored = [(lengths, views) for lengths, views in ((a_lengths, a_views), (b_epochs, b_views)) if views]
+    teachers_views = set().union(*(schedules.views_of(lengths, views) for lengths, views in stored))
+    student_views = sum(len(schedules.views_of(a_lengths, a_views, stage)) for stage in range(len(b_epochs))
+                        ) if a_views else 0
+    amounts = {"read_teachers": images * len(teachers_views), "read_student": images * student_views,
+               "a_stored" if a_views else "a_streaming": epoch_images * sum(a_lengths),
+               "b_stored" if b_views else "b_streaming": epoch_images * sum(b_epochs)}
+    return sum(amount / rates[name] for name, amount in amounts.items() if amount)
+
+
+def projections(rates: Mapping[str, float], run: Run, recipe: Recipe) -> list[dict[str, Any]]:
+    """The first A-Step and all stages of the recipe, with its views and with one, and PyTorch's time where it is known.
+
+    Without evaluations, BatchNorm calibration and compilation, and with teachers given.
+    """
+    sizes = {"images": len(run.data.train.label), "a_epochs": recipe.a_epochs if recipe.uses_fusion else 0,
+             "epoch_images": run.steps_per_epoch * recipe.dataset.batch_size}
+    theirs = {"a_streaming": rates.get("torch_a"), "b_streaming": rates.get("torch_b")}
+    parts = {"whole run": recipe.b_epochs}
+    if recipe.uses_fusion:
+        parts = {f"A-Step of {recipe.a_epochs} epochs": (0,)} | parts
+    rows = []
+    for a_views, b_views in dict.fromkeys([(recipe.a_step_views, recipe.b_step_views), (1, 1)]):
+        wanted = dataclasses.replace(recipe, a_step_views=a_views, b_step_views=b_views)
+        stored = stored_views.decide(wanted, run.nets, sizes["images"]).steps
+        for part, b_epochs in parts.items():
+            views = {"a_views": a_views if "a" in stored else 0,
+                     "b_views": b_views if "b" in stored and sum(b_epochs) else 0}
+            row = {"part": part, **views, "seconds": project(rates, b_epochs=b_epochs, **sizes, **views)}
+            if theirs["a_streaming"]:
+                row["torch_seconds"] = project(theirs, b_epochs=b_epochs, **sizes, a_views=0, b_views=0)
+                row["ratio"] = row["torch_seconds"] / row["seconds"]
+            rows += [row] if row not in rows else []
+    return rows
+
+
+def measure(recipe: Recipe, *, random: bool, seconds: float,
+            rival: Callable[[Recipe, Data, str], dict[str, Work]] | None = None) -> dict[str, Any]:
+    """Everything about a checked recipe, as values that JSON knows.
+
+    random: `workloads.synthetic` has made the recipe: random images and teachers. seconds: for the rounds of each rate.
+    rival: (recipe, data, platform) to PyTorch's works, "torch_a" and "torch_b", which take turns with ours.
+    """
+    if recipe.teachers_only:
+        raise UserError("teachers_only=True: there is no A- or B-Step to measure; set teachers_only=False")
+    began = time.perf_counter()
+    data = workloads.synthetic_data(recipe) if random else build.load_data(recipe)
+    with tempfile.TemporaryDirectory() as folder, Reporter(folder, tensorboard=False, wandb="", config={}) as reporter:
+        record = Record.create(folder, "benchmark", "", {"seed": recipe.seed})
+        run, variables = workloads.start(recipe, data, record, reporter, random)
+        before, devices = time.perf_counter() - began, run.feed.devices
+        works, warm = warm_up(workloads.streaming_works(run, variables), devices)
+        stored = workloads.with_one_view(run, variables)
+        more, found = warm_up(workloads.stored_works(stored, variables), devices)
+        works, warm = works | more, warm | found
+        flops = {name: workloads.step_flops(stored if name in more else run, variables, name[0]) for name in works
+                 if name[:2] in ("a_", "b_")}
+        if rival:
+            works |= (theirs := rival(recipe, data, devices[0].platform))
+            warm |= warm_up({name: lambda work=work: work for name, work in theirs.items()}, devices)[1]
+        rounds = rates_of({name: works[name] for name in TITLES if name in works}, seconds)
+    rates = {name: statistics.median(values) for name, values in rounds.items()}
+    matmul = matmul_rate(devices, recipe.compute_dtype)
+    views = {name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates}
+    achieved = {name: rates[name] * count for name, count in flops.items()}
+    paired = {name: paired_ratio(rounds[name], rounds[f"torch_{name[0]}"]) for name in flops} if rival else {}
+    return {
+        **environment(recipe, run, random, rival is not None), "rounds": ROUNDS, "seconds_each": seconds,
+        "images_per_second": rates, "images_per_second_of_each_round": rounds, "warm_up": warm, "view_seconds": views,
+        "first_step_seconds": before + next(iter(warm.values()))["first_call_seconds"],
+        "matmul_flops_per_second": matmul, "flops_per_image": flops,
+        "flops_per_second": achieved,
+        "share_of_matmul": {name: rate / matmul for name, rate in achieved.items()},
+        "ratio_to_torch": paired,
+        "projected_from_rates": projections(rates, run, recipe), "recipe": dataclasses.asdict(recipe)}
+
+
+def environment(recipe: Recipe, run: Run, random: bool, with_torch: bool) -> dict[str, Any]:
+    """What the figures are of."""
+    devices = run.feed.devices
+    networks = (recipe.model.student, *(recipe.teachers if run.nets.teachers else ()))
+    versions = device_check.versions() | ({"torch": importlib.metadata.version("torch")} if with_torch else {})
+    return {"synthetic": random, "versions": versions, "platform": devices[0].platform,
+            "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
+            "cores": len(os.sched_getaffinity(0)), "networks": [network.name for network in networks],
+            "compute_dtype": recipe.compute_dtype, "batch_size": recipe.dataset.batch_size,
+            "classes": run.data.num_classes, "image_shape": list(run.data.image_shape),
+            "images": {"train": len(run.data.train.label), "validation": len(run.data.validation.label)}}
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report of `measure`, with its "config", as tables."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    images, shape = report["images"], "x".join(map(str, report["image_shape"]))
+    ours = [used for name, used in report["warm_up"].items() if not name.startswith("torch")]
+    return "\n".join([
+        f"{report['config']}{', random images and weights' if report['synthetic'] else ''}: "
+        f"{', '.join(report['networks'])}; "
+        f"{images['train']:,} training and {images['validation']:,} validation images {shape}, "
+        f"{report['classes']} classes, batches of {report['batch_size']}, {report['compute_dtype']}",
+        f"{report['devices']} x {report['device_kind']}, cores: {report['cores']}, hosts: {report['hosts']}",
+        versions,
+        f"medians of {report['rounds']} rounds in turn, {report['seconds_each']:g} s each in all", "",
+        *_rate_table(report), "",
+        f"to the end of the first call of a training step: {report['first_step_seconds']:.1f} s; to start with, data, "
+        "networks, teachers and compilation",
+        *(f"one view of the training images, {TITLES[name]}: {seconds:.3g} s"
+          for name, seconds in report["view_seconds"].items()),
+        f"peak memory, all of the above: {max(used['peak_bytes'] for used in ours) / 2**30:.3g} GiB of "
+        + ("the process" if report["platform"] == "cpu" else "a device"),
+        f"large matrix products, {report['compute_dtype']}: {report['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s", "",
+        *_projection_table(report), "", _NOTES])
+
+
+def _rate_table(report: dict[str, Any]) -> list[str]:
+    lines = [f"{'':<25}{'images/s':>10}{'slowest':>10}{'fastest':>10}{'/PyTorch':>10}{'MFLOP/image':>13}"
+             f"{'TFLOP/s':>10}{'of matmul':>11}{'compile s':>11}  cache"]
+    for name, rate in report["images_per_second"].items():
+        rounds, warm = report["images_per_second_of_each_round"][name], report["warm_up"][name]
+        line = f"{TITLES[name]:<25}{rate:>10,.0f}{min(rounds):>10,.0f}{max(rounds):>10,.0f}"
+        line += f"{report['ratio_to_torch'][name]:>10.2f}" if name in report["ratio_to_torch"] else " " * 10
+        if name in report["flops_per_image"]:
+            line += (f"{report['flops_per_image'][name] / 1e6:>13,.2f}{report['flops_per_second'][name] / 1e12:>10.3g}"
+                     f"{report['share_of_matmul'][name]:>11.1%}")
+        else:
+            line += " " * 34
+        lines.append(f"{line}{warm['compile_seconds']:>11.1f}  {warm['from_cache']}/{warm['new_in_cache']}")
+    return lines
+
+
+def _projection_table(report: dict[str, Any]) -> list[str]:
+    lines = [f"{'projected from rates':<25}{'A-views':>10}{'B-views':>10}{'seconds':>12}{'PyTorch':>12}{'ratio':>10}"]
+    for row in report["projected_from_rates"]:
+        line = f"{row['part']:<25}{row['a_views'] or 'new':>10}{row['b_views'] or 'new':>10}{row['seconds']:>12,.1f}"
+        lines.append(line + (f"{row['torch_seconds']:>12,.1f}{row['ratio']:>10.2f}" if "ratio" in row else ""))
+    return lines

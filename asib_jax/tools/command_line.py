@@ -1,0 +1,122 @@
+"""What the launch scripts share: how flags are read, how an error is told, and the exit status that says what it was.
+
+0: finished; 2: something that the user can mend (a flag, a key, a file, a machine); 1: a mistake of ours, or a run that
+broke down; 75: a run that was stopped by SIGTERM or SIGINT and can go on; 130: stopped before it began.
+"""
+import contextlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from asib_jax.engine import hosts
+from asib_jax.errors import UserError
+from asib_jax.record.signals import EXIT_INTERRUPTED, Interrupted
+
+_VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an error came up.")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Read the flags, do `main` and leave the process with a status from above, its error told on stderr."""
+    def quietly(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
+        main()
+
+    try:
+        app.run(quietly, flags_parser=_parse)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(tell(error))
+
+
+def tell(error: BaseException) -> int:
+    """Print what went wrong in a message of its own, and its notes; the traceback only with --verbose. The exit status.
+
+    A SystemExit is an end that its status says: nothing is printed.
+    """
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if _VERBOSE.value if flags.FLAGS.is_parsed() else "--verbose" in sys.argv:
+        traceback.print_exception(error)
+    if isinstance(error, Interrupted):
+        print(f"stopped {error}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    notes = getattr(error, "__notes__", [])
+    if isinstance(error, UserError | OSError):
+        status, message = 2, str(error)
+    else:
+        status, message = (130 if isinstance(error, KeyboardInterrupt) else 1), f"{type(error).__name__}: {error}"
+        notes = notes or ["start it again with --verbose to see where in the code"]
+    print("\n  ".join([f"error: {message}", *notes]), file=sys.stderr, flush=True)
+    return status
+
+
+def host_flags() -> Callable[[], contextlib.AbstractContextManager]:
+    """Define the flags by which processes on several hosts meet; what is returned joins them, see `hosts.joined`."""
+    coordinator = flags.DEFINE_string("coordinator", None, "Of several hosts: HOST:PORT of process 0, or auto.")
+    processes = flags.DEFINE_integer("processes", None, "How many there are; not with auto, which finds it.")
+    process = flags.DEFINE_integer("process", None, "Which one this is, from 0; not with auto.")
+    return lambda: hosts.joined(coordinator.value, processes.value, process.value, tell)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """UserError for whatever the command line, or a file of configuration, does wrong."""
+    try:
+        others = flags.FLAGS(argv)[1:]
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS["config"].value, "items")  # one that was not found fails when it is asked for anything
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not _in_config(error):  # --help ends so
+            raise
+        raise UserError(_explained(error, argv)) from error
+    if others:
+        raise UserError(f"unexpected arguments {others}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE")
+    return argv
+
+
+def _explained(error: Exception, argv: list[str]) -> str:
+    """What absl or ml_collections makes of it, or Python of a configuration: the cause may lie several errors deep."""
+    chain = [error]
+    while deeper := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(deeper)
+    file = "--config=" + next((arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])
+                               if arg.lstrip("-").partition("=")[0] == "config"), "")
+    if file.endswith(".json"):
+        return (f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
+                "started with, and --config.resume=RUN")
+    if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", _line(error)):
+        key = f"{group[1]}." + {"schedule": "type", "model": "student.name"}.get(group[1], "name")
+        return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
+    if file != "--config=" and _line(error).startswith("flag --config=None:"):
+        return f"{file}: its get_config returned None; it has to return the config"
+    for one in chain:
+        if place := _in_config(one):
+            return f"{file}: {type(one).__name__}: {_line(getattr(one, 'msg', one))} ({place})"
+    for one in chain:
+        if isinstance(one, KeyError):  # its text names the nearest key, where one is near
+            if teacher := re.match(r"'(teacher\d+)'", _line(one)):
+                return (f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
+                        f"config.{teacher[1]} = ConfigDict(config.teacher1)")
+            return f"unknown key in {file}: {_line(one)}"
+    if isinstance(error, OSError):
+        return f"{file}: {str(error).splitlines()[-1].strip()}"
+    return f"{file}: {_line(error)}" if isinstance(error, AttributeError) else _line(error)
+
+
+def _in_config(error: BaseException) -> str:
+    """File and line of the configuration in which it was raised; "": it was in none."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    loading = [i for i, frame in enumerate(frames) if frame.filename.endswith("config_flags.py")]
+    inside = frames[loading[-1]:] if loading else []
+    own = [frame for frame in inside if not re.search(r"^<|[/\\](absl|ml_collections)[/\\]", frame.filename)]
+    return f"{own[-1].filename}, line {own[-1].lineno}" if own else ""
+
+
+def _line(message: object) -> str:
+    """On one line. ml_collections wraps KeyErrors, whose text is a quotation, and lists a whole configuration."""
+    while isinstance(message, KeyError | AttributeError):
+        message = message.args[0]
+    return re.sub(r'Other fields present: "{.*}" ', "", " ".join(str(message).split()))

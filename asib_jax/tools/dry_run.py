@@ -1,0 +1,61 @@
+"""A plan as the text that `--dry_run` prints."""
+from collections.abc import Sequence
+
+from asib_jax.tools.plan import Plan, Step
+from asib_jax.recipe.recipe import Recipe
+
+_GIB = 2 ** 30
+_NOTES = """\
+GFLOPs: of one image's forward pass in evaluation, 2 operations for a multiply-add, before XLA optimises.
+GiB on each device, an estimate that XLA may undercut or exceed, without images and stored outputs (device_data_gb):
+  networks    variables of all networks of the run, float32
+  state       what the step trains once more, and the optimizer's moments
+  gradients   of what the step trains
+  backward    every value that the backward pass reads, as if nothing were fused or computed twice
+  operation   the most that one operation of the forward passes, the teachers' too, reads and writes beside these"""
+
+
+def text(recipe: Recipe, plan: Plan) -> str:
+    """The recipe's plan as tables and their explanation."""
+    sizes, images = plan.sizes, plan.images
+    shape = "x".join(map(str, sizes.image_shape))
+    return "\n".join([
+        f"data: {sizes.origin}; images {shape}, {sizes.num_classes} classes",
+        f"  {images['train']:,} training (student), {images['teacher_train']:,} training (teachers), "
+        f"{images['validation']:,} validation, {images['test']:,} test images",
+        f"batches of {recipe.dataset.batch_size}, {plan.batch} on each device, {recipe.compute_dtype}", "",
+        *_network_table(plan), "", *_step_table(plan), "", _totals(plan.steps), *plan.stored,
+        *([f"warning: {plan.warning}"] if plan.warning else []), "", _NOTES])
+
+
+def _network_table(plan: Plan) -> list[str]:
+    rows = [(row.role, row.name, f"{row.parameters:,}", f"{row.flops / 1e9:.3f}", row.origin) for row in plan.networks]
+    return _table([("network", "name", "parameters", "GFLOPs", "from"), *rows], "<<>><")
+
+
+def _step_table(plan: Plan) -> list[str]:
+    header = ("training", "epochs", "steps", "networks", "state", "gradients", "backward", "operation", "GiB in all",
+              "trained/all parameters")
+    rows = []
+    for step in plan.steps:
+        parts = (plan.resident, step.cost.state, step.cost.gradients, *step.cost.activations)
+        trained = ", ".join(f"{name} {count:,}/{whole:,}" for name, (count, whole) in step.trained.items())
+        rows.append((step.title, f"{step.epochs:,}", f"{step.steps:,}",
+                     *(f"{part / _GIB:.3f}" for part in (*parts, sum(parts))), trained))
+    return _table([header, *rows], "<>>>>>>>><")
+
+
+def _totals(steps: Sequence[Step]) -> str:
+    kinds: dict[str, list[Step]] = {}
+    for step in steps:
+        kinds.setdefault(step.title.partition(",")[0], []).append(step)
+    parts = [f"{kind} {sum(step.epochs for step in found):,} epochs, {sum(step.steps for step in found):,} steps"
+             for kind, found in kinds.items()]
+    return f"in all {sum(step.steps for step in steps):,} steps: {'; '.join(parts)}"
+
+
+def _table(rows: list[tuple[str, ...]], align: str) -> list[str]:
+    """Aligned lines; `align` has "<" for a column of text, ">" for one of numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip()
+            for row in rows]
