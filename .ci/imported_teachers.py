@@ -11,11 +11,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 
-from asib_jax import build, models
+from asib_jax import models
 from asib_jax.engine import feature_bank
 from asib_jax.data import sources
 from asib_jax.engine.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.initial import init_network
+from asib_jax.weights.reading import read_weights
 
 EXPECTED = {"resnet56": 1473, "resnet44": 1472}
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
@@ -27,8 +29,8 @@ def main(data: str, weights: str) -> None:
     nets, params, stats = [], {}, {}
     for k, name in enumerate(EXPECTED, 1):
         model = models.create_teacher_by_name(name, 100, small_input=True, mean=MEAN, std=STD)
-        variables, _ = build.read_weights(f"{weights}/cifar100_{name}.safetensors", "weights", model,
-                                          build.init_network(model, 0, name, test.image.shape[1:]), sha256="")
+        variables, _ = read_weights(f"{weights}/cifar100_{name}.safetensors", "weights", model,
+                                    init_network(model, 0, name, test.image.shape[1:]), sha256="")
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
     (view,) = feature_bank.read_teachers(

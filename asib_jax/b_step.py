@@ -1,39 +1,81 @@
 """The B-Step: distil the student while all else stands still (SPEC 5)."""
 import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from asib_jax import streams
-from asib_jax.engine import parallel
-from asib_jax.objectives import freezing, losses, schedules, state, steps
-from asib_jax.a_step import ema
-from asib_jax.engine.feed import Steps
-from asib_jax.engine.loop import Part, run_part
+from asib_jax.build import learning_rate
+from asib_jax.context import Context
+from asib_jax.engine.progress import Progress, of_network
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import stage_names
-from asib_jax.recipe.recipe import Recipe
-from asib_jax.run import Progress, Run, learning_rate
-from asib_jax.record.snapshots import Snapshot
-from asib_jax.objectives.state import TrainState
-from asib_jax.objectives.steps import BTerms, Training
+from asib_jax.objectives import freezing, losses, schedules
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.optimizers import make_optimizer
+from asib_jax.objectives.step import Training
+from asib_jax.phases import Phase
+from asib_jax.recipe import Recipe
+from asib_jax.weights import checkpoint
 
-logger = logging.getLogger("asib_jax")
+
+def phase(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, images: int,
+          axis_name: str | None = None, student: str = "student") -> Phase:
+    """The B-Step of a stage (from 0) over so many training images. params: arrays or their shapes.
+
+    student: the network it trains; "control" is the same student in a run of its own beside this one.
+    """
+    prefix = "" if student == "student" else f"{student}/"
+    runs = _runs_networks(recipe) if nets.teachers and recipe.reads_teachers_in_b else ""
+    reads = frozenset({"teachers"} if nets.teachers and recipe.reads_teachers_in_b and not runs else ())
+    mask, _ = trainable(recipe, nets, params, stage, student)
+    chosen = {student: {child: child != "distill_adapter" or adapter_trains(recipe) for child in mask[student]}}
+    return Phase(
+        name=f"{prefix}stage{stage + 1}/b", title=f"{student if prefix else 'B-Step'}, stage {stage + 1}",
+        epochs=recipe.b_epochs[stage], network=student, nets=nets, split="train", optimizer=f"{prefix}b",
+        curve=f"{prefix}b", training=make_training(recipe, nets, params, stage, axis_name, student),
+        rate=learning_rate(recipe, recipe.student_lr, images, sum(recipe.b_epochs), recipe.schedule.lr_warmup_epochs),
+        controls=functools.partial(controls_of, recipe, stage),
+        order=lambda epoch: streams.rng(recipe.seed, "order/b", stage, epoch),
+        views=schedules.views_of_stage(recipe.b_epochs, stage, recipe.b_step_views), reads=reads,
+        runs_networks=f"the B-Step runs the teachers at every step: {runs}" if runs else "",
+        score=student, best=student, chosen=chosen, restore=recipe.restore_best, watch=nets.ib_mbm is not None,
+        counts=functools.partial(_count, recipe) if not prefix else Phase.counts,
+        finish=functools.partial(_save_students, f"{prefix.replace('/', '_')}stage{stage + 1}", student))
 
 
-def trainable(recipe: Recipe, nets: Networks, params: dict, stage: int) -> tuple[dict[str, Any], Mode]:
+def _runs_networks(recipe: Recipe) -> str:
+    """Why the teachers are to be run at every step; "": they need not."""
+    if not recipe.b_step_views:
+        return "b_step_views=0 asks for new views in every epoch"
+    if recipe.trains_teachers:
+        return "use_teacher_finetuning changes them"
+    if recipe.mixes:
+        return "they have to see the images that mixup_alpha or cutmix_alpha_distill mixes"
+    return ""
+
+
+def make_training(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, axis_name: str | None = None,
+                  student: str = "student") -> Training:
+    """What the B-Step of a stage (from 0) trains, by which loss and optimizer."""
+    mask, mode = trainable(recipe, nets, params, stage, student)
+    tx = make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
+                        grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
+    loss = functools.partial(b_loss, nets=nets, terms=terms_of(recipe), mode=mode, axis_name=axis_name, student=student)
+    return Training(loss, mask, (student,), tx)
+
+
+def trainable(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, student: str = "student"
+              ) -> tuple[dict[str, Any], Mode]:
     """What the B-Step trains, as a mask over the parameters, and how the student runs."""
     names = stage_names(nets.student)
     level = freezing.level_for_stage(recipe.student_freeze_level, stage) if recipe.use_partial_freeze else -1
     frozen = freezing.frozen_stages(level, len(names), "student_freeze_level")
-    student = freezing.trainable(params["student"], names, level, recipe.student_freeze_bn)
-    if "distill_adapter" in student and not adapter_trains(recipe):
-        student["distill_adapter"] = jax.tree.map(lambda leaf: False, student["distill_adapter"])
-    mode = Mode(train=True, frozen_stages=frozen, freeze_bn=recipe.student_freeze_bn)
-    return {name: student if name == "student" else False for name in params}, mode
+    mask = freezing.trainable(params[student], names, level, recipe.student_freeze_bn)
+    if "distill_adapter" in mask and not adapter_trains(recipe):
+        mask["distill_adapter"] = jax.tree.map(lambda leaf: False, mask["distill_adapter"])
+    return {student: mask}, Mode(train=True, frozen_stages=frozen, freeze_bn=recipe.student_freeze_bn)
 
 
 def adapter_trains(recipe: Recipe) -> bool:
@@ -54,37 +96,31 @@ def terms_of(recipe: Recipe) -> BTerms:
         mixup_alpha=recipe.mixup_alpha, cutmix_alpha=recipe.cutmix_alpha_distill, min_cw=recipe.min_cw)
 
 
-def controls_of(run: Run, progress: Progress, stage: int, epoch: int) -> dict:
-    """Every epoch-dependent scalar of the step, and its random streams.
+def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> dict[str, Any]:
+    """Every scalar of the step that depends on the epoch, and its random streams.
 
     While the gate is shut the target is the teachers' average; certainty weights and feature KD act all the same
     (SPEC 5).
     """
-    recipe = run.recipe
-    epochs = recipe.b_epochs[stage]
     gate = progress.gate(recipe.enable_kd_after_syn_acc)
     mixing = epoch < recipe.teacher_adapt_kd_warmup
     ramp, ratio_on = schedules.kd_ramp(epoch, stage, recipe.kd_warmup_epochs)
-    tau = schedules.temperature(epoch, epochs, tau=recipe.tau, schedule=recipe.tau_schedule,
+    tau = schedules.temperature(epoch, recipe.b_epochs[stage], tau=recipe.tau, schedule=recipe.tau_schedule,
                                 power=recipe.tau_decay_power)
+    view = schedules.view_of(recipe.b_epochs, stage, epoch, recipe.b_step_views)
     return {"tau": np.float32(tau), "gate": np.float32(gate),
             "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0), "ramp": np.float32(ramp),
             "ratio_on": np.float32(ratio_on),
-            "augment_key": run.augment_key("b", stage, epoch),
+            "augment_key": streams.key(recipe.seed, "augment", *view),
             "mix_key": streams.key(recipe.seed, "mix", stage, epoch),
             "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch)}
 
 
-def make_training(recipe: Recipe, nets: Networks, params: dict, stage: int, axis_name: str | None = None) -> Training:
-    """The B-Step of a stage (from 0)."""
-    mask, mode = trainable(recipe, nets, params, stage)
-    tx = state.make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
-                              grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
-    loss = functools.partial(steps.b_loss, nets=nets, terms=terms_of(recipe), mode=mode, axis_name=axis_name)
-    return Training(loss, mask, ("student",), tx)
+def _count(recipe: Recipe, progress: Progress, controls: dict[str, Any], steps: int) -> None:
+    progress.distilled_steps[target_name(recipe, controls)] += steps
 
 
-def target_name(recipe: Recipe, controls: dict) -> str:
+def target_name(recipe: Recipe, controls: dict[str, Any]) -> str:
     """What an epoch with these controls distils from."""
     if not recipe.kd_alpha:
         return "the fusion network's features" if recipe.feat_kd_alpha else "labels only"
@@ -95,86 +131,8 @@ def target_name(recipe: Recipe, controls: dict) -> str:
     return "synergy mixed with avg" if controls["average_share"] else "synergy"
 
 
-def begin(run: Run, variables: Variables, progress: Progress, stage: int, snapshot: Snapshot | None = None
-          ) -> tuple[TrainState, Variables, Steps, Callable[[int], float]]:
-    """The B-Step of a stage before its first epoch: what it trains, what stands still, the compiled step, its rate."""
-    recipe = run.recipe
-    training = make_training(recipe, run.nets, variables.params, stage, run.feed.axis_name)
-    current, frozen, step = run.begin("b", training, variables, progress.b_opt_state, snapshot)
-    rate = learning_rate(recipe, base=recipe.student_lr, steps_per_epoch=run.steps_per_epoch,
-                         epochs=sum(recipe.b_epochs), warmup_epochs=recipe.schedule.lr_warmup_epochs,
-                         devices=len(run.feed.devices))
-    return current, frozen, step, rate
-
-
-def run_b_step(run: Run, variables: Variables, progress: Progress, stage: int) -> Variables:
-    """Distil the student for the B-epochs of one stage.
-
-    `progress` gets the last student, the best one on validation over the run, and the steps distilled from each target.
-    With `restore_best` the best one continues, with fresh moments.
-    """
-    recipe, epochs = run.recipe, run.recipe.b_epochs[stage]
-    if snapshot := run.snapshots.take(run.part("b", stage)):
-        variables = run.resume(snapshot, progress, variables)
-        if recipe.trains_teachers:
-            run.validation.read_teachers(variables)
-    current, frozen, step, rate = begin(run, variables, progress, stage, snapshot)
-    run.log_parameters(f"stage {stage + 1} B-Step", variables.params, current.params)
-    if run.nets.ib_mbm is not None and not snapshot:
-        watched = run.validation.accuracies(variables)
-        run.log_scalars(f"stage{stage + 1}/b/before", {f"val_{name}": value for name, value in watched.items()})
-
-    def after(epoch: int, current: TrainState, controls: dict, metrics: dict, steps: int, seconds: float) -> None:
-        progress.b_steps, progress.epochs = progress.b_steps + steps, progress.epochs + 1
-        progress.b_epochs += 1
-        progress.distilled_steps[target_name(recipe, controls)] += steps
-        watch(run, progress, state.join(current, frozen), stage, epoch, {
-            **metrics, "tau": float(controls["tau"]), "gate": float(controls["gate"]),
-            "lr": rate(progress.b_steps - 1)}, seconds)
-
-    current = run_part(Part(
-        name=run.part("b", stage), epochs=epochs, step=step, frozen=frozen, learning_rate=rate,
-        controls=lambda epoch: controls_of(run, progress, stage, epoch), first_step=lambda: progress.b_steps,
-        calls=lambda epoch, first: run.calls(step, "b", stage, epoch, first),
-        bar=lambda epoch: run.bar(f"{run.prefix}stage {stage + 1} B {epoch + 1}/{epochs}"), after=after,
-        content=lambda current: run.snapshot("b", progress, state.join(current, frozen), current),
-        max_nonfinite_steps=recipe.max_nonfinite_steps, on_steps=run.reporter.on_steps),
-        current, run.snapshots, snapshot)
-    return _end_stage(run, state.join(current, frozen), current.opt_state, progress)
-
-
-def watch(run: Run, progress: Progress, variables: Variables, stage: int, epoch: int, scalars: dict,
-          seconds: float) -> None:
-    """Measure on validation after a B-epoch: the student, and the target it learns from; keep the best student."""
-    accuracies = {f"val_{name}": value for name, value in run.validation.accuracies(variables).items()}
-    student = accuracies["val_student"]
-    if "val_synergy" in accuracies:
-        progress.synergy_acc = ema(progress.synergy_acc, accuracies["val_synergy"], run.recipe.synergy_ema_alpha)
-    run.log_epoch("b", stage, epoch, {**scalars, **accuracies}, seconds=seconds, total=progress.epochs)
-    if student > progress.best_acc:
-        progress.best_acc, progress.best_epoch = student, f"stage {stage + 1}, epoch {epoch + 1}"
-        progress.best_student = _student(run, variables)
-
-
-def _student(run: Run, variables: Variables) -> dict:
-    """The student's variables on the host, without an adapter that is not the B-Step's to restore."""
-    student = jax.device_get(variables.of("student"))
-    if not adapter_trains(run.recipe):
-        student["params"].pop("distill_adapter", None)
-    return student
-
-
-def _end_stage(run: Run, variables: Variables, opt_state: Any, progress: Progress) -> Variables:
-    progress.last_student, progress.b_opt_state = _student(run, variables), opt_state
-    if run.recipe.restore_best:
-        variables, progress.b_opt_state = with_student(variables, progress.best_student), None
-    logger.info("%sstudent: best validation accuracy %.2f %% (%s)", run.prefix, 100 * progress.best_acc,
-                progress.best_epoch)
-    return parallel.replicate(variables, run.feed.devices)
-
-
-def with_student(variables: Variables, student: dict) -> Variables:
-    """The variables with another student (`Progress.last_student` or `best_student`) in its place."""
-    params = {**variables.params["student"], **student["params"]}
-    return Variables({**variables.params, "student": params},
-                     {**variables.batch_stats, "student": student["batch_stats"]})
+def _save_students(name: str, student: str, context: Context, variables: Variables, progress: Progress) -> Variables:
+    folder = context.record.folder / "checkpoints"
+    checkpoint.save(folder / f"{name}_last", of_network(progress.last[student], student))
+    checkpoint.save(folder / f"{name}_best", of_network(progress.best[student].held, student))
+    return variables

@@ -1,6 +1,5 @@
 """A recipe's data and networks, as they are before anything is trained."""
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,39 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import models, streams
-from asib_jax.engine import parallel
-from asib_jax.objectives import freezing
-from asib_jax.weights import checkpoint, files as weights, pretrained
+from asib_jax import models
+from asib_jax.engine import devices
+from asib_jax.objectives import freezing, schedules
+from asib_jax.weights.reading import Imported, read_weights
 from asib_jax.data import sources, splits
-from asib_jax.data.sources import Split
+from asib_jax.data.parts import Data, Rows
 from asib_jax.errors import UserError
 from asib_jax.engine.feed import Feed
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.kd_model import KDModel, stage_names
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.models.kd_model import KDModel
+from asib_jax.models.initial import init_fusion, init_network
+from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
 
-class Data(NamedTuple):
-    """teacher_train: the training split without validation; train: what the student sees of it (`train_subset`)."""
-
-    train: Split
-    teacher_train: Split
-    validation: Split
-    test: Split
-    num_classes: int
-    origin: str
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.test.image.shape[1:]
-
-
 def make_feed(recipe: Recipe) -> Feed:
     """What brings examples to the recipe's devices. UserError for devices that are not here."""
-    return Feed(tuple(parallel.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call)
+    return Feed(tuple(devices.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call,
+                recipe.dataset.eval_batch_size)
 
 
 class Inputs(NamedTuple):
@@ -50,14 +36,6 @@ class Inputs(NamedTuple):
     feed: Feed
     data: Data
     nets: Networks
-
-
-class Rows(NamedTuple):
-    """Which rows of the training split are which part of `Data`."""
-
-    train: np.ndarray
-    teacher_train: np.ndarray
-    validation: np.ndarray
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -112,15 +90,10 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
         logvar_clip=recipe.ib_mbm_logvar_clip, min_std=recipe.ib_mbm_min_std, dropout=recipe.synergy_head_dropout,
         learnable_temperature=recipe.synergy_temp_learnable)
     networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
-    if recipe.feat_kd_alpha and _query_dim(networks) != recipe.ib_mbm_out_dim:
-        raise UserError(f"feature KD compares {recipe.student_feature} of width {_query_dim(networks)} with "
+    if recipe.feat_kd_alpha and networks.query_dim != recipe.ib_mbm_out_dim:
+        raise UserError(f"feature KD compares {recipe.student_feature} of width {networks.query_dim} with "
                          f"ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
     return networks
-
-
-def _query_dim(nets: Networks) -> int:
-    student = nets.student
-    return student.adapter_dim if nets.student_feature == "distill_feat" else student.architecture.feat_dim
 
 
 def make_inputs(recipe: Recipe) -> Inputs:
@@ -129,72 +102,47 @@ def make_inputs(recipe: Recipe) -> Inputs:
     return Inputs(feed, data, build_networks(recipe, data.num_classes, feed.axis_name))
 
 
-def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict:
-    """Random variables of one network, the same for a (seed, name) in every configuration."""
-    image = jnp.zeros((1, *image_shape))
-    variables = _drawn(functools.partial(model.init, train=False), streams.key(seed, f"init/{name}"), image)
-    return {"batch_stats": {}, **variables}  # a network without BatchNorm has none
+def without_teachers(recipe: Recipe) -> Recipe:
+    """The same student, data and epochs, learning from labels alone."""
+    return dataclasses.replace(recipe, ce_alpha=1.0, kd_alpha=0.0, feat_kd_alpha=0.0, kd_target="avg",
+                               teacher_adapt_epochs=0, train_control=False)
 
 
-def _drawn(init: Callable, *arguments: Any) -> dict:
-    """Initial values. A CPU's compiler need not optimise what runs once: 2.5 s for a ResNet-8, not 12."""
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=quick)(*arguments)
+class Initial(NamedTuple):
+    """Variables of the student, its control's (as "control"), IB_MBM and head; random_stem: of a student whose given
+    weights left the first stage to chance, why, else ""."""
+
+    variables: Variables
+    random_stem: str
 
 
-def read_weights(given: str, key: str, model: KDModel, variables: dict, level: int = -1, *, sha256: str
-                 ) -> pretrained.Imported:
-    """`variables` of `model` with given weights (see `weights.py`; `key` holds them) in their place.
-
-    Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
-    sha256: the digest that the weights must have; "": any.
-
-    Raises UserError, with key and path, for what cannot be read or does not fit (the errors of `weights`, `checkpoint`
-    and `pretrained`), or if a stem that starts at random would stand still.
-    """
-    path = weights.locate(given, key, sha256)
-    try:
-        if path.is_dir():
-            imported = pretrained.fit_variables(_one_network(checkpoint.restore(path)), variables, model.architecture)
-        else:
-            imported = pretrained.import_weights(weights.load(path), variables, model.architecture)
-    except (UserError, OSError) as error:
-        raise UserError(f"{key}={given!r}: {error}") from error
-    stem, *others = stage_names(model)
-    random = [leaf for leaf in imported.fresh if f"params/{stem}/" in leaf]
-    if random and 0 <= level <= len(others):
-        raise UserError(f"{key}={given!r}: {random[0]}. It starts at random and would stay so at freeze level "
-                         f"{level}; train all stages first (-1)")
-    return imported
+def initial(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Initial:
+    """What is drawn, or imported where `model.student.weights` says so, of all networks but the teachers."""
+    if recipe.teachers_only:
+        return Initial(Variables({}, {}), "")
+    models_ = {"student": nets.student}
+    if recipe.trains_control:
+        models_["control"] = build_networks(without_teachers(recipe), nets.student.num_classes,
+                                            nets.student.axis_name).student
+    found, stem = {}, ""
+    for name, model in models_.items():
+        found[name] = init_network(model, recipe.seed, "student", image_shape)
+        if recipe.model.student.weights:
+            imported = read_student(recipe, model, found[name])
+            found[name], stem = imported.variables, imported.random_stem(model)
+            logger.info("%s: %s from %s%s", name, recipe.model.student.name, recipe.model.student.weights,
+                        f"; at random: {'; '.join(imported.fresh.values())}" if imported.fresh else "")
+    params = {name: variables["params"] for name, variables in found.items()}
+    return Initial(Variables(params | init_fusion(nets, recipe.seed),
+                             {name: variables["batch_stats"] for name, variables in found.items()}), stem)
 
 
-def _one_network(stored: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint the variables of its only network, or of the best student. UserError if there is neither."""
-    if "params" not in stored and "best" not in stored.get("students", {}):
-        raise UserError("it is no checkpoint of one network, nor of a run with a student; kept teachers are "
-                        "results_dir/teachers/NAME/checkpoint")
-    return stored if "params" in stored else stored["students"]["best"]
-
-
-def init_student_and_fusion(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
-    """Initial variables of the student (imported where `model.student.weights` says so), IB_MBM and head."""
-    student = init_network(nets.student, recipe.seed, "student", image_shape)
-    if recipe.model.student.weights:
-        level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
-        student, fresh = read_weights(recipe.model.student.weights, "model.student.weights", nets.student, student,
-                                      level, sha256=recipe.model.student.weights_sha256)
-        logger.info("student: %s from %s%s", recipe.model.student.name, recipe.model.student.weights,
-                    f"; at random, because shapes differ: {'; '.join(fresh)}" if fresh else "")
-    params = {"student": student["params"]}
-    if nets.ib_mbm is not None:
-        q = jnp.zeros((1, _query_dim(nets)))
-        kv = jnp.zeros((1, len(nets.teachers), models.feature_dim(nets.teachers[0])))
-        key = streams.key(recipe.seed, "init/ib_mbm")
-        params["ib_mbm"] = _drawn(nets.ib_mbm.init, key, q, kv)["params"]
-        code = jnp.zeros((1, recipe.ib_mbm_out_dim))
-        key = streams.key(recipe.seed, "init/synergy_head")
-        params["synergy_head"] = _drawn(nets.synergy_head.init, key, code)["params"]
-    return Variables(params, {"student": student["batch_stats"]})
+def read_student(recipe: Recipe, model: KDModel, variables: dict[str, Any]) -> Imported:
+    """The student's given weights in the place of its variables, arrays or their shapes. The errors of `read_weights`."""
+    student = recipe.model.student
+    level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
+    return read_weights(student.weights, "model.student.weights", model, variables, level,
+                        sha256=student.weights_sha256, dataset=recipe.dataset.name)
 
 
 def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
@@ -205,12 +153,21 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
     student = dataclasses.replace(recipe.model.student, weights="")  # given ones change no shape
     fresh = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, student=student))
 
-    def initial() -> Variables:
-        own = Variables({}, {}) if recipe.teachers_only else init_student_and_fusion(fresh, nets, image_shape)
+    def drawn() -> Variables:
+        own = initial(fresh, nets, image_shape).variables
         teachers = {name: init_network(model, recipe.seed, name, image_shape)
-                    for name, model in zip(nets.teacher_names, nets.teachers)}
+                    for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
         return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
                          own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
 
     with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
-        return jax.eval_shape(initial)
+        return jax.eval_shape(drawn)
+
+
+def learning_rate(recipe: Recipe, base: float, images: int, epochs: int, warmup_epochs: int) -> Callable[[int], float]:
+    """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs of so many images over the run."""
+    schedule = recipe.schedule
+    return lambda step: schedules.learning_rate(
+        step, base=base, steps_per_epoch=images // recipe.dataset.batch_size, epochs=epochs,
+        warmup_epochs=warmup_epochs, kind=schedule.type, min_lr=schedule.min_lr, step_size=schedule.step_size,
+        gamma=schedule.gamma, milestones=schedule.milestones)

@@ -1,18 +1,19 @@
 """What can be known to go wrong before a run leaves a trace: nothing here is compiled or written."""
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from asib_jax import build, teachers
-from asib_jax.engine import parallel
-from asib_jax.objectives import freezing
-from asib_jax.recipe import checks, recipe as recipes
+from asib_jax.engine import compiled, devices
+from asib_jax.recipe import Recipe, checks, keys, read
 from asib_jax.record import experiment
-from asib_jax.weights import files as weights, teacher_store
+from asib_jax.weights import origins, teacher_store
 from asib_jax.build import Inputs
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.data.paths import expanded
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.errors import UserError
 
 
 def checked(config: Mapping[str, Any]) -> Recipe:
@@ -21,16 +22,42 @@ def checked(config: Mapping[str, Any]) -> Recipe:
 
     Raises UserError for a key or a value that cannot be, for devices that are not here, or for a run that exists.
     """
-    recipe = recipes.read(config)
-    homes = {key: str(expanded(path, key)) for key in ("results_dir", "resume")
-             if (path := getattr(recipe, key)).startswith("~")}
+    recipe = read(config)
+    homes: dict[str, Any] = {key: str(expanded(path, key)) for key in ("results_dir", "resume")
+                             if (path := getattr(recipe, key)).startswith("~")}
     recipe = dataclasses.replace(recipe, **homes)
     if recipe.deterministic:
-        parallel.be_deterministic()  # before the checks, which ask for devices
+        compiled.be_deterministic()  # before the checks, which ask for devices
     checks.check(recipe)
+    check_machine(recipe)
     if not recipe.resume:
         experiment.check_exp_id(recipe.results_dir, recipe.exp_id)
     return recipe
+
+
+def warning(recipe: Recipe, defaults: Recipe) -> str:
+    """What to say of keys that were set away from `defaults` and have no effect in this run; "": there is none."""
+    idle = keys.without_effect(recipe, defaults)
+    return f"without effect in this run: {', '.join(idle)}" if idle else ""
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raise UserError, naming the key, for devices, files, folders or packages of a recipe that are not here."""
+    devices.check_platform(devices.all_devices(), recipe.platform, "platform")
+    devices.check_batch(recipe.dataset.batch_size, devices.run_devices(recipe.num_devices))
+    if recipe.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to \"\"")
+    cache = expanded(recipe.teacher_cache, "teacher_cache")
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if recipe.teacher_cache and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name "
+                        "another, or none")
+    given = {"model.student.weights": recipe.model.student.weights}
+    if recipe.uses_teachers:
+        given |= {f"teacher{k}.weights": teacher.weights for k, teacher in enumerate(recipe.teachers, 1)}
+    for key, weights in given.items():  # those of the hub are fetched, or missed, when the run starts
+        if weights and origins.cached(weights) is None and not weights.startswith("hf:"):
+            raise UserError(f"{key}={weights!r} does not exist")
 
 
 def prepare(recipe: Recipe) -> Inputs:
@@ -48,11 +75,9 @@ def check_weights(recipe: Recipe, nets: Networks, shapes: Variables) -> None:
     """Read the given weights that are here already; those of a teacher that an earlier run left ready are not asked
     for."""
     student = recipe.model.student
-    if student.weights and not recipe.teachers_only and weights.cached(student.weights):
-        level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
-        build.read_weights(student.weights, "model.student.weights", nets.student, shapes.of("student"), level,
-                           sha256=student.weights_sha256)
-    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
+    if student.weights and not recipe.teachers_only and origins.cached(student.weights):
+        build.read_student(recipe, nets.student, shapes.of("student"))
+    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
         given = recipe.teachers[k].weights
-        if given and weights.cached(given) and not teacher_store.kept_folder(recipe, k):
-            teachers.given(recipe.teachers[k], name, model, shapes.of(name))
+        if given and origins.cached(given) and not teacher_store.kept_folder(recipe, k):
+            teachers.given(recipe, k, model, shapes.of(name))

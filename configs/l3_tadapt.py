@@ -1,7 +1,7 @@
 """L3: L2 with the teachers' adapters trained in the A-Step.
 
-    python launch/main.py --config=configs/l3_tadapt.py:digits   # handwritten digits, about a minute on two CPU cores
-    python launch/main.py --config=configs/l3_tadapt.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
+    python launch/main.py --config=configs/l3_tadapt.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/l3_tadapt.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/l3_tadapt.py          # CIFAR-100 at full scale
 
 Differs from `l2_cccp` in train_distill_adapter_only.

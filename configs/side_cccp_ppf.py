@@ -1,7 +1,7 @@
 """The fusion network without a bottleneck, with CCCP and partial freezing.
 
-    python launch/main.py --config=configs/side_cccp_ppf.py:digits   # handwritten digits, about a minute on two CPU cores
-    python launch/main.py --config=configs/side_cccp_ppf.py:small    # CIFAR-100 on a CPU, needs files of weights; docs/results.md
+    python launch/main.py --config=configs/side_cccp_ppf.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/side_cccp_ppf.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/side_cccp_ppf.py          # CIFAR-100 at full scale
 
 Differs from `side_fusion` in use_cccp, use_partial_freeze and student_freeze_level.

@@ -10,19 +10,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from absl import flags
 
+from asib_jax.engine import devices as devices_
+from asib_jax.record import provenance
 from asib_jax.tools import command_line, device_check
 
 EXPECT = flags.DEFINE_integer("expect", 1, "The least number of devices, over all processes.", lower_bound=1)
 PLATFORM = flags.DEFINE_string("platform", "", "What the devices must be, e.g. gpu.")
 JOINED = command_line.host_flags()
 
-jax.config.update("jax_default_matmul_precision", "highest")  # as in a run
-
 
 def check() -> None:
     """Print what there is and how fast it is; raises at the first thing that is wrong."""
-    print(*(f"{name} {version}" for name, version in device_check.versions().items()), sep=", ")
-    devices, local = device_check.all_devices(), jax.local_devices()
+    print(*(f"{name} {version}" for name, version in provenance.versions().items()), sep=", ")
+    devices, local = devices_.all_devices(), jax.local_devices()
     print(f"backend {jax.default_backend()}, devices: {len(devices)}, in this process {len(local)}")
     print(*map(device_check.describe, devices), sep="\n")
     device_check.check_devices(devices, EXPECT.value, PLATFORM.value)

@@ -4,15 +4,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import jax
 from absl import flags
 
 from asib_jax import train
 from asib_jax.tools import command_line
 
 RUN = flags.DEFINE_string("run", None, "A run folder, e.g. results/latest.", required=True)
-
-jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32 on GPUs too, not TF32
 
 
 def main() -> None:

@@ -3,7 +3,22 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_default_matmul_precision", "highest")  # as the launch scripts do
+
+
+def pytest_runtest_setup(item):
+    """What compares with PyTorch is skipped where that or one of its libraries is not installed."""
+    if item.get_closest_marker("pytorch"):
+        for module in ("torch", "torchvision_cpu", "timm"):
+            pytest.importorskip(module)
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """How many programs have been compiled so far: call it."""
+    count = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: count.append(name) if name == "/jax/core/compile/backend_compile_duration" else None)
+    return lambda: len(count)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.engine import parallel
+from asib_jax.engine import devices as devices_
 from asib_jax.data.sources import Split
-from asib_jax.engine.feed import Feed, Steps
+from asib_jax.engine.compiled import Steps
+from asib_jax.engine.feed import Feed
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables
@@ -120,7 +121,7 @@ def make_batch(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
 
 def make_feed(devices: int = 1, **options) -> Feed:
     """The first devices, with room for everything unless `options` say otherwise."""
-    return Feed(tuple(parallel.run_devices(devices)), **{"room_gb": 1.0} | options)
+    return Feed(tuple(devices_.run_devices(devices)), **{"room_gb": 1.0} | options)
 
 
 def one_step(steps: Steps, feed: Feed, carry, fixed, controls, batch):

@@ -7,7 +7,8 @@ import torch
 
 from asib_jax.models.architecture import Architecture
 from asib_jax.models.kd_model import KDModel
-from asib_jax.weights.pretrained import export_weights, import_weights
+from asib_jax.weights.reading import import_weights
+from asib_jax.weights.torch_names import export_weights
 
 CLASSES, MEAN, STD = 10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 

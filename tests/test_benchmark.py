@@ -1,10 +1,6 @@
 """The benchmark: projections and operations against counts by hand, and a whole measurement of tiny networks."""
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 import time
 
 import jax
@@ -13,13 +9,14 @@ import numpy as np
 import pytest
 
 from asib_jax import build
-from asib_jax.recipe import checks, recipe as recipes
+from asib_jax import recipe as recipes
+from asib_jax.recipe import checks
 from asib_jax.tools import benchmark, cost, device_check, workloads
 from asib_jax.models import MODELS
 from configs import l2_cccp, l4_full
+from launching import launch
 from networks import convolutions, full_size_shapes
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 RATES = {"a_streaming": 10, "a_stored": 200, "b_streaming": 5, "b_stored": 20, "read_teachers": 50, "read_student": 400}
 TINY = {"model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
         "num_devices": 1, "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2,
@@ -199,12 +196,12 @@ def test_random_images_of_the_published_size():
     np.testing.assert_array_equal(np.bincount(data.validation.label), [25] * 100)
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("name", ["resnet8", "resnet56", "resnet101", "convnext_l"])
 def test_pytorch_has_the_same_networks(name):
     """As many parameters as ours with the small stem, without the statistics."""
-    torch, torch_networks = pytest.importorskip("torch"), pytest.importorskip("torch_networks")
-    if name == "convnext_l":
-        pytest.importorskip("timm" if torch.version.cuda else "torchvision_cpu")
+    import torch
+    import torch_networks
     assert set(torch_networks.NAMED) <= MODELS.keys()
     with torch.device("meta"):
         network = torch_networks.by_name(name, True, 100)
@@ -212,9 +209,10 @@ def test_pytorch_has_the_same_networks(name):
     assert sum(parameter.numel() for parameter in network.parameters()) == ours
 
 
+@pytest.mark.pytorch
 def test_pytorch_s_steps():
     """They work on whole batches, one at least, and for as long as they are told."""
-    torch_benchmark = pytest.importorskip("torch_benchmark")
+    import torch_benchmark
     changes = {f"teacher{k}.name": "resnet8" for k in (1, 2)} | {"dataset.train_subset": 100, "dataset.batch_size": 40}
     recipe = read(l2_cccp, "small", **changes)
     torch_benchmark.check(recipe, 1)
@@ -225,6 +223,7 @@ def test_pytorch_s_steps():
         assert work(0.05) % 40 == 0
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("module, profile, changes, message", [
     (l4_full, "small", {}, "use_partial_freeze=True, but the PyTorch version has 0 only"),
     (l2_cccp, "digits", {"dataset.data_aug": 1}, "colour images, which dataset.name='digits' has not"),
@@ -232,7 +231,7 @@ def test_pytorch_s_steps():
     (l2_cccp, "small", {"teacher1.name": "wrn_16_2"}, "a network's name is 'wrn_16_2'; the PyTorch version has"),
 ])
 def test_what_pytorch_has_not(module, profile, changes, message):
-    torch_benchmark = pytest.importorskip("torch_benchmark")
+    import torch_benchmark
     with pytest.raises(ValueError, match=message):
         torch_benchmark.check(read(module, profile, **changes), 1)
 
@@ -242,6 +241,5 @@ def test_errors_come_before_any_work():
     for arguments, message in (
             (["--config=configs/finetune_resnet152_cifar100.py", "--synthetic"], "teachers_only=True"),
             (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights")):
-        result = subprocess.run([sys.executable, "launch/benchmark.py", *arguments], cwd=ROOT, capture_output=True,
-                                text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        result = launch("benchmark", *arguments)
         assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr

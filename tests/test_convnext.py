@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict
 from asib_jax.models import MODELS
 from asib_jax.models.convnext import Block, convnext
 from asib_jax.models.kd_model import KDModel
-from asib_jax.weights.pretrained import export_weights, import_weights
+from asib_jax.weights.reading import import_weights
+from asib_jax.weights.torch_names import export_weights
 from networks import random_values, stage_shapes, variable_shapes
 
 WIDTHS, COUNTS = (8, 16, 16, 24), (1, 2, 1, 1)
@@ -16,11 +17,9 @@ WIDTHS, COUNTS = (8, 16, 16, 24), (1, 2, 1, 1)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("small_input", [False, True])
+@pytest.mark.pytorch
+@pytest.mark.parametrize("small_input", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_network_equals_timm(small_input):
-    pytest.importorskip("torch")
-    pytest.importorskip("torchvision_cpu")
-    pytest.importorskip("timm")
     import parity
     import torch
     from timm.models.convnext import ConvNeXt
@@ -49,7 +48,7 @@ def test_only_the_stem_kernel_does_not_fit_small_images():
     values = random_values(variable_shapes(KDModel(native, 10, (0.5,), (0.25,)), 32))
     shapes = variable_shapes(KDModel(small, 10, (0.5,), (0.25,)))
     imported = import_weights(export_weights(values, small), jax.tree.map(jnp.zeros_like, shapes), small)
-    [fresh] = imported.fresh
+    [fresh] = imported.fresh.values()
     assert "stem.0.weight (4, 4, 3, 8), the model's params/stem/conv/kernel (3, 3, 3, 8)" in fresh
     expected = flatten_dict(values) | {("params", "stem", "conv", "kernel"): np.zeros((3, 3, 3, 8))}
     jax.tree.map(np.testing.assert_array_equal, flatten_dict(imported.variables), expected)

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from asib_jax.objectives import state, steps
+from asib_jax.objectives import optimizers
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import Training
 from asib_jax.tools import cost
 from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel
@@ -51,14 +53,14 @@ def test_a_step_of_a_tiny_network():
     model = KDModel(SHALLOW["student"], CLASSES, mean=(0.5,), std=(0.3,))
     drawn = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     own = Variables({"student": drawn["params"]}, {"student": drawn["batch_stats"]})
-    tx = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+    tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     mask = {"student": {"stage0": True, "classifier": False}}
 
     def loss(variables, controls, batch):
-        return steps.b_loss(variables, controls, batch, nets=Networks(model), terms=steps.BTerms(0),
+        return b_loss(variables, controls, batch, nets=Networks(model), terms=BTerms(0),
                             mode=Mode(train=True))
 
-    found = cost.of_step(steps.Training(loss, mask, ("student",), tx), own, jax.eval_shape(make_batch), "float32")
+    found = cost.of_step(Training(loss, mask, ("student",), tx), own, jax.eval_shape(make_batch), "float32")
     trained = 3 * 3 * 3 * 3 + 2 * 3  # a 3x3 convolution of 3 channels without bias; scale and bias of its BatchNorm
     assert found.trained == {"student": trained} and found.gradients == 4 * trained
     assert found.state == 4 * (3 * trained + 1 + 2 * 3)

@@ -1,6 +1,5 @@
 """`deterministic`: XLA is told before it starts, or it is an error; two runs leave the same bits."""
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -8,8 +7,8 @@ import jax
 import numpy as np
 
 from asib_jax.weights import checkpoint
+from launching import ROOT, launch, launch_process
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAG = "--xla_gpu_deterministic_ops"
 
 
@@ -20,7 +19,7 @@ def python(*arguments, flags=""):
 
 def test_xla_takes_the_flag_beside_those_given(tmp_path):
     """As it writes down itself with what it compiles; its last word on a flag counts."""
-    script = ("import os, jax\nfrom asib_jax import parallel\nparallel.be_deterministic()\n"
+    script = ("import os, jax\nfrom asib_jax.engine import parallel\nparallel.be_deterministic()\n"
               "print(jax.jit(lambda x: x + 1)(1), os.environ['XLA_FLAGS'])")
     done = python("-c", script, flags=f"--xla_dump_to={tmp_path} {FLAG}=false")
     assert done.stdout == f"2 --xla_dump_to={tmp_path} {FLAG}=false {FLAG}=true\n", done.stderr
@@ -29,7 +28,7 @@ def test_xla_takes_the_flag_beside_those_given(tmp_path):
 
 
 def test_once_a_device_was_used_it_is_too_late():
-    script = "import jax\njax.devices()\nfrom asib_jax import parallel\nparallel.be_deterministic()"
+    script = "import jax\njax.devices()\nfrom asib_jax.engine import parallel\nparallel.be_deterministic()"
     done = python("-c", script)
     assert done.returncode == 1 and "asib_jax.errors.UserError: deterministic=True comes too late" in done.stderr
     assert python("-c", script, flags=f"{FLAG}=true").returncode == 0
@@ -37,12 +36,12 @@ def test_once_a_device_was_used_it_is_too_late():
 
 def test_two_runs_leave_the_same_bits(tmp_path):
     """Seeds and order alone: XLA's flag is about GPUs, and on CPUs nothing would differ without it either."""
-    left = []
-    for name in ("one", "two"):
-        done = python("launch/main.py", "--config=configs/ce_only.py:digits", f"--config.results_dir={tmp_path}",
-                      "--config.deterministic=True", f"--config.exp_id={name}", "--config.train_control=False",
-                      "--config.student_epochs_per_stage=(1,1)", "--config.schedule.lr_warmup_epochs=1")
-        assert done.returncode == 0, done.stderr
-        left.append(checkpoint.restore(tmp_path / name / "checkpoints" / "final"))
+    flags = (f"--config={ROOT}/configs/ce_only.py:digits", f"--config.results_dir={tmp_path}", "--config.num_devices=1",
+             "--config.train_control=False", "--config.student_epochs_per_stage=(1,1)",
+             "--config.schedule.lr_warmup_epochs=1")
+    one = launch_process("main", *flags, "--config.deterministic=True", "--config.exp_id=one", cwd=tmp_path)
+    two = launch("main", *flags, "--config.exp_id=two")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    left = [checkpoint.restore(tmp_path / name / "checkpoints" / "final") for name in ("one", "two")]
     assert len(jax.tree.leaves(left[0])) > 10
     jax.tree.map(np.testing.assert_array_equal, *left)

@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asib_jax import streams
 from asib_jax.engine import parallel
-from asib_jax.objectives import state, steps
+from asib_jax.objectives import optimizers, state
 from asib_jax.models.ensemble import Mode
-from asib_jax.objectives.steps import ATerms, BTerms
+from asib_jax.objectives.a_loss import ATerms, a_loss
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import make_train_step
 from networks import SHALLOW, make_feed, make_networks, one_step, make_split, random_variables
 
 SPLIT = make_split(40)
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def a_step(axis_name, networks_axis):
     """Noise, dropout, certainty weights, and a teacher in training."""
     nets = make_networks(**SHALLOW, dropout=0.3, axis_name=networks_axis)
-    loss = functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=None,
+    loss = functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=None,
                              teacher_modes=(Mode(train=True), Mode()), axis_name=axis_name)
     return nets, loss, ("ib_mbm", "synergy_head", "teacher1"), ("teacher1",)
 
@@ -39,7 +41,7 @@ def a_step(axis_name, networks_axis):
 def b_step(axis_name, networks_axis):
     """Augmentation, mixup, BatchNorm, certainty and disagreement weights, and all factors that are statistics."""
     nets = make_networks(**SHALLOW, axis_name=networks_axis)
-    loss = functools.partial(steps.b_loss, nets=nets, terms=B_TERMS, axis_name=axis_name)
+    loss = functools.partial(b_loss, nets=nets, terms=B_TERMS, axis_name=axis_name)
     return nets, loss, ("student",), ("student",)
 
 
@@ -54,9 +56,9 @@ def run(kind, compiled, axis_name=None, networks_axis=None):
     """Parameters, statistics and metrics after some steps by what `compiled(step)` gives."""
     nets, loss, trained, trained_stats = kind(axis_name, networks_axis)
     variables = random_variables(nets)
-    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=1.0)
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, {name: name in trained for name in variables.params}, trained_stats, tx)
-    step = compiled(steps.make_train_step(loss, tx, axis_name=axis_name))
+    step = compiled(make_train_step(loss, tx, axis_name=axis_name))
     order = np.random.default_rng(0).permutation(len(SPLIT.label))
     for number in range(STEPS):
         rows = order[8 * number: 8 * (number + 1)]

@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict
 from asib_jax.models import MODELS
 from asib_jax.models.efficientnet import Block, efficientnet
 from asib_jax.models.kd_model import KDModel
-from asib_jax.weights.pretrained import export_weights, import_weights
+from asib_jax.weights.reading import import_weights
+from asib_jax.weights.torch_names import export_weights
 from networks import random_values, stage_shapes, variable_shapes
 
 WIDTH, DEPTH = 0.25, 0.3  # one block in every stage, two in the sixth
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def timm_network(**options):
-    pytest.importorskip("timm")
     from timm.models.efficientnet import _gen_efficientnet
     return _gen_efficientnet("efficientnet_b0", WIDTH, DEPTH, num_classes=10, **options)
 
@@ -30,15 +30,14 @@ def torchvision_network():
     return network
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize(("build", "small_input", "tensorflow", "size"), [
-    (timm_network, False, False, 33),
+    pytest.param(timm_network, False, False, 33, marks=pytest.mark.slow),
     (torchvision_network, True, False, 32),
     # 38 -> 19 -> 10 -> 5 -> 3 -> 2: strides on even sizes, where TensorFlow pads one side more, and on odd ones
-    (lambda: timm_network(bn_eps=1e-3, pad_type="same"), False, True, 38),
+    pytest.param(lambda: timm_network(bn_eps=1e-3, pad_type="same"), False, True, 38, marks=pytest.mark.slow),
 ], ids=["timm", "torchvision, small", "timm tf_"])
 def test_network_equals_pytorch(build, small_input, tensorflow, size):
-    pytest.importorskip("torch")
-    pytest.importorskip("torchvision_cpu")
     import parity
     errors = parity.errors(build(), efficientnet(WIDTH, DEPTH, 0.2, small_input, tensorflow), size)
     assert parity.within_bounds(errors), errors
@@ -61,7 +60,7 @@ def test_weights_fit_small_images_whole():
     values = random_values(variable_shapes(KDModel(native, 10, (0.5,), (0.25,)), 32))
     shapes = variable_shapes(KDModel(small, 10, (0.5,), (0.25,)))
     imported = import_weights(export_weights(values, small), shapes, small)
-    assert imported.fresh == ()
+    assert imported.fresh == {}
     jax.tree.map(np.testing.assert_array_equal, flatten_dict(imported.variables), flatten_dict(values))
 
 

@@ -96,7 +96,7 @@ def test_runs_that_finish_together_all_get_a_row(tmp_path):
 
 CROWD = """
 import csv, itertools, json, os, pathlib, sys
-from asib_jax.experiment import Record
+from asib_jax.record.experiment import Record
 
 results, processes, rows = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 

@@ -1,10 +1,7 @@
 """A run's student under PyTorch's names: read back bitwise here, and run by torchvision."""
 import collections
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,16 +9,16 @@ import pytest
 from safetensors import safe_open
 
 from asib_jax import build
-from asib_jax.recipe import recipe as recipes
+from asib_jax import recipe as recipes
 from asib_jax.record import finished
 from asib_jax.tools import export
-from asib_jax.weights import checkpoint, files as weights, pretrained
+from asib_jax.weights import checkpoint, origins, reading
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.initial import init_network
 from configs import ce_only
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from launching import launch
 
 
 def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
@@ -31,7 +28,7 @@ def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
     recipe = recipes.read(config)
     model = build.build_networks(recipe, 10).student
     with jax.disable_jit():  # initialisers name options for a compiler
-        return config, model, jax.eval_shape(lambda: build.init_network(model, 0, "student", shape))
+        return config, model, jax.eval_shape(lambda: init_network(model, 0, "student", shape))
 
 
 def draw(shapes, seed):
@@ -60,8 +57,8 @@ def run(tmp_path_factory):
 def test_comes_back_bitwise(run, tmp_path, student, kind):
     folder, model, shapes, students = run
     path, _ = export.export(folder, student, kind, tmp_path / f"weights.{kind}")
-    back, fresh = pretrained.import_weights(weights.load(path), shapes, model.architecture)
-    assert fresh == ()
+    back, fresh = reading.import_weights(origins.load(path), shapes, model.architecture)
+    assert fresh == {}
     jax.tree.map(np.testing.assert_array_equal, back, students[student])
 
 
@@ -104,9 +101,9 @@ def test_a_network_without_batch_statistics(tmp_path):
     assert finished.load_students(tmp_path)["last"]["batch_stats"] == {}
 
 
+@pytest.mark.pytorch
 def test_torchvision_runs_it(tmp_path, quick_compilation):
     """MobileNetV2 with torchvision's initial weights and running statistics drawn at random."""
-    pytest.importorskip("torchvision_cpu")
     import torch
     from safetensors.torch import load_file
     from torchvision.models import mobilenet_v2
@@ -119,7 +116,7 @@ def test_torchvision_runs_it(tmp_path, quick_compilation):
     state = {name: value.numpy() for name, value in origin.state_dict().items()}
     changes = {"model.student.mean": (0.4, 0.5, 0.6), "model.student.std": (0.2, 0.3, 0.4)}
     config, model, shapes = build_student("mobilenet_v2", small_input=False, shape=(64, 64, 3), **changes)
-    student, _ = pretrained.import_weights(state, shapes, model.architecture)
+    student, _ = reading.import_weights(state, shapes, model.architecture)
     path, about = export.export(save_run(tmp_path, config, model, {"last": student}), "last", "safetensors")
 
     theirs = mobilenet_v2(num_classes=about["num_classes"]).eval()
@@ -134,12 +131,9 @@ def test_torchvision_runs_it(tmp_path, quick_compilation):
 
 
 def test_the_command(run, tmp_path):
-    def launch(*arguments):
-        return subprocess.run([sys.executable, "launch/export.py", *arguments], cwd=ROOT, capture_output=True,
-                              text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    out = launch(f"--run={run[0]}", "--student=last", "--format=npz", f"--out={tmp_path}/last.npz")
+    out = launch("export", f"--run={run[0]}", "--student=last", "--format=npz", f"--out={tmp_path}/last.npz")
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(f"{tmp_path}/last.npz\n  network: resnet8\n")
-    assert "conv1.weight" in weights.load(tmp_path / "last.npz")
-    nothing = launch(f"--run={tmp_path}")
+    assert "conv1.weight" in origins.load(tmp_path / "last.npz")
+    nothing = launch("export", f"--run={tmp_path}")
     assert nothing.returncode != 0 and "is no run folder" in nothing.stderr and "Traceback" not in nothing.stderr

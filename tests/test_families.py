@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 
 from asib_jax import streams
-from asib_jax.objectives import state, steps
+from asib_jax.objectives import optimizers, state
 from asib_jax.models import MODELS
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.ensemble import Mode
-from asib_jax.models.kd_model import KDModel
+from asib_jax.models.kd_model import KDModel, in_compute_type, stage_names
 from asib_jax.models.mobilenet import Row, mobilenet_v2
-from asib_jax.models.resnet import cifar_resnet
+from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
 from asib_jax.models.wide_resnet import wide_resnet
-from asib_jax.weights.pretrained import export_weights
-from asib_jax.objectives.steps import ATerms, BTerms
+from asib_jax.weights.torch_names import export_weights
+from asib_jax.objectives.a_loss import ATerms, a_loss
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import make_train_step
 from networks import (convolutions, full_size_shapes, make_batch, make_networks, random_values, random_variables,
                       variable_shapes)
 
@@ -44,10 +46,10 @@ CONTROLS = {
 
 def one_step(loss, nets, variables, trained, stats):
     """A step of plain gradient descent: which kernels and statistics of the trained networks stood still."""
-    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
     current, frozen = state.begin(variables, {name: name in trained for name in variables.params}, stats, tx)
     before = jax.device_get((current.params, current.batch_stats))
-    after, metrics = jax.jit(steps.make_train_step(loss, tx))(current, frozen, CONTROLS, make_batch())
+    after, metrics = jax.jit(make_train_step(loss, tx))(current, frozen, CONTROLS, make_batch())
     assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
     pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves((after.params, after.batch_stats)))
     return {jax.tree_util.keystr(path) for (path, old), new in pairs
@@ -58,7 +60,7 @@ def one_step(loss, nets, variables, trained, stats):
 def test_a_student_learns_from_a_teacher_of_its_family(family):
     """One B-Step: every kernel moves, but for those of the adapter, which no loss reaches."""
     nets = make_networks(student=TINY[family], teachers=(TINY[family], convolutions(4)))
-    loss = functools.partial(steps.b_loss, nets=nets, terms=B_TERMS)
+    loss = functools.partial(b_loss, nets=nets, terms=B_TERMS)
     still = one_step(loss, nets, random_variables(nets), ("student",), ("student",))
     assert len(still) == 2 and all("distill_adapter" in key for key in still)
 
@@ -67,7 +69,7 @@ def test_a_student_learns_from_a_teacher_of_its_family(family):
 def test_a_teacher_is_tuned_in_the_a_step(family):
     """With BatchNorm and without: every kernel moves but the classifier's, which no loss reaches."""
     nets = make_networks(student=convolutions(3), teachers=(TINY[family], convolutions(4)))
-    loss = functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=lambda params: [],
+    loss = functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=lambda params: [],
                              teacher_modes=(Mode(train=True), Mode()))
     still = one_step(loss, nets, random_variables(nets), ("teacher1", "ib_mbm", "synergy_head"), ("teacher1",))
     assert still == {"[0]['teacher1']['classifier']['kernel']"}
@@ -108,12 +110,14 @@ LIBRARIES = (
 )
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize(("library", "theirs", "name", "convention"), LIBRARIES, ids=lambda value: str(value))
 def test_full_size_weights_are_called_and_shaped_as_the_librarys(library, theirs, name, convention):
     """With values of no bytes in place of the weights: the largest network has 480 million."""
-    torch = pytest.importorskip("torch")
-    create = {"torchvision": pytest.importorskip("torchvision_cpu").torchvision.models.get_model,
-              "timm": pytest.importorskip("timm").create_model}[library]
+    import timm
+    import torch
+    import torchvision
+    create = {"torchvision": torchvision.models.get_model, "timm": timm.create_model}[library]
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in create(theirs).state_dict().items()}
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "V0"), full_size_shapes(name, 1000, False))
@@ -134,14 +138,34 @@ def test_every_family_goes_through_the_b_step_at_full_size(name):
 
     params, stats = jax.eval_shape(initial)
     rest = random_variables(make_networks(student=convolutions(3), teachers=(convolutions(3), convolutions(4))))
-    tx = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+    tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     variables = rest._replace(params={**rest.params, "student": params},
                               batch_stats={**rest.batch_stats, "student": stats})
     begin = functools.partial(state.begin, mask={name: name == "student" for name in rest.params},
                               trained_stats=("student",), tx=tx)
     current, frozen = jax.eval_shape(begin, variables)
-    step = steps.make_train_step(functools.partial(steps.b_loss, nets=nets, terms=B_TERMS), tx)
+    step = make_train_step(functools.partial(b_loss, nets=nets, terms=B_TERMS), tx)
     batch = {**make_batch(), "image": np.zeros((8, 32, 32, 3), np.uint8)}
     after, _ = jax.eval_shape(step, current, frozen, CONTROLS, batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), current)
+
+
+@pytest.mark.parametrize("family", [*TINY, "bottleneck"])
+def test_a_frozen_network_held_in_its_compute_type_says_the_same(family):
+    """Bit for bit; and what is held so is half the bytes of every kernel of the stages, and nothing else."""
+    architecture = TINY[family] if family in TINY else imagenet_resnet((1, 1, 1, 1), True)
+    model = KDModel(architecture, 5, (0.5,), (0.25,), adapter_dim=4, dtype=jnp.bfloat16)
+    variables = random_values(variable_shapes(model, 32))
+    held = in_compute_type(model, variables)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    run = jax.jit(lambda variables: model.apply(variables, images, train=False))
+    for before, after in zip(run(variables), run(held), strict=True):
+        assert before.dtype == after.dtype and np.isfinite(before).all()
+        np.testing.assert_array_equal(before, after)
+    narrow = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(held)
+              if leaf.dtype == jnp.bfloat16}
+    kernels = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(held)
+               if path[1].key in stage_names(model) and path[-1].key == "kernel"}
+    assert kernels <= narrow and all(path.endswith(("['kernel']", "['bias']")) for path in narrow)
+    assert jax.tree.structure(held) == jax.tree.structure(variables)

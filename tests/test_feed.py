@@ -1,5 +1,5 @@
 """Examples on their way to compiled steps: every step gets its own rows, in order, from wherever they lie."""
-import gc
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from asib_jax.engine import parallel
+from asib_jax.engine import devices as devices_
 from asib_jax.engine.feed import on_host
 from networks import make_feed
 
@@ -34,17 +34,19 @@ def make_step(axis, traced=None):
 @pytest.mark.parametrize("at_once", [1, 3, 32])
 @pytest.mark.parametrize("room_gb", [0, 1])
 def test_every_step_gets_its_rows_in_order(devices, at_once, room_gb):
-    """Bitwise, images, labels and features of two types, on the devices and on the host at once; traced once."""
+    """Bitwise, images, labels and features of two types, on the devices and on the host at once: whole calls, and what
+    is left of the seven steps one by one; a program for each of the two."""
     feed = make_feed(devices, steps=at_once, room_gb=room_gb)
     traced = []
     steps = feed.compile(make_step(feed.axis_name, traced), donate_carry=True)
     parts = feed.place(image=IMAGE, nested={"feat": FEAT}), on_host(label=LABEL, short=SHORT)
-    carry, seen, done = parallel.replicate(np.int32(1), feed.devices), [], 0
+    carry, seen, counts = devices_.replicate(np.int32(1), feed.devices), [], []
     for call in feed.calls(steps, ROWS, *parts):
-        each = {"weight": np.arange(done, done + call.steps, dtype=np.int32)}
+        each = {"weight": np.arange(len(seen), len(seen) + len(call.rows), dtype=np.int32)}
         carry, outputs = steps.run(carry, np.int32(3), {}, call, each)
-        seen += [jax.tree.map(lambda leaf: np.asarray(leaf)[i], outputs) for i in range(call.steps)]
-        done += call.steps
+        seen += [jax.tree.map(lambda leaf: np.asarray(leaf)[i], outputs) for i in range(len(call.rows))]
+        counts.append(len(call.rows))
+    assert counts == {1: [1] * 7, 3: [3, 3, 1], 32: [1] * 7}[at_once]
     expected = 1
     for number, (rows, batch) in enumerate(zip(ROWS, seen, strict=True)):
         wanted = {"row": rows, "image": IMAGE[rows], "nested": {"feat": FEAT[rows]}, "label": LABEL[rows],
@@ -52,7 +54,15 @@ def test_every_step_gets_its_rows_in_order(devices, at_once, room_gb):
         jax.tree.map(np.testing.assert_array_equal, batch, wanted)
         expected = 3 * expected + number * int(LABEL[rows].sum())
     assert carry == np.int64(expected).astype(np.int32)
-    assert traced == [True]
+    assert len(traced) == len(set(counts))
+
+
+@pytest.mark.parametrize("first", [3, 6])
+def test_who_goes_on_after_a_call_finds_the_calls_that_were_to_come(first):
+    feed = make_feed(1, steps=3)
+    steps, labels = feed.compile(make_step(None)), feed.place(label=LABEL)
+    whole = [call.rows.tolist() for call in feed.calls(steps, ROWS, labels)]
+    assert [call.rows.tolist() for call in feed.calls(steps, ROWS[first:], labels)] == whole[first // 3 :]
 
 
 def test_rows_beyond_the_last_stand_for_no_example():
@@ -66,34 +76,31 @@ def test_rows_beyond_the_last_stand_for_no_example():
         np.testing.assert_array_equal(outputs["label"][0][:2], LABEL[19:])
 
 
-def test_room_is_taken_and_given_back():
-    """3 KiB on each of two devices: an array of 4 KiB finds room on them, a second one when the first is dropped."""
-    feed = make_feed(2, room_gb=3 / 2 ** 20)
-    first = feed.place(x=np.zeros((4, 1024), np.uint8))
-    second = feed.place(x=np.zeros((4, 1024), np.uint8))
+def test_what_exceeds_the_room_waits_on_the_host():
+    """2 KiB on each of two devices: 4 KiB lie there, spread; 5 KiB do not."""
+    feed = make_feed(2, room_gb=2 / 2 ** 20)
+    first, second = (feed.place(x=np.zeros((rows, 1024), np.uint8)) for rows in (4, 5))
     assert set(first.resident) == {"x"} == set(second.host) and not first.host and not second.resident
     assert [leaf.addressable_shards[0].data.nbytes for leaf in first.resident.values()] == [2048]
-    del first
-    gc.collect()
-    assert set(feed.place(x=np.zeros((4, 1024), np.uint8)).resident) == {"x"}
 
 
-def test_what_is_placed_alike_lies_alike():
-    """Room for one of two: both stay on the host, so that one program serves them; parts must be of one length."""
-    feed = make_feed(1, room_gb=6 / 2 ** 20)
-    views = feed.place_alike([{"x": np.zeros((4, 1024), np.uint8)}] * 2)
-    assert [set(view.host) for view in views] == [{"x"}, {"x"}]
-    assert set(feed.place(x=np.zeros((4, 1024), np.uint8)).resident) == {"x"}
-    steps = feed.compile(make_step(None))
+def test_parts_are_of_one_length():
+    feed = make_feed()
     with pytest.raises(ValueError, match=r"parts of \[4, 21\] examples"):
-        next(feed.calls(steps, ROWS, views[0], on_host(label=LABEL)))
+        next(feed.calls(feed.compile(make_step(None)), ROWS, on_host(x=np.zeros(4)), on_host(label=LABEL)))
 
 
 @pytest.mark.parametrize("room_gb", [0, 1])
-def test_a_call_stays_within_its_bytes(monkeypatch, room_gb):
-    """Four rows of 16 bytes and two steps' worth of bytes: two steps a call instead of 32."""
-    monkeypatch.setattr("asib_jax.engine.feed._CALL_BYTES", 140)
+def test_a_call_stays_within_its_bytes(room_gb):
+    """Steps of 2 x 51 MB: of 32 only two fit the 256 MiB that a call's examples may take, and the seventh is alone."""
     feed = make_feed(1, room_gb=room_gb)
-    steps = feed.compile(make_step(None))
-    calls = list(feed.calls(steps, ROWS, feed.place(label=LABEL, feat=FEAT)))
-    assert [call.steps for call in calls] == [2, 2, 2, 1] and {len(call.rows) for call in calls} == {2}
+    large = np.broadcast_to(np.zeros((), np.uint8), (SIZE, 51 * 2 ** 20))  # takes no memory
+    examples = dataclasses.replace(on_host(label=LABEL), bytes_each=large.nbytes / SIZE)
+    calls = list(feed.calls(feed.compile(make_step(None)), ROWS[:, :2], examples))
+    assert [len(call.rows) for call in calls] == [2, 2, 2, 1]
+
+
+def test_batches_of_evaluation_divide_by_the_devices():
+    """As configured, or 32 on each CPU device, as many as a multiple of the devices asks for."""
+    assert [make_feed(4, eval_batch=size).eval_batch_size for size in (0, 4, 5, 64)] == [128, 4, 8, 64]
+    assert make_feed(1).eval_batch_size == 32

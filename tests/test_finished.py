@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from asib_jax import build, teachers
-from asib_jax.recipe import recipe
+from asib_jax import recipe
 from asib_jax.record import finished
-from asib_jax.weights import files as weights
+from asib_jax.weights import origins
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
 from asib_jax.models.ensemble import Variables
+from asib_jax.models.initial import init_network
+from asib_jax.weights.reading import read_weights
 from configs import l1_ib
 
 SHAPE = (8, 8, 1)
@@ -49,9 +51,9 @@ def saved(tmp_path_factory, quick_compilation):
     settings = recipe.read(config)
     nets = build.build_networks(settings, 10)
     student = build.init_student_and_fusion(settings, nets, SHAPE)
-    trained = build.init_network(nets.teachers[0], 5, "teacher1", SHAPE)
-    imported, _ = build.read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],
-                                     build.init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE), sha256="")
+    trained = init_network(nets.teachers[0], 5, "teacher1", SHAPE)
+    imported, _ = read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],
+                               init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE), sha256="")
     imported["params"]["distill_adapter"] = jax.tree.map(lambda leaf: leaf + 1, imported["params"]["distill_adapter"])
     variables = Variables({**student.params, "teacher1": trained["params"], "teacher2": imported["params"]},
                           {**student.batch_stats, "teacher1": trained["batch_stats"],
@@ -59,7 +61,7 @@ def saved(tmp_path_factory, quick_compilation):
     done = finished.Finished(variables, {"last": variables.of("student"), "best": variables.of("student")},
                              collections.Counter({"synergy": 30, "avg (gate shut)": 10}))
     record = Record.create(tmp_path / "results", "l1_ib", "", config.to_dict())
-    record.log("weights/teacher2", weights.digest(settings.teachers[1].weights))  # as `teachers.ready` does
+    record.log("weights/teacher2", origins.digest(settings.teachers[1].weights))  # as `teachers.ready` does
     finished.save(record, settings, nets, done)
     return record.folder, settings, nets, done
 
@@ -75,7 +77,7 @@ def test_everything_comes_back(saved):
     stored = finished.checkpoint.restore(folder / "checkpoints" / "final")["variables"]
     assert stored["teacher2"]["params"].keys() == {"distill_adapter"} and "stem" in stored["teacher1"]["params"]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["weights/teacher2"] == weights.digest(settings.teachers[1].weights)
+    assert metrics["weights/teacher2"] == origins.digest(settings.teachers[1].weights)
 
 
 def test_other_weights_are_refused(saved):

@@ -9,8 +9,9 @@ from clu.parameter_overview import count_parameters
 import pytest
 
 from asib_jax import b_step, streams
-from asib_jax.objectives import freezing, state, steps
-from asib_jax.recipe import recipe
+from asib_jax.objectives import freezing, state
+from asib_jax.objectives.step import make_train_step
+from asib_jax import recipe
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet
@@ -184,7 +185,7 @@ def test_frozen_stages_cost_no_gradient_work(distillation, quick_compilation):
         training = b_step.make_training(recipe.read(config), nets, variables.params, 0)
         begin = functools.partial(state.begin, mask=training.mask, trained_stats=training.trained_stats, tx=training.tx)
         current, frozen = jax.eval_shape(begin, variables)
-        step_flops[level] = flops(steps.make_train_step(training.loss, training.tx), current, frozen, controls, batch)
+        step_flops[level] = flops(make_train_step(training.loss, training.tx), current, frozen, controls, batch)
         if level == 0:
             forward = flops(lambda current, frozen, *args: training.loss(state.join(current, frozen), *args)[0],
                             current, frozen, controls, batch)

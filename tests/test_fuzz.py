@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from safetensors.numpy import save
 
 from asib_jax.engine import feature_bank
-from asib_jax.recipe import checks, recipe
+from asib_jax import recipe
+from asib_jax.recipe import checks
 from asib_jax.record import finished
-from asib_jax.weights import files as weights
+from asib_jax.weights import origins
 from asib_jax.data import sources
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
@@ -173,7 +174,7 @@ def checked(data):
 def test_weights(folder, drawn):
     name, content = drawn
     (folder / name).write_bytes(content)
-    arrays = only_user_errors(weights.load, folder / name)
+    arrays = only_user_errors(origins.load, folder / name)
     assert arrays is None or all(isinstance(array, np.ndarray) for array in arrays.values())
     return arrays
 
@@ -333,4 +334,4 @@ PARTS = st.sampled_from(("hf:", "me", "net", "/", "@", "main", "..", ".", "~", "
 
 @fuzz(400, reference=st.lists(PARTS, max_size=8).map("".join), prefix=st.sampled_from(("hf:", "hf:me/net", "")))
 def test_references_of_weights(folder, reference, prefix):
-    return only_user_errors(weights.cached, prefix + reference)
+    return only_user_errors(origins.cached, prefix + reference)

@@ -27,7 +27,7 @@ FLAGS = {
         ("weights", ""), ("finetune_epochs", 0), ("train_epochs", 1), ("warmup_epochs", 0))},
     "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "teacher_adapt_epochs": 1,
     "student_epochs_per_stage": "(1,)", "synergy_only_epochs": 0, "enable_kd_after_syn_acc": 0.2,
-    "schedule.lr_warmup_epochs": 0, "optimizer": "sgd", "scale_lr_with_devices": True, "exp_id": "run",
+    "schedule.lr_warmup_epochs": 0, "optimizer": "sgd", "exp_id": "run",
 }
 
 

@@ -79,9 +79,10 @@ def test_equals_numpy(fields):
         assert 0 < actual.clipped.mean() < 1
 
 
+@pytest.mark.pytorch
 def test_attention_equals_pytorch():
     """nn.MultiheadAttention with its key bias set to anything: it changes nothing, so we have none. 1e-5."""
-    torch = pytest.importorskip("torch")
+    import torch
     query = GENERATOR.normal(size=(BATCH, DIM)).astype(np.float32)
     teachers = GENERATOR.normal(size=(BATCH, TEACHERS, DIM)).astype(np.float32)
     module = TeacherAttention(HEADS)

@@ -11,11 +11,14 @@ import time
 import pytest
 
 from asib_jax.record import experiment, signals, snapshots
+from launching import ROOT
 from run_contents import assert_same
+from tiny_runs import SMALL, write_data
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHORT = ("teacher1.train_epochs=4", "teacher2.train_epochs=4", "student_epochs_per_stage=(6, 6)",
-         "teacher_adapt_epochs=3", "synergy_only_epochs=1")
+TESTS = pathlib.Path(__file__).resolve().parent
+TINY = SMALL | {"teacher_adapt_epochs": 4, "student_epochs_per_stage": (1, 16), "train_control": False,
+                "tensorboard": False, "checkpoint_steps": 4} | {
+    f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("train_epochs", 3), ("warmup_epochs", 0))}
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +27,24 @@ def programs(tmp_path_factory):
     return tmp_path_factory.mktemp("programs")
 
 
-def start(results, programs, changes, *flags):
-    """`launch/main.py` on the digits as a process, its output in results.log."""
-    keys = ("exp_id=run", f"results_dir={results}", f"compilation_cache={programs}", "checkpoint_steps=7", *changes)
-    command = [sys.executable, str(ROOT / "launch" / "main.py"), f"--config={ROOT}/configs/l2_cccp.py:digits", *flags,
-               *(f"--config.{key}" for key in keys)]
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-    return subprocess.Popen(command, stdout=open(f"{results}.log", "a"), stderr=subprocess.STDOUT,
-                            env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"})
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A run that takes seconds: `one_host.py` on one device, its configuration and what is changed in it."""
+    data = write_data(tmp_path_factory.mktemp("data"))
+    changes = TINY | {"dataset.path": data}
+    return [TESTS / "one_host.py", "1", f"--config={ROOT}/configs/l2_cccp.py",
+            *(f"--config.{key}={value}" for key, value in changes.items())]
+
+
+DIGITS = [ROOT / "launch" / "main.py", f"--config={ROOT}/configs/l2_cccp.py:digits", "--config.checkpoint_steps=7"]
+
+
+def start(command, results, programs, *flags):
+    """The run as a process, its output in results.log."""
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(programs),
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+    return subprocess.Popen([sys.executable, *command, "--config.exp_id=run", f"--config.results_dir={results}", *flags],
+                            stdout=open(f"{results}.log", "a"), stderr=subprocess.STDOUT, env=os.environ | environment)
 
 
 def lines_of(results):
@@ -39,26 +52,23 @@ def lines_of(results):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def begin(results, programs, changes, *flags, until=len):
+def begin(command, results, programs, *flags, until):
     """The process, once `until` is true of the lines that it has added to the log, or once it has ended."""
-    before, process = len(lines_of(results)), start(results, programs, changes, *flags)
+    before, process = len(lines_of(results)), start(command, results, programs, *flags)
     while not until(lines_of(results)[before:]) and process.poll() is None:
         time.sleep(0.01)
     return process
 
 
-def to_the_end(results, programs, changes, *flags):
-    """The seconds between the first line of the log and the end."""
-    process, begun = begin(results, programs, changes, *flags), time.monotonic()
-    assert process.wait() == 0, pathlib.Path(f"{results}.log").read_text()[-3000:]
-    return time.monotonic() - begun
+def to_the_end(*run):
+    assert start(*run).wait() == 0, pathlib.Path(f"{run[1]}.log").read_text()[-3000:]
 
 
-def killed(results, programs, changes, delay, *flags, until):
+def killed(*run, delay, until):
     """Whether SIGKILL came `delay` seconds after that, or the run had ended by then."""
-    process = begin(results, programs, changes, *flags, until=until)
+    process = begin(*run, until=until)
     try:
-        assert process.wait(delay) == 0, pathlib.Path(f"{results}.log").read_text()[-3000:]
+        assert process.wait(delay) == 0, pathlib.Path(f"{run[1]}.log").read_text()[-3000:]
         return False
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
@@ -66,49 +76,31 @@ def killed(results, programs, changes, delay, *flags, until):
         return True
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory, programs):
-    """A short run that nobody disturbs: its folder, and how long it takes with everything compiled."""
-    folder = tmp_path_factory.mktemp("untouched")
-    to_the_end(folder / "compiled", programs, SHORT)
-    seconds = to_the_end(folder / "results", programs, SHORT)
-    assert_same(folder / "compiled", folder / "results")
-    return folder / "results", seconds
+def reached(text):
+    return lambda lines: any(text in line for line in lines)
 
 
-def test_killed_five_times_a_run_ends_as_if_it_had_not_been(untouched, programs, tmp_path):
-    """Each life lasts for an epoch and a random share of the whole, and begins at the last snapshot of the one before."""
-    whole, seconds = untouched
-    results, draw = tmp_path / "results", random.Random(0)
-    flags, parts = (), []
-    for _ in range(5):
-        assert killed(results, programs, SHORT, draw.uniform(0, 0.15) * seconds, *flags,
-                      until=lambda lines: any("loss" in line for line in lines))
+def test_killed_and_stopped_a_run_ends_as_if_it_had_been_left_alone(tiny, programs, tmp_path):
+    """SIGKILL within an epoch of a teacher and of the A-Step, then SIGTERM in the B-Step, which leaves a snapshot and an
+    exit status of its own. What goes on begins at the last snapshot; a run that has finished is not begun again."""
+    whole, results = tmp_path / "whole", tmp_path / "results"
+    to_the_end(tiny, whole, programs)
+    parts = []
+    for flags, line in (((), "teacher1 epoch 1:"), (("--resume",), "stage1/a/epoch02")):
+        assert killed(tiny, results, programs, *flags, delay=0.02, until=reached(line))
         assert experiment.read_about(results / "run")["status"] == "running"  # nobody could write anything else
         last = snapshots.last_whole(results / "run")
         parts.append(last.part if last else "none")
-        flags = ("--resume",)
-    to_the_end(results, programs, SHORT, "--resume")
-    assert_same(whole, results)
-    assert len(set(parts)) > 1, parts  # it came forward
-
-
-def test_sigterm_ends_a_run_with_a_snapshot_and_its_own_exit_status(untouched, programs, tmp_path):
-    """Within the step; a run that has finished is not begun again."""
-    whole, seconds = untouched
-    results = tmp_path / "results"
-    process = start(results, programs, (*SHORT, "checkpoint_steps=0"))
-    while not any("stage1/b/epoch02" in line for line in lines_of(results)):
-        assert process.poll() is None
-        time.sleep(0.02)
+    assert parts[0] != parts[1]  # it came forward
+    process = begin(tiny, results, programs, "--resume", until=reached("stage2/b/epoch01"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == signals.EXIT_INTERRUPTED
     assert experiment.read_about(results / "run")["status"] == "interrupted"
-    assert snapshots.last_whole(results / "run").part == "stage1/b"
-    to_the_end(results, programs, SHORT, "--resume")
+    assert snapshots.last_whole(results / "run").part == "stage2/b"
+    to_the_end(tiny, results, programs, "--resume")
     assert_same(whole, results)
     before = lines_of(results)
-    to_the_end(results, programs, SHORT, "--resume")
+    to_the_end(tiny, results, programs, "--resume")
     assert lines_of(results) == before and "has finished" in pathlib.Path(f"{results}.log").read_text()
 
 
@@ -116,17 +108,18 @@ def test_sigterm_ends_a_run_with_a_snapshot_and_its_own_exit_status(untouched, p
 def test_killed_in_every_twentieth_of_the_run(tmp_path, programs):
     """The digits run as it is shipped, 20 times: killed in its own twentieth, by the lines of its log, at a random
     moment, and resumed."""
-    to_the_end(tmp_path / "whole", programs, ())
+    to_the_end(DIGITS, tmp_path / "whole", programs)
     length, draw, parts = len(lines_of(tmp_path / "whole")), random.Random(), []
     for number in range(20):
         results = tmp_path / f"results{number}"
-        reached = round((number + draw.random()) / 20 * length)
-        while not killed(results, programs, (), draw.uniform(0, 0.1), until=lambda lines: len(lines) >= reached):
+        line = round((number + draw.random()) / 20 * length)
+        while not killed(DIGITS, results, programs, delay=draw.uniform(0, 0.1),
+                         until=lambda lines: len(lines) >= line):
             shutil.rmtree(results)
-            reached -= 1  # the last lines come all at once
+            line -= 1  # the last ones come all at once
         last = snapshots.last_whole(results / "run")
         parts.append(f"{last.part} {last.epoch + 1}:{last.tally['steps']}" if last else "none")
-        to_the_end(results, programs, (), "--resume")
+        to_the_end(DIGITS, results, programs, "--resume")
         assert_same(tmp_path / "whole", results)
-        print(f"kill {number + 1} after line {reached} of {length}, last snapshot {parts[-1]}: bitwise equal", flush=True)
+        print(f"kill {number + 1} after line {line} of {length}, last snapshot {parts[-1]}: bitwise equal", flush=True)
     assert len(parts) == 20

@@ -1,29 +1,17 @@
-"""The command line as a user meets it: whole runs in processes of their own."""
+"""The command line as a user meets it: whole runs."""
 import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from launching import launch, launch_process
+from tiny_runs import tiny_networks
+
 CONFIGS = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
-TINY = ("--config.student_epochs_per_stage=(1,1)", "--config.teacher_adapt_epochs=1", "--config.teacher1.name=resnet8",
-        "--config.teacher1.train_epochs=1", "--config.teacher1.warmup_epochs=1", "--config.teacher2.train_epochs=1",
-        "--config.teacher2.warmup_epochs=1", "--config.schedule.lr_warmup_epochs=1")
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Run a launch script in a process of its own; the processes share what they compile."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("xla"))
-
-    def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, f"launch/{script}.py", *arguments], cwd=ROOT, capture_output=True,
-                              text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache})
-    return run
+SHORT = ("--config.num_devices=1", "--config.model.student.name=tiny_scratch",
+         "--config.student_epochs_per_stage=(1,1)", "--config.schedule.lr_warmup_epochs=1")
+TEACHERS = ("--config.teacher_adapt_epochs=1", *(
+    f"--config.teacher{k}.{key}" for k in (1, 2) for key in ("name=tiny_teacher", "train_epochs=1", "warmup_epochs=1")))
 
 
 def table(text: str) -> list[str]:
@@ -31,12 +19,18 @@ def table(text: str) -> list[str]:
     return lines[next(i for i, line in enumerate(lines) if line.startswith("name")):][:13]
 
 
-def test_a_run_leaves_its_record_and_evaluates_again_from_disk(launch, tmp_path):
+@pytest.fixture
+def networks():
+    with tiny_networks():
+        yield
+
+
+@pytest.mark.usefixtures("networks", "quick_compilation")
+def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     results = f"--config.results_dir={tmp_path}"
-    first = launch("main", "--config=configs/l2_cccp.py:digits", results, *TINY)
+    first = launch("main", "--config=configs/l2_cccp.py:digits", results, *SHORT, *TEACHERS)
     assert first.returncode == 0, first.stderr
-    second = launch("main", "--config=configs/ce_only.py:digits", results, "--config.student_epochs_per_stage=(1,1)",
-                    "--config.train_control=False", "--config.schedule.lr_warmup_epochs=1")
+    second = launch("main", "--config=configs/ce_only.py:digits", results, *SHORT, "--config.train_control=False")
     assert second.returncode == 0, second.stderr
 
     with open(tmp_path / "summary.csv", newline="") as file:
@@ -54,23 +48,23 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(launch, tmp_path)
 
     shown = table(first.stderr)
     assert [line.split("  ")[0] for line in shown[1:10]] == [
-        "teacher1 (resnet8)", "teacher2 (resnet8)", "teachers' average", "synergy ensemble", "synergy, teachers zeroed",
-        "student without teachers, last", "student without teachers, best on validation", "student, last",
-        "student, best on validation"]
+        "teacher1 (tiny_teacher)", "teacher2 (tiny_teacher)", "teachers' average", "synergy ensemble",
+        "synergy, teachers zeroed", "student without teachers, last", "student without teachers, best on validation",
+        "student, last", "student, best on validation"]
     again = launch("evaluate", f"--run={folder}")
     assert again.returncode == 0, again.stderr
     assert table(again.stdout) == shown
 
 
-def test_check_devices(launch):
-    passed = launch("check_devices", "--expect=1")
+def test_check_devices_from_another_folder(tmp_path):
+    passed = launch_process("check_devices", "--expect=1", cwd=tmp_path)
     assert passed.returncode == 0, passed.stderr
     assert "TFLOP/s" in passed.stdout and passed.stdout.endswith("no fault found\n")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_runs_to_the_end(launch, config, tmp_path):
-    result = launch("main", f"--config=configs/{config}.py:digits", f"--config.results_dir={tmp_path}")
+def test_every_config_runs_to_the_end(config, tmp_path):
+    result = launch_process("main", f"--config=configs/{config}.py:digits", f"--config.results_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert "student, best on validation" in result.stderr

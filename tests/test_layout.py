@@ -1,31 +1,28 @@
 """The shape of the code: imports point one way, nothing is long, and no configuration key is dead."""
 import ast
 import dataclasses
+import graphlib
 import pathlib
 
-from asib_jax.objectives import steps
-from asib_jax.recipe import recipe
+import pytest
+
+from asib_jax import recipe
+from asib_jax.objectives.a_loss import ATerms
+from asib_jax.objectives.b_loss import BTerms
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "asib_jax"
 
-# The order to read the package in: a file imports only from files above it.
-READING_ORDER = (
-    "errors", "paths", "plain_pickle", "typed_groups", "streams", "losses", "schedules", "freezing", "parallel", "hosts", "device_check",
-    "data", "data.archives", "data.cifar100", "data.splits", "data.sources", "data.augment", "data.batches",
-    "models.architecture", "models.layers", "models.resnet", "models.convnext", "models.efficientnet", "models.mobilenet",
-    "models.shufflenet", "models.wide_resnet", "models.vgg", "models.kd_model", "models.ib_mbm", "models", "models.ensemble",
-    "checkpoint", "torch_pickle", "weights", "pretrained", "recipe", "checks", "idle_keys", "state", "steps", "cost",
-    "feed", "nonfinite", "signals", "experiment", "snapshots", "loop", "feature_bank", "stored_views", "evaluate",
-    "reporting", "build", "overlap", "run", "teacher_store", "provenance", "teachers", "a_step", "b_step", "finished",
-    "export", "results", "train", "preparation", "resume", "plan", "dry_run", "workloads", "benchmark", "command_line",
-)
+# The wings from the ground up: a file imports from its own and from those before. "" is the package itself: the ground
+# floor are two files there, the rest are the story.
+WINGS = ("ground", "data", "models", "objectives", "recipe", "engine", "weights", "record", "story", "tools")
+GROUND = ("errors", "streams")
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
 # A group of keys in a recipe: the class that holds it. "" is the recipe itself.
 GROUPS = {"": recipe.Recipe, "dataset": recipe.DatasetRecipe, "student": recipe.StudentRecipe,
           "teachers": recipe.TeacherRecipe, "schedule": recipe.ScheduleRecipe}
-CHECKED_ONLY = {"num_stages", "platform"}  # compared with the length of student_epochs_per_stage, and with the devices
+CHECKED_ONLY = {"num_stages"}  # compared with the length of student_epochs_per_stage
 
 
 def files(*folders: str) -> list[pathlib.Path]:
@@ -38,55 +35,94 @@ def module_name(path: pathlib.Path) -> str:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Every module and every name in a module that `tree` imports, anywhere in it, dotted."""
+    """Every module, and every name in a module, that `tree` imports, anywhere in it, dotted."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def upward(sources: dict[str, str], order: tuple[str, ...]) -> list[str]:
-    """Imports that do not point up in `order`, as "importer <- imported"; sources: module name -> text."""
-    wrong = []
-    for name, text in sources.items():
-        own = {module.removeprefix("asib_jax.") for module in imports(ast.parse(text))}
-        above = {*order[: order.index(name)], name.rpartition(".")[0]}  # `from asib_jax.data import x` names both
-        wrong += [f"{name} <- {module}" for module in sorted(own & set(order) - above)]
-    return wrong
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports; sources: module -> text."""
+    def module(found: str) -> str:
+        name = found.removeprefix("asib_jax.")
+        return name if name in sources else name.rpartition(".")[0]
+
+    return {name: {module(found) for found in imports(ast.parse(text))} & sources.keys()
+            for name, text in sources.items()}
 
 
-def test_every_file_has_its_place_in_the_reading_order():
-    modules = {module_name(path) for path in files("asib_jax")} - {""}
-    assert modules == set(READING_ORDER)
-    assert len(READING_ORDER) == len(set(READING_ORDER))
+def wing(module: str) -> str:
+    folder = module.partition(".")[0]
+    return folder if folder in WINGS else "ground" if module in GROUND else "story"
 
 
-def test_a_file_imports_only_from_files_above_it():
+def upward(arrows: dict[str, set[str]]) -> list[str]:
+    """Imports from a wing above, as "importer <- imported"."""
+    return sorted(f"{name} <- {module}" for name, modules in arrows.items() for module in modules
+                  if WINGS.index(wing(module)) > WINGS.index(wing(name)))
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules of one cycle of imports; none: there is none."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[str]]:
     sources = {module_name(path): path.read_text() for path in files("asib_jax")}
     assert not imports(ast.parse(sources.pop("")))
-    assert upward(sources, READING_ORDER) == []
+    found = graph(sources)
+    assert len(found) > 40 and sum(map(len, found.values())) > 150
+    return found
+
+
+def test_every_folder_is_a_wing_and_every_wing_is_there(arrows):
+    folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert folders == {*WINGS} - {"ground", "story"}
+    assert {wing(module) for module in arrows} == {*WINGS}
+
+
+def test_imports_between_wings_go_one_way(arrows):
+    assert upward(arrows) == []
+
+
+def test_no_imports_go_round_within_a_wing(arrows):
+    assert cycle(arrows) == []
 
 
 def test_a_wrong_import_is_found():
-    order = ("a", "b", "c")
-    assert upward({"b": "from asib_jax import a, c"}, order) == ["b <- c"]
-    assert upward({"a": "def f():\n    from asib_jax.b import g"}, order) == ["a <- b"]
-    assert upward({"a": "import asib_jax.c"}, order) == ["a <- c"]
-    assert upward({"c": "from asib_jax.b import g\nfrom asib_jax import a"}, order) == []
+    def found(**more):
+        sources = {"errors": "", "data": "", "data.x": "def f():\n    import asib_jax.errors", "data.y": "",
+                   "train": "", "tools": "", "tools.z": "from asib_jax import train\nfrom asib_jax.data.x import f"}
+        arrows = graph(sources | more)
+        return upward(arrows), set(cycle(arrows))
+
+    assert found() == ([], set())
+    assert found(errors="from asib_jax.data.x import f") == (["errors <- data.x"], {"errors", "data.x"})
+    assert found(data="from asib_jax.tools import z")[0] == ["data <- tools.z"]
+    assert found(train="import asib_jax.tools.z")[0] == ["train <- tools.z"]
+    around = {"data.x": "from asib_jax.data import y", "data.y": "from asib_jax.data.x import f"}
+    assert found(**around) == ([], {"data.x", "data.y"})
 
 
 def test_the_library_knows_no_launcher_and_no_config():
-    """Only recipe.py reads configuration keys, and it takes any mapping."""
+    """It takes any mapping for a configuration, and configurations know of it what keys there are."""
     for path in files("asib_jax"):
         roots = {name.partition(".")[0] for name in imports(ast.parse(path.read_text()))}
         assert not roots & {"ml_collections", "configs", "launch"}, path
     for path in files("configs"):
-        roots = {name.partition(".")[0] for name in imports(ast.parse(path.read_text()))}
-        assert roots <= {"ml_collections", "configs"}, path
+        found = imports(ast.parse(path.read_text()))
+        assert {name.partition(".")[0] for name in found} <= {"ml_collections", "configs", "flax", "asib_jax"}, path
+        assert all(name.startswith("asib_jax.recipe.") for name in found if name.startswith("asib_jax")), path
 
 
 def test_linen_stays_in_models():
@@ -148,8 +184,9 @@ def bindings(function: ast.AST) -> dict[str, set[str]]:
                     bind(one, group_of(value))
         elif isinstance(node, ast.For | ast.comprehension):
             bind(node.target, set().union(*map(group_of, ast.walk(node.iter))) - {""})
-        elif isinstance(node, ast.arg) and last_name(node.annotation) in classes:
-            bound.setdefault(node.arg, set()).add(classes[node.annotation.id])
+        elif isinstance(node, ast.arg) and node.annotation:
+            names = {last_name(part) for part in ast.walk(node.annotation)}  # of a union, all
+            bound.setdefault(node.arg, set()).update(classes[name] for name in names & classes.keys())
     return bound
 
 
@@ -169,12 +206,12 @@ def reads(source: str) -> set[tuple[str, str]]:
 
 def property_reads() -> dict[tuple[str, str], set[tuple[str, str]]]:
     """(group, property) -> the (group, attribute) pairs of `self` it reads, for every property of a group's class."""
-    tree = ast.parse((PACKAGE / "recipe.py").read_text())
     classes = {cls.__name__: group for group, cls in GROUPS.items()}
     return {(classes[cls.name], function.name): {
                 (classes[cls.name], node.attr) for node in ast.walk(function)
                 if isinstance(node, ast.Attribute) and last_name(node.value) == "self"}
-            for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name in classes
+            for path in files("asib_jax/recipe") for cls in ast.parse(path.read_text()).body
+            if isinstance(cls, ast.ClassDef) and cls.name in classes
             for function in cls.body if isinstance(function, ast.FunctionDef)}
 
 
@@ -192,10 +229,9 @@ def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
 
 
 def consumers() -> list[str]:
-    """The code that acts on keys: all but what reads, checks and describes them."""
-    others = ("recipe.py", "checks.py", "idle_keys.py", "cost.py", "plan.py", "dry_run.py", "export.py", "workloads.py",
-              "benchmark.py")
-    return [path.read_text() for path in files("asib_jax", "launch") if path.name not in others]
+    """The code that acts on keys: all but what declares and checks them, and what tells of a run or re-enacts it."""
+    return [path.read_text() for path in files("asib_jax", "launch")
+            if path.parent not in (PACKAGE / "recipe", PACKAGE / "tools")]
 
 
 def test_every_key_is_read_by_the_code():
@@ -204,8 +240,9 @@ def test_every_key_is_read_by_the_code():
 
 def test_a_dead_key_is_found():
     """A made-up key; one whose name another group has; one that only an unread property reads."""
-    made_up = dataclasses.make_dataclass("MadeUp", [("made_up", int)], bases=(recipe.Recipe,), frozen=True)
-    schedule = dataclasses.make_dataclass("Schedule", [("weights", str)], bases=(recipe.ScheduleRecipe,), frozen=True)
+    made_up = dataclasses.make_dataclass("MadeUp", [("made_up", int, 0)], bases=(recipe.Recipe,), frozen=True)
+    schedule = dataclasses.make_dataclass("Schedule", [("weights", str, "")], bases=(recipe.ScheduleRecipe,),
+                                          frozen=True)
     found = dead(GROUPS | {"": made_up, "schedule": schedule}, consumers())
     assert set(found) == CHECKED_ONLY | {"made_up", "schedule.weights"}
     source = ("def f(recipe):\n  options = recipe.dataset\n"
@@ -215,10 +252,10 @@ def test_a_dead_key_is_found():
 
 
 def test_every_weight_given_to_a_loss_is_read():
-    """The fields of ATerms and BTerms, read as `terms.X` or through a property of theirs, in steps.py."""
-    tree = ast.parse((PACKAGE / "steps.py").read_text())
-    by_function = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for cls, names in ((steps.ATerms, ("a_loss",)), (steps.BTerms, ("b_loss", "_distillation"))):
-        loads = {node.attr for name in names for node in ast.walk(by_function[name])
+    """The fields of ATerms and BTerms, read as `terms.X`, each by the functions of its loss's file."""
+    for cls, name in ((ATerms, "a_loss"), (BTerms, "b_loss")):
+        tree = ast.parse((PACKAGE / "objectives" / f"{name}.py").read_text())
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        loads = {node.attr for function in functions for node in ast.walk(function)
                  if isinstance(node, ast.Attribute) and last_name(node.value) == "terms"}
         assert {field.name for field in dataclasses.fields(cls)} <= loads

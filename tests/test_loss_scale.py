@@ -13,17 +13,18 @@ from flax.training.dynamic_scale import DynamicScale
 
 from asib_jax import streams
 from asib_jax.engine import loop, parallel
-from asib_jax.objectives import state, steps
+from asib_jax.objectives import losses, optimizers, state
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.engine.nonfinite import Watch
-from asib_jax.objectives.steps import BTerms
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import make_train_step
 from networks import SHALLOW, make_batch, make_feed, make_networks, one_step, random_variables
 
 BATCH = make_batch()
 CONTROLS = {"lr": jnp.float32(0.1), "step": jnp.int32(0), "augment_key": streams.key(0, "augment"),
             "mix_key": streams.key(0, "mix"), "dropout_key": streams.key(0, "dropout")}
-ADAMW = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
-SGD = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+ADAMW = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+SGD = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
 START = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(1024), growth_interval=2)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,14 +39,14 @@ def product(variables, controls, batch, axis_name=None):
     """mean(w x) in float16. Before unscaling, the gradient of an example is scale x / examples on its device."""
     x = batch["x"].astype(jnp.float16)
     value = jnp.mean((variables.params["w"]["kernel"].astype(jnp.float16) * x).astype(jnp.float32))
-    stats = {"w": {"mean": parallel.batch_mean(axis_name)(batch["x"])}}
+    stats = {"w": {"mean": losses.batch_mean(axis_name)(batch["x"])}}
     return value, (stats, {"loss": value})
 
 
 def product_run(devices, tx=ADAMW):
     """The compiled step and its first state, whose scale doubles after two finite steps."""
     axis = parallel.axis_name(devices)
-    step = steps.make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
+    step = make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {"w": {"mean": jnp.float32(0)}})
     current, frozen = state.begin(variables, {"w": True}, ("w",), tx, None, "float16")
     current = parallel.replicate(current._replace(loss_scale=START), devices)
@@ -112,7 +113,7 @@ def test_means_of_an_epoch_are_over_the_steps_that_counted():
     step, current, frozen = product_run(parallel.run_devices(1))
     batches = [BATCHES[0], examples(1, 1e5), *BATCHES[2:]]
     tally = run_epoch(step, current, frozen, batches)
-    assert tally.means == {"loss": 1.75, "skipped": 1} and tally.steps == 5
+    assert tally.means == {"loss": 1.75, "lr": 0, "skipped": 1} and tally.steps == 5
     assert step.compiled._cache_size() == 1  # the scale a step returns is of the type and place of the first
 
 
@@ -133,9 +134,9 @@ def network_run(dtype, tx, ce_alpha=1.0):
     student = make_networks(**SHALLOW).student.clone(adapter_dim=0)
     variables = random_variables(Networks(student))
     nets = Networks(student.clone(dtype=jnp.dtype(dtype)))
-    loss = functools.partial(steps.b_loss, nets=nets, terms=BTerms(data_aug=0, ce_alpha=ce_alpha))
+    loss = functools.partial(b_loss, nets=nets, terms=BTerms(data_aug=0, ce_alpha=ce_alpha))
     begun = state.begin(variables, {"student": True}, ("student",), tx, None, dtype)
-    return steps.make_train_step(loss, tx), loss, *begun
+    return make_train_step(loss, tx), loss, *begun
 
 
 def test_an_overflow_leaves_parameters_moments_and_statistics_of_a_network():
@@ -158,7 +159,7 @@ def test_a_float16_step_is_the_float32_step(ce_alpha):
     """Update, statistics and metrics to 0.5 %, the update of its norm: float16 rounds to 0.05 %. The second loss is so
     small that its gradients are beneath float16's range: without the scale the convolution's are lost. The clipping
     bound is above their norm and far below that of the scaled ones: they are clipped after."""
-    clipped = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=10 * ce_alpha, momentum=0.0)
+    clipped = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=10 * ce_alpha, momentum=0.0)
 
     def one_step(dtype, tx, loss_scale=None):
         step, _, current, frozen = network_run(dtype, tx, ce_alpha)
@@ -203,4 +204,4 @@ def test_other_types_take_the_plain_step(dtype):
         return after, metrics
 
     (actual, metrics), expected = five(step), five(plain)
-    assert metrics.pop("skipped") == 0 and same((actual, metrics), expected) and not same(actual, current)
+    assert (metrics.pop("skipped"), metrics.pop("lr")) == (0, CONTROLS["lr"]) and same((actual, metrics), expected) and not same(actual, current)

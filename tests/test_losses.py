@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax.objectives import losses
+from asib_jax.objectives import losses, targets
 
 RNG = np.random.default_rng(0)
 LOGITS, TARGET = 2 * RNG.normal(size=(2, 4, 5))
@@ -164,7 +164,7 @@ def test_certainty_weight_spreads_clips_and_cannot_be_gamed():
     ("any_wrong", [False, True, True, True])])
 def test_disagreement_weight(mode, disagree):
     predictions = np.array([[0, 0, 2, 2], [0, 1, 1, 2], [0, 0, 2, 2]])  # three teachers, four samples, all labelled 0
-    weight = losses.disagreement_weight(one_hot(predictions, 3), np.zeros(4, int), mode, 2.0, 0.5)
+    weight = losses.disagreement_weight(one_hot(predictions.T, 3), np.zeros(4, int), mode, 2.0, 0.5)
     np.testing.assert_array_equal(weight, np.where(disagree, 2.0, 0.5))
 
 
@@ -179,9 +179,14 @@ def test_kd_targets():
     confidence = softmax(TEACHERS / tau).max(-1)
     weighted = sum(c[:, None] * t for c, t in zip(confidence, TEACHERS)) / confidence.sum(0)[:, None]
     wanted = {"avg": TEACHERS.mean(0), "weighted_conf": weighted, "teacher": TEACHERS[2]}
-    assert losses.KD_TARGETS.keys() == wanted.keys()
-    for name, target in losses.KD_TARGETS.items():
-        np.testing.assert_allclose(target(jnp.float32(TEACHERS), tau, 2), wanted[name], rtol=1e-5, atol=1e-6)
+    assert targets.KD_TARGETS.keys() == wanted.keys()
+    logits = jnp.float32(np.moveaxis(TEACHERS, 0, 1))
+    for name, target in targets.KD_TARGETS.items():
+        np.testing.assert_allclose(target(logits, tau, 2), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_accuracy_is_the_share_of_labels_with_the_largest_logit():
+    assert losses.accuracy(one_hot(np.array([0, 3, 4, 2]), 5), LABELS) == 0.75
 
 
 @pytest.mark.parametrize("ce, kd, ratio", [(1.0, 8.0, 0.25), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 5.0, 0.0),

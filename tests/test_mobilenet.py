@@ -16,7 +16,6 @@ def torchvision_network():
 
 
 def timm_network():
-    pytest.importorskip("timm")
     from timm.models._efficientnet_builder import decode_arch_def
     from timm.models.efficientnet import EfficientNet
     from torch.nn import ReLU6
@@ -26,9 +25,10 @@ def timm_network():
     return network
 
 
-@pytest.mark.parametrize(("build", "small_input", "size"), [(torchvision_network, False, 32), (timm_network, True, 16)])
+@pytest.mark.pytorch
+@pytest.mark.parametrize(("build", "small_input", "size"), [
+    pytest.param(torchvision_network, False, 32, marks=pytest.mark.slow), (timm_network, True, 16)])
 def test_network_equals_pytorch(build, small_input, size):
-    pytest.importorskip("torchvision_cpu")
     import parity
     errors = parity.errors(build(), mobilenet_v2(SHORT, small_input), size)
     assert parity.within_bounds(errors), errors

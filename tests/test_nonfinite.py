@@ -8,10 +8,12 @@ import pytest
 
 from asib_jax import streams
 from asib_jax.engine import loop, parallel
-from asib_jax.objectives import state, steps
+from asib_jax.objectives import losses, optimizers, state
 from asib_jax.models.ensemble import TeacherOutputs, Variables
 from asib_jax.engine.nonfinite import Watch
-from asib_jax.objectives.steps import ATerms, BTerms, TERMS
+from asib_jax.objectives.a_loss import ATerms, a_loss
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import TERMS, make_train_step
 from networks import CLASSES, SHALLOW, make_batch, make_feed, make_networks, random_variables
 
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
@@ -20,7 +22,7 @@ B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", 
 CONTROLS = {**{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "ramp", "ratio_on")},
             "average_share": jnp.float32(0.3), "lr": jnp.float32(0.1), "step": jnp.int32(0),
             **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "noise", "dropout")}}
-ADAMW = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+ADAMW = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -37,11 +39,11 @@ def make(kind):
     variables = random_variables(nets)
     if kind == "a":
         mask, trained = {name: name in ("ib_mbm", "synergy_head") for name in variables.params}, ()
-        loss = functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=lambda params: params["teacher1"])
+        loss = functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=lambda params: params["teacher1"])
     else:
         mask, trained = {name: name == "student" for name in variables.params}, ("student",)
-        loss = functools.partial(steps.b_loss, nets=nets, terms=B_TERMS)
-    return loss, jax.jit(steps.make_train_step(loss, ADAMW)), *state.begin(variables, mask, trained, ADAMW)
+        loss = functools.partial(b_loss, nets=nets, terms=B_TERMS)
+    return loss, jax.jit(make_train_step(loss, ADAMW)), *state.begin(variables, mask, trained, ADAMW)
 
 
 def batch_of_floats():
@@ -113,14 +115,14 @@ def test_every_metric_is_a_term_in_its_place_or_follows_from_terms(kind):
 def product(variables, controls, batch, axis_name=None):
     """The mean of (w1 + w2) x, whose gradient is that of x for both; a statistic keeps that mean, too."""
     value = jnp.mean(jnp.sum(variables.params["w"]["kernel"]) * batch["x"])
-    return value, ({"w": {"mean": parallel.batch_mean(axis_name)(batch["x"])}}, {"ce": value, "loss": value})
+    return value, ({"w": {"mean": losses.batch_mean(axis_name)(batch["x"])}}, {"ce": value, "loss": value})
 
 
 def run_epoch(batches, devices, watch, steps_a_call=0):
     """Of SGD with momentum on two examples a step; NaN lies on the last device alone."""
     axis = parallel.axis_name(parallel.run_devices(devices))
-    tx = state.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
-    step = steps.make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
+    step = make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
     variables = Variables({"w": {"kernel": jnp.float32([1.0, 1.0])}}, {"w": {"mean": jnp.float32(0)}})
     current, frozen = state.begin(variables, {"w": True}, ("w",), tx)
     feed = make_feed(devices, steps=steps_a_call)
@@ -173,13 +175,28 @@ def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():
     def loss(variables, controls, batch):
         return jnp.zeros(()), ({"w": {"mean": jnp.mean(batch["x"])}}, {"loss": jnp.zeros(())})
 
-    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {"w": {"mean": jnp.float32(0)}})
     current, frozen = state.begin(variables, {"w": False}, ("w",), tx)
-    step = jax.jit(steps.make_train_step(loss, tx))
+    step = jax.jit(make_train_step(loss, tx))
     for x, mean, skipped in ((2.0, 2.0, 0), (np.nan, 2.0, 1), (3.0, 3.0, 0)):
         current, metrics = step(current, frozen, {"lr": jnp.float32(0)}, {"x": jnp.float32([x])})
         assert current.batch_stats["w"]["mean"] == mean and metrics["skipped"] == skipped
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is():
+    """x is no factor of w: the gradient is 1 whatever x."""
+    def loss(variables, controls, batch):
+        value = variables.params["w"]["kernel"][0] + jnp.mean(batch["x"])
+        return value, ({}, {"loss": value})
+
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+    variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {})
+    current, frozen = state.begin(variables, {"w": True}, (), tx)
+    step = jax.jit(make_train_step(loss, tx))
+    for x, w, skipped in ((2.0, 0.5, 0), (np.inf, 0.5, 1), (3.0, 0.0, 0)):
+        current, metrics = step(current, frozen, {"lr": jnp.float32(0.5)}, {"x": jnp.float32([x])})
+        assert current.params["w"]["kernel"] == w and metrics["skipped"] == skipped and metrics["lr"] == 0.5
 
 
 # The watch -----------------------------------------------------------------------------------------------------------

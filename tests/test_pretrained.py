@@ -7,7 +7,8 @@ import pytest
 
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
-from asib_jax.weights.pretrained import export_weights, fit_variables, import_weights
+from asib_jax.weights.reading import fit_variables, import_weights
+from asib_jax.weights.torch_names import export_weights
 from networks import variable_shapes
 
 CLASSES = 5
@@ -46,14 +47,15 @@ def state_for(model):
     return state
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize(("block", "widths", "counts", "stem", "architecture", "size"), [
     ("basic", (4, 6, 8), (2, 2, 2), (3, 4, 1, False), cifar_resnet(14, widths=(4, 6, 8), stem=4), 16),
-    ("bottleneck", (64, 128, 256, 512), (2, 1, 1, 1), (7, 64, 2, True), imagenet_resnet((2, 1, 1, 1), False), 64),
+    pytest.param("bottleneck", (64, 128, 256, 512), (2, 1, 1, 1), (7, 64, 2, True),
+                 imagenet_resnet((2, 1, 1, 1), False), 64, marks=pytest.mark.slow),
     ("bottleneck", (64, 128, 256, 512), (1, 1, 1, 1), (3, 64, 1, False), imagenet_resnet((1, 1, 1, 1), True), 16),
 ])
 def test_network_equals_pytorch(block, widths, counts, stem, architecture, size):
     """Outputs, statistics and gradients as `parity.errors` describes; the weights exported again, bit by bit."""
-    pytest.importorskip("torch")
     import parity
     import torch_networks
     errors = parity.errors(torch_networks.resnet(block, widths, counts, stem, parity.CLASSES), architecture, size)
@@ -115,10 +117,12 @@ def test_other_classes_and_another_window_keep_their_initial_values():
     state = state_for(SMALL)
     state["conv1.weight"] = np.ones((2, 3, 7, 7), np.float32)
     state["fc.weight"], state["fc.bias"] = np.ones((9, 4), np.float32), np.ones(9, np.float32)
-    variables, fresh = import_weights(state, zeros_of(SMALL), SMALL.architecture)
-    assert fresh == ("conv1.weight (7, 7, 3, 2), the model's params/stem/conv/kernel (3, 3, 3, 2)",
-                     "fc.weight (4, 9), the model's params/classifier/kernel (4, 5)",
-                     "fc.bias (9,), the model's params/classifier/bias (5,)")
+    variables, fresh = imported = import_weights(state, zeros_of(SMALL), SMALL.architecture)
+    assert fresh == {
+        "params/stem/conv/kernel": "conv1.weight (7, 7, 3, 2), the model's params/stem/conv/kernel (3, 3, 3, 2)",
+        "params/classifier/kernel": "fc.weight (4, 9), the model's params/classifier/kernel (4, 5)",
+        "params/classifier/bias": "fc.bias (9,), the model's params/classifier/bias (5,)"}
+    assert imported.random_stem(SMALL) == fresh["params/stem/conv/kernel"]
     params = variables["params"]
     for leaf in (params["stem"]["conv"]["kernel"], params["classifier"]["kernel"], params["classifier"]["bias"]):
         assert not np.any(leaf)
@@ -143,8 +147,8 @@ def test_variables_of_our_own_fit_by_the_same_rules():
     """A checkpoint of the same network, with another adapter and other classes; not one of another depth."""
     model = KDModel(SMALL.architecture, CLASSES + 2, (0.5,), (0.25,), adapter_dim=6)
     stored = jax.tree.map(lambda leaf: leaf + 1, zeros_of(model))
-    variables, fresh = fit_variables(stored, zeros_of(SMALL), SMALL.architecture)
-    assert [line.split()[0] for line in fresh] == ["params/classifier/bias", "params/classifier/kernel"]
+    variables, fresh = imported = fit_variables(stored, zeros_of(SMALL), SMALL.architecture)
+    assert list(fresh) == ["params/classifier/bias", "params/classifier/kernel"] and not imported.random_stem(SMALL)
     assert {float(leaf.max()) for name, branch in variables["params"].items() for leaf in jax.tree.leaves(branch)
             if name.startswith(("stem", "layer"))} == {1.0}
     assert not np.any(variables["params"]["distill_adapter"]["fc2"]["kernel"])

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from asib_jax.engine import parallel
-from asib_jax.recipe import recipe
+from asib_jax import recipe
 from asib_jax.record import provenance
 from asib_jax.build import Data
 from configs import l1_ib

@@ -1,12 +1,14 @@
 """Reading a config into a recipe, and what is let through; what is not: test_bad_input.py."""
+import copy
+import dataclasses
 import re
 
 import pytest
 from ml_collections import ConfigDict
 
-from asib_jax import models
-from asib_jax.objectives import losses
-from asib_jax.recipe import checks, idle_keys, recipe
+from asib_jax import build, models, recipe
+from asib_jax.objectives import losses, targets
+from asib_jax.recipe import checks, keys, reading
 from configs import base, ce_only, l0_baseline, l1_ib, l4_full
 
 
@@ -138,6 +140,14 @@ def test_what_follows_from_the_values():
     assert recipe_of({"use_amp": True}).compute_dtype == "bfloat16" and l4.compute_dtype == "float32"
 
 
+@pytest.mark.parametrize("target, width", [("synergy", 64), ("avg", 0)])
+def test_an_adapter_is_built_only_where_a_step_trains_it(target, width):
+    """Whatever the key asks for: without a fusion network it has no effect, which its warning says."""
+    asked = recipe_of({"feat_kd_key": "distill_feat", "kd_target": target})
+    assert build.build_networks(asked, 10).student.adapter_dim == width
+    assert ("feat_kd_key" in keys.idle(asked)) == (target == "avg")
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"num_stages": 2}, {"num_devices": 1, "dataset.batch_size": 30}, {"schedule.lr_warmup_epochs": 16},
     {"ce_alpha": 0.0}, {"kd_alpha": 0.0}, {"kd_target": "teacher", "kd_teacher_index": 1},
@@ -184,7 +194,91 @@ def test_gate(threshold, classes, warns):
         checks.check_gate(0.99 / classes, classes)
 
 
-FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # set by the config; idle where nothing distils from synergy
+def test_a_stored_configuration_may_be_of_another_version():
+    """Keys that came later have their defaults, retired ones are left out; a user's own has to be whole."""
+    now = changed(l4_full.get_config("digits"), {"tau": 3.0})
+    then = copy.deepcopy(now) | {"scale_lr_with_devices": True, "bank_memory_gb": 3.0}
+    del then["min_cw"], then["model"]["student"]["weights_sha256"], then["teacher2"]["saw_val"]
+    assert recipe.read_stored(then) == recipe.read_stored(now) == recipe.read(now)
+    with pytest.raises(ValueError, match="^unknown key scale_lr_with_devices"):
+        recipe.read(now | {"scale_lr_with_devices": True})
+    with pytest.raises(ValueError, match="^unknown key a_key_of_tomorrow"):
+        recipe.read_stored(then | {"a_key_of_tomorrow": 1})
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PatientTeacher(recipe.TeacherRecipe):
+    patience: tuple[float, ...] = keys.key(
+        (1.0,), "how long it waits", above=0, below=5, lengths=(0, 1),
+        when=keys.When("`freeze_bn`", lambda teacher, recipe: teacher.freeze_bn and recipe.use_ib))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lunar(recipe.Recipe):
+    """A recipe with two more keys, of which nothing but these lines knows."""
+
+    teachers: tuple[PatientTeacher, ...] = keys.key((PatientTeacher(), PatientTeacher(freeze_bn=False)), "those")
+    moon: str = keys.key("full", "what the moon does", choices=("full", "new"), free=True,
+                         when=keys.When("`use_ib`", lambda recipe: recipe.use_ib))
+
+
+def test_a_key_is_declared_once():
+    """Its values, range, choices, idleness, freedom and documentation follow."""
+    lunar = Lunar(use_ib=True)
+    assert keys.flat(lunar)["moon"] == "full" and keys.flat(lunar)["teacher2.patience"] == (1.0,)
+    read = reading.read_group(Lunar, {"moon": "new", "teachers": ()}, "", complete=False)
+    assert (read.moon, read.tau) == ("new", 4.0)
+    with pytest.raises(ValueError, match="^unknown key mon; did you mean moon"):
+        reading.read_group(Lunar, {"mon": "new"}, "", complete=False)
+
+    keys.check(lunar)
+    late, two = (Lunar(teachers=(PatientTeacher(patience=given),)) for given in ((5.0,), (1.0, 2.0)))
+    for wrong, told in ((Lunar(moon="half"), "moon='half'; valid: 'full', 'new'"),
+                        (late, "teacher1.patience=(5.0,) must be in (0, 5)"),
+                        (two, "teacher1.patience=(1.0, 2.0) needs 1 entries")):
+        with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
+            keys.check(wrong)
+
+    def idle(of):
+        return keys.idle(of) & {"moon", "teacher1.patience", "teacher2.patience"}
+
+    assert idle(lunar) == {"teacher2.patience"}
+    assert idle(Lunar()) == {"moon", "teacher1.patience", "teacher2.patience"}
+    assert keys.without_effect(Lunar(moon="new"), Lunar()) == ["moon"]
+    assert "moon" not in keys.that_matter(lunar) and "teacher1.patience" in keys.that_matter(lunar)
+    table = keys.table(Lunar()).splitlines()
+    assert "| `moon` | `'full'` | what the moon does | `'full'`, `'new'` | `use_ib` | free |" in table
+    assert "| `teacherK.patience` | `(1.0,)` | how long it waits | 1 or none, in (0, 5) | `freeze_bn` | |" in table
+
+
+@pytest.mark.parametrize("options, words, inside, outside", [
+    ({"at_least": 2}, "at least 2", (2, 3.5), (1, -7)), ({"above": 0}, "positive", (1e-9, 5), (0, -1)),
+    ({"above": 1.5}, "above 1.5", (2,), (1.5,)), ({"at_least": 0, "below": 1}, "in [0, 1)", (0, 0.9), (1, -0.1)),
+    ({"above": 0, "at_most": 1}, "in (0, 1]", (0.1, 1), (0, 1.1)), ({}, "", (-5, 0.0), (2**31, float("nan"))),
+])
+def test_ranges(options, words, inside, outside):
+    told = keys.Key("", **options)
+    assert told.range() == words
+    for number in inside:
+        told.check("k", number)
+        told.check("k", (inside[0], number))
+    for number in outside:
+        with pytest.raises(ValueError, match=f"^k={re.escape(str(number))} must be "):
+            told.check("k", number)
+        with pytest.raises(ValueError, match="^k=.* must be "):
+            told.check("k", (inside[0], number))
+
+
+def test_every_default_is_allowed_and_described():
+    keys.check(recipe.Recipe())
+    for held in keys.walk(recipe.Recipe()):
+        assert 0 < len(held.key.meaning) <= 200, held.name
+
+
+FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # of the config; idle where nothing distils so
 
 
 @pytest.mark.parametrize("changes, idle", [
@@ -222,11 +316,11 @@ FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # set by the
 ])
 def test_without_effect(changes, idle):
     defaults = recipe.read(changed(base.get_config("digits"), STEADY))
-    assert idle_keys.without_effect(recipe_of(changes), defaults) == idle
+    assert keys.without_effect(recipe_of(changes), defaults) == idle
 
 
 def test_the_choices_are_those_of_the_code():
-    for target in losses.KD_TARGETS:
+    for target in targets.KD_TARGETS:
         checks.check(recipe_of({"kd_target": target}))
     for mode in losses.DISAGREE_MODES:
         checks.check(recipe_of({"disagree_mode": mode}))

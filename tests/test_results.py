@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from asib_jax.recipe import recipe
+from asib_jax import recipe
 from asib_jax.record import results
 from asib_jax.record.results import Results
 from configs import l1_ib
@@ -12,10 +12,8 @@ COUNTS = {"teacher1": 90, "teacher2": 80, "average": 92, "disagreement": 25, "sy
           "last": 70, "best": 71, "control_last": 60, "control_best": 61}
 
 
-def make(changes=(), **weights) -> tuple[recipe.Recipe, Results]:
+def make(changes=()) -> tuple[recipe.Recipe, Results]:
     config = l1_ib.get_config("digits")
-    for name, (path, saw_val) in weights.items():
-        config[name].weights, config[name].saw_val = path, saw_val
     config.update_from_flattened_dict(dict(changes))
     validation = {name: count // 2 for name, count in COUNTS.items()}
     read = recipe.read(config)
@@ -40,10 +38,14 @@ def test_rows_stand_in_order_with_their_counts():
     assert "teachers disagree on 25.00 % of test images" in text
 
 
-@pytest.mark.parametrize("saw_val, marked", [
-    (True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}), (False, set())])
-def test_validation_that_given_weights_have_seen_is_marked(saw_val, marked):
-    text = results.render(*make(teacher2=("weights.npz", saw_val)))
+@pytest.mark.parametrize("network, saw_val, marked", [
+    ("teacher2", True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}), ("teacher2", False, set()),
+    ("model.student", True, {"synergy ensemble", "synergy, teachers zeroed", "student without teachers, last",
+                             "student without teachers, best on validation", "student, last",
+                             "student, best on validation"}),
+    ("model.student", False, set())])
+def test_validation_that_given_weights_have_seen_is_marked(network, saw_val, marked):
+    text = results.render(*make({f"{network}.weights": "weights.npz", f"{network}.saw_val": saw_val}.items()))
     assert {name for name, line in rows(text).items() if line.endswith("*")} == marked
     assert ("inflated" in text) == bool(marked)
 

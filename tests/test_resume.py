@@ -13,17 +13,16 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from run_contents import assert_same
+from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, teachers, train
-from asib_jax.recipe import recipe as recipes, typed_groups
-from asib_jax.record import experiment, resume, snapshots
-from asib_jax.weights import checkpoint
+from asib_jax import build, recipe as recipes, teachers, train
 from asib_jax.errors import UserError
+from asib_jax.record import experiment, resume, snapshots
 from asib_jax.record.experiment import Record
 from asib_jax.record.signals import Interrupted
 from asib_jax.record.snapshots import Snapshots
-from run_contents import assert_same
-from tiny_runs import read_config, read_recipe, tiny_networks, write_data
+from asib_jax.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -205,12 +204,19 @@ def test_other_data_are_refused_and_the_same_may_have_moved(copy, finished, tmp_
     jax.tree.map(np.testing.assert_array_equal, finish(at("moved.npz"), run), finished)
 
 
-def test_rates_that_scale_with_devices_allow_no_other_number_of_them(copy):
+def test_a_run_of_an_earlier_version_may_lack_keys_and_have_others(copy):
+    """What came later has its default; of what is gone only a value that made another run is a difference."""
     recipe, run = copy
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"scale_lr_with_devices": True}))
-    with pytest.raises(UserError, match="scale_lr_with_devices: .* began with 1 devices, here are 2"):
-        finish(dataclasses.replace(recipe, num_devices=2, scale_lr_with_devices=True), run)
+    del config["dataset"]["eval_batch_size"], config["min_cw"], config["teacher1"]["freeze_bn"]
+
+    def differences(**changes):
+        (run / "config.json").write_text(json.dumps(config | changes))
+        return resume.differences(run, recipe)
+
+    assert differences(bank_memory_gb=3.0, scale_lr_with_devices=False) == differences() == []
+    assert differences(scale_lr_with_devices=True) == ["scale_lr_with_devices: True there, False here"]
+    assert "unknown key a_key_of_tomorrow" in differences(a_key_of_tomorrow=1)[0]
 
 
 def test_the_last_whole_snapshot_is_used(copy, caplog):
@@ -321,7 +327,7 @@ def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):
     config, run = interrupted
     recipe = dataclasses.replace(recipes.read(config), resume=str(run))
     free = {"num_devices": 2, "tensorboard": True, "results_dir": "elsewhere", "checkpoint_minutes": 3.0,
-            "dataset": dataclasses.replace(recipe.dataset, path="moved.npz")}
+            "dataset": dataclasses.replace(recipe.dataset, path="moved.npz", eval_batch_size=7)}
     assert resume.find(dataclasses.replace(recipe, **free)) == run.resolve()
     teacher = dataclasses.replace(recipe.teachers[0], finetune_lr=0.5)
     with pytest.raises(UserError) as error:
@@ -331,10 +337,6 @@ def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):
     for nowhere in (run.parent, run / "config.json", run / "absent"):
         with pytest.raises(UserError, match="is no run folder"):
             resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
-
-
-def test_keys_that_may_change_are_keys(interrupted):
-    assert resume.FREE <= typed_groups.flat(recipes.read(interrupted[0])).keys()
 
 
 def test_a_run_is_one_process_s(copy, tmp_path):

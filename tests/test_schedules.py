@@ -23,7 +23,8 @@ def test_cosine_ends_at_min_lr():
     np.testing.assert_allclose(rate(125), 0.5 * (1e-3 + 1e-5), rtol=1e-12)
     np.testing.assert_allclose(rate(199), 1e-5 + 0.99e-3 * np.sin(np.pi / 300) ** 2, rtol=1e-9)
     assert rate(200) == rate(10_000) == 1e-5
-    assert rate(199, warmup_epochs=20) == 1e-3
+    assert rate(199, warmup_epochs=20) == rate(200, warmup_epochs=20) == 1e-3  # all of it warm-up
+    assert rate(125, min_lr=1e-3) == 1e-3
 
 
 def test_cosine_below_its_floor_is_an_error():
@@ -54,6 +55,10 @@ def test_beta_warms_up_from_zero(n, beta):
 @pytest.mark.parametrize("n, beta", [(0, 0.1), (5, 0.3), (10, 0.5), (11, 0.5)])
 def test_beta_schedule_beats_beta(n, beta):
     assert schedules.ib_beta(n, beta=9.0, warmup_epochs=3, schedule=(0.1, 0.5, 10)) == pytest.approx(beta)
+
+
+def test_beta_schedule_of_no_epochs_begins_at_its_start():
+    assert [schedules.ib_beta(n, beta=9.0, warmup_epochs=3, schedule=(0.1, 0.5, 0)) for n in (0, 1)] == [0.1, 0.5]
 
 
 def test_beta_without_warm_up_is_constant():

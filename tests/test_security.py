@@ -19,7 +19,7 @@ import zlib
 import numpy as np
 import pytest
 
-from asib_jax.weights import files as weights, torch_pickle
+from asib_jax.weights import origins, torch_pickle
 from asib_jax.data import archives, sources
 from asib_jax.errors import UserError
 from test_cifar100 import binary_version, python_version, write_folder, write_tar
@@ -273,7 +273,7 @@ def test_a_name_in_an_npz_is_only_a_name(tmp_path):
             content = io.BytesIO()
             np.save(content, np.arange(3))
             archive.writestr(f"{name}.npy", content.getvalue())
-    assert set(weights.load(tmp_path / "a.npz")) == {"../x", "/x", "x"}
+    assert set(origins.load(tmp_path / "a.npz")) == {"../x", "/x", "x"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
@@ -488,7 +488,7 @@ def data_bombs(folder):
     return files
 
 
-READERS = {"weights": weights.load, "cifar100": archives.read_cifar100,
+READERS = {"weights": origins.load, "cifar100": archives.read_cifar100,
            **{name: lambda path, name=name: sources.load(name, path=str(path)) for name in ("npz", "folder")}}
 
 

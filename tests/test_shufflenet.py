@@ -10,9 +10,9 @@ from networks import stage_shapes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("small_input", [False, True])
+@pytest.mark.pytorch
+@pytest.mark.parametrize("small_input", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_network_equals_torchvision(small_input):
-    pytest.importorskip("torchvision_cpu")
     import parity
     import torch
     from torchvision.models import ShuffleNetV2

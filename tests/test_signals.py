@@ -9,7 +9,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = """
 import signal, sys
-from asib_jax.signals import Stop
+from asib_jax.record.signals import Stop
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 
 with Stop() as stop:
     assert stop.asked == ""

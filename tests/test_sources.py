@@ -8,7 +8,7 @@ import pytest
 from asib_jax.data import archives, sources
 from asib_jax.data.sources import SOURCES, Split, blocks, load, sizes
 from asib_jax.errors import UserError
-from asib_jax.weights.teacher_store import images_digest
+from asib_jax.data.sources import images_digest
 
 TRAIN, TEST = 7, 4  # images of either split
 

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import CLASSES, DIM, convolutions, make_batch, make_networks, random_variables
 
 from asib_jax import streams
-from asib_jax.objectives import freezing, losses, state, steps
 from asib_jax.data.augment import augment, mix
-from asib_jax.models.ensemble import Mode, TeacherOutputs, Variables
+from asib_jax.models.ensemble import Mode, StudentOutputs, TeacherOutputs, Variables
 from asib_jax.models.ib_mbm import sample
-from asib_jax.objectives.steps import ATerms, BTerms
-from networks import CLASSES, DIM, convolutions, make_batch, make_networks, random_variables
+from asib_jax.objectives import freezing, losses, optimizers, state
+from asib_jax.objectives.a_loss import ATerms, a_loss, mean_square
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import make_train_step
 
 BATCH = {**make_batch(), "label": np.array([0, 1, 0, 3, 4, 0, 1, 3], np.int32)}  # some the teachers know, some not
 ONE_HOT = np.eye(CLASSES)
@@ -64,7 +66,7 @@ def kd(logits, target, tau):
     return tau**2 * (softmax(target / tau) * (log_softmax(target / tau) - log_softmax(logits / tau))).sum(-1)
 
 
-def mean_square(tree):
+def mean_of_squares(tree):
     return np.mean([np.mean(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(tree)])
 
 
@@ -83,7 +85,7 @@ def raw_outputs(nets, variables, pixels, student_mode):
     latent = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, query, jnp.stack(read, axis=1))
     return jax.tree.map(np.float64, {
         "student": student.logit, "query": query, "teachers": [t.logit for t in teachers], "mu": latent.mu,
-        "logvar": latent.logvar})
+        "logvar": latent.logvar, "clipped": latent.clipped})
 
 
 def head(nets, variables, z):
@@ -94,11 +96,11 @@ def head(nets, variables, z):
 # The A-Step ----------------------------------------------------------------------------------------------------------
 
 def a_reference(nets, variables, controls, terms, trained=None):
-    """The terms of SPEC 4 by name; those of weight 0 are absent."""
+    """The terms of SPEC 4 by name, those of weight 0 as 0; synergy logits; what else is watched of the bottleneck."""
     pixels = augment(controls["augment_key"], BATCH["index"], BATCH["image"], terms.data_aug)
     out = raw_outputs(nets, variables, pixels, {"train": False})
     c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
-    z, w = out["mu"], np.ones(len(pixels))
+    z, w, watched = out["mu"], np.ones(len(pixels)), {}
     if nets.ib_mbm.use_ib:
         keys = [jax.random.fold_in(controls["noise_key"], index) for index in BATCH["index"]]
         noise = np.stack([jax.random.normal(key, (DIM,)) for key in keys])
@@ -112,19 +114,20 @@ def a_reference(nets, variables, controls, terms, trained=None):
         "cccp": c["open"] * terms.cccp_alpha * np.mean(kd(logits, out["student"], terms.cccp_tau)),
         "feat_kd": (terms.feat_kd_alpha * np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1))
                     if terms.feat_kd_alpha else 0),
-        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_square([variables.params[n] for n in ("ib_mbm", "synergy_head")]),
-        "reg": terms.reg_lambda * mean_square(trained) if trained else 0,
+        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_of_squares(
+            [variables.params[name] for name in ("ib_mbm", "synergy_head")]),
+        "reg": terms.reg_lambda * mean_of_squares(trained) if trained else 0,
     }
     if nets.ib_mbm.use_ib:
         logvar = out["logvar"]
+        watched = {"certainty_sd": np.sqrt(np.mean((w - 1) ** 2)), "clipped": np.mean(out["clipped"])}
         parts["gaussian_kl"] = c["beta"] * np.mean(-0.5 * (1 + logvar - out["mu"] ** 2 - np.exp(logvar)).sum(-1))
-        parts["certainty_sd"] = np.sqrt(np.mean((w - 1) ** 2))
-    return parts, logits
+    return parts, logits, watched
 
 
 def run_a(nets, variables, controls, terms):
     """`reg_lambda` acts on one teacher's adapter."""
-    return steps.a_loss(variables, controls, BATCH, nets=nets, terms=terms,
+    return a_loss(variables, controls, BATCH, nets=nets, terms=terms,
                         trained=lambda params: [params["teacher1"]["distill_adapter"]])
 
 
@@ -146,10 +149,10 @@ def test_a_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(A_TERMS, **terms), a_controls(**controls), make(**nets)
     trained = variables.params["teacher1"]["distill_adapter"] if terms.reg_lambda else None
     loss, (_, metrics) = run_a(nets, variables, controls, terms)
-    parts, logits = a_reference(nets, variables, controls, terms, trained)
-    for name, value in parts.items():
+    parts, logits, watched = a_reference(nets, variables, controls, terms, trained)
+    for name, value in (parts | watched).items():
         np.testing.assert_allclose(metrics.get(name, 0.0), value, rtol=2e-5, err_msg=name)
-    np.testing.assert_allclose(loss, sum(parts.values()) - parts.get("certainty_sd", 0), rtol=2e-5)
+    np.testing.assert_allclose(loss, sum(parts.values()), rtol=2e-5)
     np.testing.assert_allclose(metrics["loss"], loss)
     np.testing.assert_allclose(metrics["acc"], np.mean(logits.argmax(-1) == BATCH["label"]), rtol=1e-6)
 
@@ -189,6 +192,36 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
     assert weight.std() > 0.1
 
 
+def test_a_student_that_is_no_target_cannot_reach_the_fusion_network():
+    """Its logits broken, the gate shut: loss and gradient are bitwise those without KD towards the student."""
+    nets, variables = make()
+    feat = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": False})["student"]
+    batch = {**BATCH, "student": StudentOutputs(jnp.ones((len(feat), 4)), jnp.full((len(feat), CLASSES), jnp.nan))}
+
+    def of(**terms):
+        return jax.jit(jax.value_and_grad(lambda fusion: a_loss(
+            Variables({**variables.params, **fusion}, variables.batch_stats), a_controls(open=0.0), batch, nets=nets,
+            terms=replace(A_TERMS, **terms), trained=None)[0]))(
+                {name: variables.params[name] for name in ("ib_mbm", "synergy_head")})
+
+    shut, without = of(), of(kd_alpha=0.0, cccp_alpha=0.0)
+    jax.tree.map(np.testing.assert_array_equal, shut, without)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shut))
+
+
+def test_a_bottleneck_that_does_not_count_yet_may_overflow():
+    """Codes of 1e20, whose squares float32 has not, and a head that brings them back to 1: with beta 0 all else counts
+    as it would, with beta 0.02 the loss is infinite."""
+    nets, variables = make()
+    fusion, head = (jax.tree.map(np.copy, variables.params[name]) for name in ("ib_mbm", "synergy_head"))
+    fusion["mu"] = {"kernel": 0 * fusion["mu"]["kernel"], "bias": np.full_like(fusion["mu"]["bias"], 1e20)}
+    head["fc1"]["kernel"] *= np.float32(1e-20)
+    broken = Variables({**variables.params, "ib_mbm": fusion, "synergy_head": head}, variables.batch_stats)
+    warm, later = (run_a(nets, broken, a_controls(beta=beta), A_TERMS) for beta in (0.0, 0.02))
+    assert warm[1][1]["gaussian_kl"] == 0 and np.isinf(later[0])
+    np.testing.assert_allclose(warm[0], sum(warm[1][1][name] for name in ("ce", "kd_average", "kd_student", "cccp")))
+
+
 def test_a_loss_draws_noise_and_dropout_from_their_keys():
     """Sampling and dropout happen in the A-Step: another key, another code; the same keys, bitwise the same loss."""
     nets, variables = make(dropout=0.5)
@@ -206,7 +239,7 @@ def test_a_loss_draws_noise_and_dropout_from_their_keys():
 # The B-Step ----------------------------------------------------------------------------------------------------------
 
 def b_reference(nets, variables, controls, terms, batch=BATCH):
-    """The loss of SPEC 5 and its parts."""
+    """The loss of SPEC 5, its weighted parts by name (those of weight 0 are 0), and what else is logged."""
     c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
     labels = batch["label"]
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
@@ -230,11 +263,12 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
     bound = terms.kd_max_ratio * ce
     r = bound / max(per_sample.mean(), bound) if c["ratio_on"] and terms.kd_max_ratio else 1.0
     feat_kd = np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1)) if terms.feat_kd_alpha else 0.0
-    loss = (terms.ce_alpha * ce + r * c["ramp"] * terms.kd_alpha * np.mean(v / v.mean() * per_sample)
-            + terms.feat_kd_alpha * feat_kd)
+    parts = {"ce": terms.ce_alpha * ce, "feat_kd": terms.feat_kd_alpha * feat_kd,
+             "kd": r * c["ramp"] * terms.kd_alpha * np.mean(v / v.mean() * per_sample)}
+    loss = sum(parts.values())
     loss *= min(1, terms.loss_clamp_max / loss) if terms.loss_clamp_max else 1
-    return {"loss": loss, "ce": ce, "kd": per_sample.mean(), "kd_ratio": r, "feat_kd": feat_kd,
-            "acc": np.mean(out["student"].argmax(-1) == labels), "target_acc": np.mean(target.argmax(-1) == labels)}
+    return parts | {"loss": loss, "kd_ratio": r, "acc": np.mean(out["student"].argmax(-1) == labels),
+                    "target_acc": np.mean(target.argmax(-1) == labels)}
 
 
 @pytest.mark.parametrize("terms, controls, nets", [
@@ -264,12 +298,49 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         "clamp_inactive", "kd_alone", "ce_alone", "mixup", "cutmix"])
 def test_b_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(B_TERMS, **terms), b_controls(**controls), make(**nets)
-    loss, (_, metrics) = steps.b_loss(variables, controls, BATCH, nets=nets, terms=terms)
+    loss, (_, metrics) = b_loss(variables, controls, BATCH, nets=nets, terms=terms)
     wanted = b_reference(nets, variables, controls, terms)
     assert {"loss", "ce", "acc"} <= metrics.keys() <= wanted.keys() and ("kd" in metrics) == (terms.kd_alpha > 0)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, wanted[name], rtol=2e-5, err_msg=name)
     np.testing.assert_allclose(loss, metrics["loss"])
+
+
+@pytest.mark.parametrize("controls", [{"gate": 0.0, "average_share": 0.3}, {"average_share": 1.0}],
+                         ids=["gate_shut", "no_share"])
+@pytest.mark.parametrize("use_ib", [False, True])
+def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
+    """A broken head, whose share in the target is none: loss and gradient are bitwise those of the teachers' average
+    (min_cw=1 keeps the bottleneck's weights at 1)."""
+    nets, variables = make(use_ib=use_ib)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), variables.params["synergy_head"])
+
+    def of(kd_target, head):
+        terms = replace(B_TERMS, kd_target=kd_target, min_cw=1.0, kd_max_ratio=0.2)
+        return jax.jit(jax.value_and_grad(lambda student: b_loss(
+            Variables({**variables.params, "synergy_head": head, "student": student}, variables.batch_stats),
+            b_controls(**controls), BATCH, nets=nets, terms=terms)[0]))(variables.params["student"])
+
+    shut, average = of("synergy", broken), of("avg", broken)
+    jax.tree.map(np.testing.assert_array_equal, shut, average)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shut))
+
+
+@pytest.mark.parametrize("name", ["teacher1", "control"])
+def test_b_loss_trains_the_network_of_any_name(name):
+    """Labels alone, of the network `nets.student` with the variables under `name`: bitwise the same loss, gradient and
+    statistics, which have that name."""
+    nets, variables = make()
+
+    def of(name):
+        own = Variables({name: variables.params["student"]}, {name: variables.batch_stats["student"]})
+        (loss, (stats, _)), gradient = jax.jit(jax.value_and_grad(lambda params: b_loss(
+            Variables(params, own.batch_stats), b_controls(), BATCH, nets=nets, terms=BTerms(data_aug=0),
+            student=name), has_aux=True))(own.params)
+        assert stats.keys() == gradient.keys() == {name}
+        return loss, stats[name], gradient[name]
+
+    jax.tree.map(np.testing.assert_array_equal, of(name), of("student"))
 
 
 def test_cases_of_the_b_loss_reach_what_they_name():
@@ -294,7 +365,7 @@ def test_partner_labels_count():
     def loss(bias):
         student = variables.params["student"]
         student = {**student, "classifier": {**student["classifier"], "bias": bias}}
-        return steps.b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls,
+        return b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls,
                             jax.tree.map(jnp.asarray, BATCH), nets=nets, terms=terms)[0]
 
     logits = raw_outputs(nets, variables, pixels, {"train": True})["student"]
@@ -308,7 +379,7 @@ def test_only_the_student_gets_a_gradient_from_the_b_loss():
     nothing more, 2 alpha mean(w (s - mu)) at its output, to 1e-5; so without feature KD it gets none."""
     nets, variables = make()
     terms = replace(B_TERMS, disagree_mode="pred", disagree_lambda_high=3.0, kd_max_ratio=0.2, feat_kd_alpha=0.4)
-    gradient = jax.jit(jax.grad(lambda params: steps.b_loss(
+    gradient = jax.jit(jax.grad(lambda params: b_loss(
         Variables(params, variables.batch_stats), b_controls(), BATCH, nets=nets, terms=terms)[0]))(variables.params)
     reached = {name: {any(np.any(leaf) for leaf in jax.tree.leaves(leaves)) for leaves in branch.values()}
                for name, branch in gradient.items()}
@@ -334,17 +405,17 @@ def test_each_network_runs_once_per_step(kind, banked):
         return call(*args, **kwargs)
 
     if kind == "a":
-        loss = functools.partial(steps.a_loss, nets=nets, terms=replace(A_TERMS, feat_kd_alpha=1.0), trained=None)
+        loss = functools.partial(a_loss, nets=nets, terms=replace(A_TERMS, feat_kd_alpha=1.0), trained=None)
         controls, mask = a_controls(), {name: name in ("ib_mbm", "synergy_head") for name in variables.params}
     else:
-        loss = functools.partial(steps.b_loss, nets=nets, terms=replace(B_TERMS, feat_kd_alpha=1.0))
+        loss = functools.partial(b_loss, nets=nets, terms=replace(B_TERMS, feat_kd_alpha=1.0))
         controls, mask = b_controls(), {name: name == "student" for name in variables.params}
-    tx = state.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
+    tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, mask, ("student",) if kind == "b" else (), tx)
     batch = BATCH | ({"teachers": TeacherOutputs((np.zeros((8, 6)), np.zeros((8, 5))), np.zeros((8, 2, CLASSES)))}
                      if banked else {})
     with nn.intercept_methods(count):
-        jax.eval_shape(steps.make_train_step(loss, tx), current, frozen, controls | {"lr": 0.1}, batch)
+        jax.eval_shape(make_train_step(loss, tx), current, frozen, controls | {"lr": 0.1}, batch)
     teachers = {} if banked else {f"KDModel {model.mean}": 1 for model in nets.teachers}
     assert calls == {f"KDModel {nets.student.mean}": 1, "IB_MBM ": 1, "SynergyHead ": 1, **teachers}
 
@@ -357,11 +428,12 @@ def test_frozen_networks_are_arguments_and_get_no_update():
     mask = {name: freezing.trainable(student, ("stage0", "stage1", "stage2"), 1) if name == "student" else False
             for name in variables.params}
     mask["student"]["distill_adapter"] = False
-    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
     current, frozen = state.begin(variables, mask, ("student",), tx)
     mode = Mode(train=True, frozen_stages=2)
-    loss = functools.partial(steps.b_loss, nets=nets, terms=terms, mode=mode)
-    after, _ = jax.jit(steps.make_train_step(loss, tx))(current, frozen, b_controls() | {"lr": jnp.float32(0.5)}, BATCH)
+    loss = functools.partial(b_loss, nets=nets, terms=terms, mode=mode)
+    after, metrics = jax.jit(make_train_step(loss, tx))(current, frozen, b_controls() | {"lr": jnp.float32(0.5)}, BATCH)
+    assert metrics["lr"] == 0.5 and metrics["skipped"] == 0
     whole = state.join(after, frozen)
     for name in variables.params:
         if name != "student":
@@ -384,5 +456,5 @@ def test_frozen_networks_are_arguments_and_get_no_update():
 
 def test_regulariser_is_the_mean_over_tensors_and_zero_of_none():
     """Fine-tuning at freeze level 0 without adapters trains no teacher tensor."""
-    assert steps.mean_square({"a": jnp.array([1.0, 3.0]), "b": jnp.array([[2.0]])}) == (5.0 + 4.0) / 2
-    assert steps.mean_square([{}, {}]) == 0
+    assert mean_square({"a": jnp.array([1.0, 3.0]), "b": jnp.array([[2.0]])}) == (5.0 + 4.0) / 2
+    assert mean_square([{}, {}]) == 0

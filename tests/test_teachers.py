@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from asib_jax import build, teachers, train
-from asib_jax.recipe import checks, recipe as recipes
+from asib_jax import recipe as recipes
+from asib_jax.recipe import checks
 from asib_jax.record import finished
 from asib_jax.weights import checkpoint, teacher_store
 from asib_jax.errors import UserError
@@ -19,6 +20,8 @@ from asib_jax.models import MODELS
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.snapshots import Snapshots
+from asib_jax.models.initial import init_network
+from asib_jax.weights.torch_names import export_weights
 from configs import l1_ib
 from networks import convolutions, make_feed, make_split
 
@@ -30,12 +33,15 @@ TINY = {
     "teacher2.name": "tiny", "teacher2.train_epochs": 3, "teacher2.warmup_epochs": 0, "teacher2.train_lr": 0.01,
 }
 
+NAMED = convolutions(6, 8)._replace(names=(((r"(.*)", r"\1"),),))  # with names under which weights are files
+
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", lambda small_input: convolutions(6, 8))
         patch.setitem(MODELS, "other", lambda small_input: convolutions(6, 8))
+        patch.setitem(MODELS, "named", lambda small_input: NAMED)
         yield
 
 
@@ -187,8 +193,8 @@ def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     for stage in ("stage0", "stage1"):  # at level 0 only the classifier trains
         assert same(ours.params["teacher1"][stage], stored["params"][stage])
         assert same(ours.batch_stats["teacher1"][stage], stored["batch_stats"][stage])
-    initial = build.init_network(build.build_networks(recipe, 5).teachers[0], recipe.seed,
-                                 teacher_store.streams_name(recipe, 0), (8, 8, 3))
+    initial = init_network(build.build_networks(recipe, 5).teachers[0], recipe.seed,
+                           teacher_store.streams_name(recipe, 0), (8, 8, 3))
     assert ours.params["teacher1"]["classifier"]["kernel"].shape == (8, 5)
     assert not same(ours.params["teacher1"]["classifier"], initial["params"]["classifier"])
     kept = json.loads((teacher_store.find(recipe, 0).folder / "key.json").read_text())
@@ -336,6 +342,23 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
     np.savez(own, **arrays | {"y_test": np.roll(arrays["y_test"], 1)})
     with pytest.raises(UserError, match="own.npz is not the data of the run in .*another SHA-256 of test, or none"):
         train.evaluate_run(record.folder)
+
+
+def test_published_classes_in_another_order_need_fine_tuning(first, data_file, tmp_path):
+    """The same weights under PyTorch's names are refused as they are, and fine-tuned from a classifier drawn here."""
+    _, variables, _, (_, _, data) = first
+    np.savez(tmp_path / "published.npz", **export_weights(variables.of("teacher1"), NAMED))
+    changes = {"dataset.name": "imagenet32", "teacher1.name": "named", "teacher2.train_epochs": 1,
+               "teacher1.weights": str(tmp_path / "published.npz"), "teacher1.train_epochs": 0}
+    with pytest.raises(ValueError, match=r"in part; .*classes of imagenet32 .*Set teacher1\.finetune_epochs"):
+        ready(data_file, tmp_path, data, **changes)
+    ours, metrics, (_, nets, _) = ready(data_file, tmp_path, data, **changes, **{
+        "teacher1.finetune_epochs": 1, "teacher1.finetune_freeze_level": 0, "teacher1.finetune_lr": 1e-5})
+    assert trained(metrics) == {"teacher1", "teacher2"}
+    initial = init_network(nets.teachers[0], 0, "teacher/named", (8, 8, 3))
+    np.testing.assert_allclose(ours.params["teacher1"]["classifier"]["kernel"],
+                               initial["params"]["classifier"]["kernel"], atol=2e-4)  # some ten steps of 1e-5
+    assert same(ours.params["teacher1"]["stage1"], variables.params["teacher1"]["stage1"])
 
 
 def test_a_random_stem_is_not_frozen(given, data_file, tmp_path):

@@ -14,10 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from asib_jax import a_step, b_step, streams
-from asib_jax.objectives import state, steps
-from asib_jax.recipe import recipe
+from asib_jax.objectives import state
+from asib_jax.objectives.step import make_train_step
+from asib_jax import recipe
 from asib_jax.models.resnet import cifar_resnet
-from asib_jax.weights.pretrained import export_weights
+from asib_jax.weights.torch_names import export_weights
 from configs import l2_cccp
 from networks import CLASSES, DIM, make_networks, make_split, random_variables
 from torch_asib import ASIB, KDNetwork, Settings
@@ -29,7 +30,7 @@ NETS = make_networks(student=cifar_resnet(*SHAPES["student"]),
                      teachers=(cifar_resnet(*SHAPES["teacher1"]), cifar_resnet(*SHAPES["teacher2"])))
 MODELS = {"student": NETS.student, **dict(zip(NETS.teacher_names, NETS.teachers))}
 PREFIXES = {"student": "student", "teacher1": "teachers.0", "teacher2": "teachers.1"}
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.pytorch, pytest.mark.usefixtures("quick_compilation")]
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def ours(kind: str):
         return value, metrics
 
     return (current, frozen, jax.jit(jax.value_and_grad(loss, has_aux=True)),
-            jax.jit(steps.make_train_step(training.loss, training.tx)))
+            jax.jit(make_train_step(training.loss, training.tx)))
 
 
 def controls_of(**values) -> dict:
@@ -282,7 +283,7 @@ def test_bfloat16():
 
 def test_a_network_of_torchvision():
     """feat_2d is what the classifier reads, of pixels normalised by the given mean and standard deviation: 1e-5."""
-    torchvision = pytest.importorskip("torchvision_cpu").torchvision
+    import torchvision
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     network = KDNetwork(torchvision.models.mobilenet_v3_small(num_classes=CLASSES), mean, std, DIM)
     pixels = torch.tensor(SPLIT.image[:4]).permute(0, 3, 1, 2)

@@ -124,9 +124,10 @@ def test_wrappers_and_prefixes(tmp_path):
     assert "it holds a list, not a state dict" in refusal(tmp_path / "w.pth")
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_torch_saves(tmp_path, zipped):
-    torch = pytest.importorskip("torch")
+    import torch
 
     def round_trip(value):
         torch.save(value, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
@@ -275,9 +276,11 @@ def test_other_files_are_refused(tmp_path):
         read(tmp_path / "absent.pth")
 
 
+@pytest.mark.pytorch
 def test_the_conversion_a_refusal_suggests_works(tmp_path):
-    torch = pytest.importorskip("torch")
-    numpy = pytest.importorskip("safetensors.numpy")
+    import torch
+    from safetensors import numpy
+
     source = tmp_path / "weights.pth"
     torch.save({"fc.bias": torch.tensor([1 + 2j])}, source)
     message = refusal(source)

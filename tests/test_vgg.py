@@ -10,9 +10,9 @@ NARROW = ((4, 6), (8,), (10,), (12,), (14, 16))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("size", [39, 64])
+@pytest.mark.pytorch
+@pytest.mark.parametrize("size", [39, pytest.param(64, marks=pytest.mark.slow)])
 def test_network_equals_pytorch(size):
-    pytest.importorskip("torch")
     import parity
     import torch_networks
     errors = parity.errors(torch_networks.vgg(NARROW, 10), vgg(NARROW), size)

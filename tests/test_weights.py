@@ -19,7 +19,9 @@ from safetensors.numpy import save, save_file
 from asib_jax.recipe import checks
 from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
-from asib_jax.weights.files import cached, digest, load, locate
+from asib_jax.weights.origins import cached, digest, load, locate
+from asib_jax.weights.reading import read_weights
+from test_pretrained import SMALL, state_for, zeros_of
 from test_recipe import recipe_of
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}
@@ -210,8 +212,8 @@ def test_what_the_hub_does_not_have(hub):
 
 
 def test_environment_variables_choose_hub_and_cache(hub, tmp_path):
-    program = ("from asib_jax import weights\n"
-               f"print(weights.locate('hf:me/net', {KEY!r}))")
+    program = ("from asib_jax.weights import origins\n"
+               f"print(origins.locate('hf:me/net', {KEY!r}))")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, text=True,
@@ -252,9 +254,10 @@ def test_bfloat16_of_safetensors(tmp_path):
     check_arrays(load(tmp_path / "a.safetensors"), {"w": values})
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_pytorch_files(tmp_path, suffix):
-    torch = pytest.importorskip("torch")
+    import torch
     torch.save({key: torch.tensor(value) for key, value in ARRAYS.items()}, tmp_path / f"a{suffix}")
     check_arrays(load(tmp_path / f"a{suffix}"))
 
@@ -324,3 +327,25 @@ def test_references_name_files_of_the_hub_only(hub, tmp_path):
         with pytest.raises(UserError):
             cached(wrong)
     assert cached("a\0b") is None
+
+
+# --- the classes they tell apart --------------------------------------------------------------------------------------
+
+
+def test_published_classifiers_are_no_start_where_classes_have_another_order(hub, tmp_path):
+    """Of a file, here or of the hub; a checkpoint of ours has the data set's own order."""
+    state = {name: value for name, value in state_for(SMALL).items() if value.ndim}
+    hub.files["me/net/main/model.safetensors"] = save(state)
+    save_file(state, tmp_path / "file.safetensors")
+    initial = zeros_of(SMALL)
+    checkpoint.save(tmp_path / "ours", read_weights("hf:me/net", KEY, SMALL, initial, sha256="").variables)
+    for given, dataset, taken in (("hf:me/net", "imagenet32", False), ("hf:me/net", "cifar100", True),
+                                  (f"{tmp_path}/file.safetensors", "imagenet32", False),
+                                  (f"{tmp_path}/ours", "imagenet32", True)):
+        variables, fresh = read_weights(given, KEY, SMALL, initial, sha256="", dataset=dataset)
+        classifier, stem = variables["params"]["classifier"], variables["params"]["stem"]
+        np.testing.assert_array_equal(classifier["kernel"], state["fc.weight"].T if taken else 0)
+        np.testing.assert_array_equal(classifier["bias"], state["fc.bias"] if taken else 0)
+        np.testing.assert_array_equal(stem["bn"]["bias"], state["bn1.bias"])
+        assert set(fresh) == (set() if taken else {"params/classifier/kernel", "params/classifier/bias"})
+        assert all("imagenet32" in why for why in fresh.values())

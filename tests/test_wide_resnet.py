@@ -7,10 +7,10 @@ from networks import stage_shapes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize(("depth", "widen"), [(16, 1), (10, 2)])
+@pytest.mark.pytorch
+@pytest.mark.parametrize(("depth", "widen"), [pytest.param(16, 1, marks=pytest.mark.slow), (10, 2)])
 def test_network_equals_pytorch(depth, widen):
     """The first stage has a shortcut of x in all blocks, or one of a convolution at stride 1."""
-    pytest.importorskip("torch")
     import parity
     import torch_networks
     errors = parity.errors(torch_networks.wide_resnet(depth, widen, 10), wide_resnet(depth, widen), 16)

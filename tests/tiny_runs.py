@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from asib_jax.recipe import recipe as recipes
+from asib_jax import recipe as recipes
 from asib_jax.models import MODELS
 from asib_jax.models.architecture import Architecture
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.recipe import Recipe
 from networks import convolutions, make_split
 
 STEPS = 10  # of an epoch: 80 images in batches of 8

@@ -9,7 +9,7 @@ import torch
 
 import torch_networks
 from asib_jax.build import Data
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.recipe import Recipe
 from torch_asib import ASIB, Settings
 
 _WINDOWS = {0: {"pad": 0, "flip": False}, 1: {"flip": True}, 3: {"flip": False}}  # data_aug: options of ASIB

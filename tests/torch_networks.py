@@ -128,8 +128,7 @@ def by_name(name, small_input, classes):
     if name in _COUNTS:
         stem = (3, 64, 1, False) if small_input else (7, 64, 2, True)
         return resnet("bottleneck", (64, 128, 256, 512), _COUNTS[name], stem, classes)
-    if torch.version.cuda is None:
-        import torchvision_cpu  # noqa: F401, before timm, which imports torchvision
+    import torchvision_cpu  # noqa: F401, before timm, which imports torchvision
     import timm
     network = timm.create_model(_TIMM[name], num_classes=classes)
     if small_input:

@@ -11,14 +11,14 @@ import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from asib_jax.errors import UserError
 from asib_jax.data.plain_pickle import Unpickler
+from asib_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps class_names), and in words what was read
@@ -163,12 +163,12 @@ def read_cifar100(path: Path) -> Arrays:
 
 def _folder_files(path: Path) -> dict[str, bytes]:
     files = [path / name for name in _PYTHON_FILES + _BINARY_FILES if (path / name).is_file()]
-    return {file.name: _bounded(open(file, "rb"), file) for file in files}
+    return {file.name: _bounded(file) for file in files}
 
 
-def _bounded(file: BinaryIO, path: Path) -> bytes:
+def _bounded(path: Path, opened: Callable = open) -> bytes:
     """All of a file. UserError if that is more than there is of CIFAR-100."""
-    with file:
+    with opened(path, "rb") as file:
         content = file.read(_CIFAR_BYTES + 1)
     if len(content) > _CIFAR_BYTES:
         raise UserError(f"{path} holds more than the {_CIFAR_BYTES >> 20} MiB that CIFAR-100 may have")
@@ -180,7 +180,7 @@ def _tar_files(path: Path) -> dict[str, bytes]:
         packed = file.read(2) == b"\x1f\x8b"
     files = {}
     try:
-        content = _bounded(gzip.open(path) if packed else open(path, "rb"), path)
+        content = _bounded(path, gzip.open if packed else open)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 if not 0 <= member.size <= len(content):  # tarfile would read members again, or fill holes
@@ -195,8 +195,8 @@ def _tar_files(path: Path) -> dict[str, bytes]:
     return files
 
 
-def _decode_python(train: bytes, test: bytes, meta: bytes) -> Arrays:
-    train, test, meta = (Unpickler(io.BytesIO(data), _CIFAR_PICKLES).load() for data in (train, test, meta))
+def _decode_python(*files: bytes) -> Arrays:
+    train, test, meta = (Unpickler(io.BytesIO(data), _CIFAR_PICKLES).load() for data in files)
     return {
         "x_train": channels_last(train["data"].values(), "data of train"),
         "y_train": _labels(train["fine_labels"]),
@@ -221,15 +221,15 @@ def _names(values: Any) -> np.ndarray:
     return np.asarray(values, str)
 
 
-def _decode_binary(train: bytes, test: bytes, names: bytes) -> Arrays:
+def _decode_binary(*files: bytes) -> Arrays:
     # One record an image: coarse label, fine label, pixels.
-    train, test = (np.frombuffer(data, np.uint8).reshape(-1, 2 + _PIXELS) for data in (train, test))
+    train, test = (np.frombuffer(data, np.uint8).reshape(-1, 2 + _PIXELS) for data in files[:2])
     return {
         "x_train": channels_last(train[:, 2:], "train.bin"),
         "y_train": train[:, 1],
         "x_test": channels_last(test[:, 2:], "test.bin"),
         "y_test": test[:, 1],
-        "class_names": _names(names.decode().split()),
+        "class_names": _names(files[2].decode().split()),
     }
 
 
@@ -253,12 +253,12 @@ def read_pictures(files: list[Path]) -> np.ndarray:
 
     Raises OSError if one cannot be found, UserError naming one that cannot be read or has another size.
     """
-    packed, images = sum(file.stat().st_size for file in files), None
+    packed, images = sum(file.stat().st_size for file in files), np.empty((0, 0, 0, 3), np.uint8)
     for row, file in enumerate(files):
         try:
             with _open_picture(file) as picture:
                 width, height = picture.size
-                if images is None:
+                if row == 0:
                     check_unpacked(len(files) * height * width * 3, packed)
                     images = np.empty((len(files), height, width, 3), np.uint8)
                 if (height, width) == images.shape[1:3]:

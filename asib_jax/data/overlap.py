@@ -32,7 +32,8 @@ def check(data: Data) -> dict[str, int]:
         places["teacher_train"] = whole, data.teacher_train.label
     pairs = [("test", "train"), ("test", "teacher_train"), ("test", "validation"), ("validation", "train"),
              ("validation", "teacher_train")]
-    counts, told = {}, []
+    counts: dict[str, int] = {}
+    told = []
     for part, other in pairs:
         if other in places:
             found, differ = duplicates(*places[part], *places[other])
@@ -58,7 +59,7 @@ def _check_examples(data: Data) -> None:
 def image_digests(split: Split) -> np.ndarray:
     """64 bits of BLAKE2b (Aumasson et al. 2013) of each image: [N] uint64."""
     rows = itertools.chain.from_iterable(block.reshape(len(block), -1) for block in blocks(split.image))
-    joined = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    joined = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(joined, np.uint64)
 
 

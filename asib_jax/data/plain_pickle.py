@@ -1,6 +1,6 @@
 """Pickles as data: plain containers, text and numbers, and the few names of a format. Nothing else is looked up."""
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 _KEYS = (str, int, type(None))  # bool is an int
@@ -43,7 +43,8 @@ class _Opcodes(dict):
     """Of the standard library's unpickler, by their byte."""
 
     def __missing__(self, code: int) -> None:
-        raise ValueError(f"it has the opcode {bytes([code])}, which is not needed here and may be code; it was not run")
+        raise ValueError(f"it has the opcode {bytes([code])!r}, which is not needed here and may be code; "
+                         "it was not run")
 
 
 class Unpickler(pickle._Unpickler):
@@ -55,6 +56,10 @@ class Unpickler(pickle._Unpickler):
 
     file: in memory, since such lengths are asked of it.
     """
+
+    append: Callable[[Any], None]  # of the standard library's, whose type stubs lack them
+    pop_mark: Callable[[], list]
+    stack: list
 
     dispatch = _Opcodes({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
                          for name in _OPCODES})

@@ -1,4 +1,5 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
+import hashlib
 import logging
 import math
 import os
@@ -13,9 +14,9 @@ import numpy as np
 from asib_jax import streams
 from asib_jax.data import archives, cifar100
 from asib_jax.data.archives import Arrays, Found
+from asib_jax.data.paths import expanded
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
-from asib_jax.data.paths import expanded
 
 logger = logging.getLogger("asib_jax")
 
@@ -54,12 +55,21 @@ class Split(NamedTuple):
 
     image: np.ndarray | Selected  # uint8 [N,H,W,ch]
     label: np.ndarray  # int32 [N], 0..C-1
-    index: np.ndarray  # int32 [N]
+    index: np.ndarray  # type: ignore[assignment]  # int32 [N]; hides tuple.index
 
     def take(self, rows: np.ndarray) -> "Split":
         """The split of `rows` ([M] integers); its examples keep their `index`, and its images stay where they are."""
         image = self.image if isinstance(self.image, Selected) else Selected(self.image, np.arange(len(self.image)))
         return Split(Selected(image.base, image.rows[rows]), self.label[rows], self.index[rows])
+
+
+def images_digest(split: Split) -> str:
+    """SHA-256 of the images and labels of a split, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in (split.image, split.label):
+        for block in blocks(array):
+            digest.update(block.data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,7 @@ def _folder(path: Path | None, folder: Path) -> Found:
             if file.suffix.lower() in _PICTURES
         ]
         empty = sorted(set(names) - {names[label] for _, label in files})
-        if not files or empty and split == "train":
+        if not files or (empty and split == "train"):
             raise UserError(f"{source / split}: no picture ({', '.join(_PICTURES)}) in {', '.join(empty) or '<class>'}")
         arrays[f"x_{split}"] = archives.read_pictures([file for file, _ in files])
         arrays[f"y_{split}"] = np.asarray([label for _, label in files])

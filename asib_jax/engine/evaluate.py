@@ -1,4 +1,4 @@
-"""Correct predictions of the student and the synergy ensemble on a split, every example counted once (SPEC 7)."""
+"""Correct predictions of networks and of the synergy ensemble on a split, every example counted once (SPEC 7)."""
 import functools
 from collections.abc import Callable
 
@@ -6,26 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.engine import feature_bank, parallel
 from asib_jax.data.batches import evaluation_rows
 from asib_jax.data.sources import Split
-from asib_jax.engine.feed import Feed, Steps, on_host
-from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
+from asib_jax.engine import devices
+from asib_jax.engine.banks import Bank
+from asib_jax.engine.compiled import Steps
+from asib_jax.engine.feed import Feed, on_host
+from asib_jax.models.ensemble import (Networks, TeacherOutputs, Variables, classify, fuse, keys_and_values, query,
+                                      run_student)
 
 
-def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable:
+def make_eval_step(nets: Networks, student: str = "student", axis_name: str | None = None) -> Callable:
     """`step(counts, variables, controls, batch) -> (counts, {})`: adds the batch's correct predictions.
 
-    controls: "size", the number of examples; rows of a batch beyond it count for nothing. Counted are "student" and,
-    with a fusion network, "synergy" and "without_teachers" (the same with kv zeroed: does the query bypass the
-    teachers?). The student's outputs are those the batch brings, or are computed. What was looked at is counted, too:
-    "examples", and the sum of their "rows" modulo 2^32.
+    student: the name under `variables` of what `nets.student` is. controls: "size", the number of examples; rows of a
+    batch beyond it count for nothing. Counted are the student, under its name, and with a fusion network "synergy" and
+    "without_teachers" (the same with kv zeroed: does the query bypass the teachers?). The student's outputs are those
+    the batch brings, or are computed. What was looked at is counted, too: "examples", and the sum of their "rows"
+    modulo 2^32.
     """
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
-        student = batch["student"] if "student" in batch else run_student(nets, variables, batch["image"])
-        logits = {"student": student.logit}
+        outputs = batch["student"] if "student" in batch else run_student(nets, variables, batch["image"], student)
+        logits = {student: outputs.logit}
         if nets.ib_mbm is not None:
-            q, kv = query(nets, variables, student.feat), keys_and_values(nets, variables, batch["teachers"].feats)
+            q, kv = query(nets, variables, outputs.feat), keys_and_values(nets, variables, batch["teachers"].feats)
             logits["synergy"] = classify(nets, variables, fuse(nets, variables, q, kv).mu)
             logits["without_teachers"] = classify(nets, variables, fuse(nets, variables, q, jnp.zeros_like(kv)).mu)
         exists = batch["row"] < controls["size"]
@@ -38,82 +42,74 @@ def make_eval_step(nets: Networks, axis_name: str | None = None) -> Callable:
     return step
 
 
-@functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run
-def _compiled(nets: Networks, feed: Feed) -> Steps:
-    return feed.compile(make_eval_step(nets, feed.axis_name))
+@functools.lru_cache(maxsize=16)  # one compilation for all the splits of a run
+def _compiled(nets: Networks, student: str, feed: Feed) -> Steps:
+    return feed.compile(make_eval_step(nets, student, feed.axis_name))
 
 
 class Evaluator:
-    """Evaluates one split again and again: the teachers' outputs on it are computed once, the step is compiled once."""
+    """Counts on one split again and again: what frozen networks say of it comes from its bank, where that holds it."""
 
-    def __init__(self, nets: Networks, variables: Variables, split: Split, *, name: str, batch_size: int, feed: Feed,
-                 cache: str = ""):
+    def __init__(self, nets: Networks, split: Split, feed: Feed, name: str, cache: str = ""):
         self.split, self.name = split, name
-        self._nets, self._feed, self._cache = nets, feed, cache
-        self._rows = evaluation_rows(len(split.label), batch_size)
-        self._step = _compiled(nets, feed)
+        self.bank = Bank(nets, split, feed, name=f"the {name} split", cache=cache)
+        self._feed, self._rows = feed, evaluation_rows(len(split.label), feed.eval_batch_size)
         # On the host: what calls get from there has one shape for every split, so that one program serves them all.
         self._labels, self._images = on_host(label=split.label), on_host(image=split.image)
-        self._teachers, self._student = [], None
-        self.teachers, self._teacher_counts = None, {}  # the teachers' outputs, `feature_bank.View`
-        self.read_teachers(variables)
-
-    def student_only(self) -> "Evaluator":
-        """An evaluator of the same split for the student's classifier alone, which needs no adapter and no teachers."""
-        nets = Networks(self._nets.student.clone(adapter_dim=0))
-        return Evaluator(nets, Variables({}, {}), self.split, name=self.name, batch_size=self._rows.shape[1],
-                         feed=self._feed)
+        self.teacher_counts: dict[str, int] = {}  # as `correct_counts`; without teachers none
 
     @property
     def count(self) -> int:
         return len(self.split.label)
 
     def read_teachers(self, variables: Variables) -> None:
-        """Run the teachers over the split: once, and again whenever they have changed."""
-        if self._nets.teachers:
-            (self.teachers,) = feature_bank.read_teachers(self._nets, variables, self.split, **self._reading(),
-                                                          cache=self._cache, title=f"the {self.name} split")
-            if len(self.teachers.logits) != self.count:
-                raise ValueError(f"the teachers' outputs are of {len(self.teachers.logits)} examples; the {self.name} "
-                                 f"split has {self.count}")
-            self._teachers = [on_host(teachers=self.teachers)]
-            self._teacher_counts = feature_bank.correct_counts(self.teachers, self.split.label)
+        """Run the teachers, if there are any, over the split: once, and again whenever they have changed."""
+        if self.bank.nets.teachers:
+            (outputs,) = self.bank.read("teachers", variables)
+            if len(outputs.logits) != self.count:
+                raise ValueError(f"the teachers' outputs are of {len(outputs.logits)} examples; the {self.name} split "
+                                 f"has {self.count}")
+            self.teacher_counts = correct_counts(outputs, self.split.label)
 
-    def read_student(self, variables: Variables) -> None:
-        """Run the student over the split, for all evaluations until `drop_student`: it stands still."""
-        (outputs,) = feature_bank.read_student(self._nets, variables, self.split, **self._reading())
-        self._student = on_host(student=outputs)
-
-    def drop_student(self) -> None:
-        """Run the student in every evaluation again."""
-        self._student = None
-
-    def _reading(self) -> dict:
-        return {"keys": [jax.random.key(0)], "data_aug": 0, "batch_size": self._rows.shape[1], "feed": self._feed}
-
-    def teacher_counts(self) -> dict[str, int]:
-        """As `feature_bank.correct_counts`; empty without teachers."""
-        return dict(self._teacher_counts)
-
-    def __call__(self, variables: Variables) -> dict[str, int]:
-        """Correct predictions of everything `make_eval_step` counts and, with teachers, of their "average".
+    def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
+        """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
 
         Raises ValueError unless every example of the split was looked at once.
         """
-        names = ["student"] + (["synergy", "without_teachers"] if self._nets.ib_mbm is not None else [])
+        names = [student] + (["synergy", "without_teachers"] if nets.ib_mbm is not None else [])
         zeros = {name: np.int32(0) for name in (*names, "examples")} | {"rows": np.uint32(0)}
-        counts = parallel.replicate(zeros, self._feed.devices)
-        parts = [self._labels, *self._teachers, self._images if self._student is None else self._student]
-        for call in self._feed.calls(self._step, self._rows, *parts):
+        counts = devices.replicate(zeros, self._feed.devices)
+        held = self.bank.of("student") if student == "student" else None
+        parts = [self._labels, held or self._images]
+        if nets.ib_mbm is not None:
+            parts.append(self.bank.of("teachers"))
+        step = _compiled(nets, student, self._feed)
+        for call in self._feed.calls(step, self._rows, *parts):
             jax.block_until_ready(counts)  # of the call before, while this one's images were on their way
-            counts, _ = self._step.run(counts, variables, {"size": np.int32(self.count)}, call, {})
+            counts, _ = step.run(counts, variables, {"size": np.int32(self.count)}, call, {})
         totals = {name: int(count) for name, count in jax.device_get(counts).items()}
         examples, rows = totals.pop("examples"), totals.pop("rows")
         if (examples, rows) != (self.count, self.count * (self.count - 1) // 2 % 2**32):
             raise ValueError(f"{examples} examples of the {self.name} split were counted, not all of its {self.count} "
                              "once each")
-        return totals | ({"average": self._teacher_counts["average"]} if self._nets.teachers else {})
+        return totals | ({"average": self.teacher_counts["average"]} if nets.teachers else {})
 
-    def accuracies(self, variables: Variables) -> dict[str, float]:
+    def accuracies(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, float]:
         """The same as shares of the split."""
-        return {name: count / self.count for name, count in self(variables).items()}
+        return {name: count / self.count for name, count in self(nets, variables, student).items()}
+
+
+def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:
+    """Correct predictions of every teacher, "teacher1" ..., and of their averaged logits, "average"; and the images on
+    which their predictions differ, "disagreement"."""
+    logits = view.logits
+    predictions = _predictions(logits)  # [N, T]
+    counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
+    counts["average"] = int((_predictions(logits.mean(axis=1)) == labels).sum())
+    counts["disagreement"] = int((predictions != predictions[:, :1]).any(axis=1).sum())
+    return counts
+
+
+def _predictions(logits: np.ndarray) -> np.ndarray:
+    """The class of each row of logits [..., C]; -1, which is none, where one is not finite."""
+    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax.engine import parallel
+from asib_jax.engine.devices import AXIS, run_devices
 from asib_jax.errors import UserError
 
 
@@ -101,8 +101,7 @@ def same_everywhere(values: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _gather() -> Callable[[np.ndarray], jax.Array]:
-    return jax.pmap(lambda values: jax.lax.all_gather(values, parallel.AXIS), parallel.AXIS, out_axes=None,
-                    devices=parallel.run_devices(0))
+    return jax.pmap(lambda values: jax.lax.all_gather(values, AXIS), AXIS, out_axes=None, devices=run_devices(0))
 
 
 def _of_all(values: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from asib_jax.objectives.steps import TERMS
+from asib_jax.objectives.step import TERMS
 
 
 class Watch:

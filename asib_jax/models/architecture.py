@@ -8,11 +8,13 @@ import flax.linen as nn
 # `Match.expand`, or a function of the match. The first that matches counts.
 Names = tuple[tuple[str, str | Callable], ...]
 
+Stage = tuple[str, Callable[..., nn.Module]]  # name, factory
+
 
 class Architecture(NamedTuple):
     """A backbone as data. The order of `stages` is the declaration that partial freezing works by (SPEC 6).
 
-    stages: (name, factory) pairs; `factory(name=..., dtype=..., axis_name=...)` gives a module whose
+    stages: `factory(name=..., dtype=..., axis_name=...)` gives a module whose
         `__call__(x, *, train, dropout_keys)` maps [B, h, w, c] to the next stage's input. train: BatchNorm uses and
         updates batch statistics; dropout_keys: [B] keys, one per example, or None for no dropout of any kind.
     feat_dim: F, the number of channels the last stage gives.
@@ -21,7 +23,7 @@ class Architecture(NamedTuple):
     dropout: rate before the classifier.
     """
 
-    stages: tuple[tuple[str, Callable[..., nn.Module]], ...]
+    stages: tuple[Stage, ...]
     feat_dim: int
     names: tuple[Names, ...] = ()
     pooled_norm: Callable[..., nn.Module] | None = None

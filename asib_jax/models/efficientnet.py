@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.architecture import Architecture, Stage
 from asib_jax.models.layers import ConvNorm, chain, conv, conv_norm, keys_of, stochastic_depth
 
 # (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
@@ -125,7 +125,8 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
     counts = [math.ceil(depth * count) for *_, count in _STAGES]
     padding, epsilon = ("SAME", 1e-3) if tensorflow else (None, 1e-5)
     unit = partial(ConvNorm, activation=nn.silu, padding=padding, epsilon=epsilon)
-    stages = [("stem", partial(unit, kernel=3, width=_scaled(_STEM * width), stride=1 if small_input else 2))]
+    stem = partial(unit, kernel=3, width=_scaled(_STEM * width), stride=1 if small_input else 2)
+    stages: list[Stage] = [("stem", stem)]
     for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
         done = sum(counts[:i])
         blocks = (partial(Block, expansion, kernel, 1 if j else stride, _scaled(base * width),

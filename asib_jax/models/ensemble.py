@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
-from asib_jax.models.kd_model import KDModel, Outputs
+from asib_jax.models.kd_model import KDModel, Outputs, in_compute_type
 
 
 class Variables(NamedTuple):
@@ -54,6 +54,19 @@ class Networks:
     @property
     def teacher_names(self) -> tuple[str, ...]:
         return tuple(f"teacher{k}" for k in range(1, len(self.teachers) + 1))
+
+    @property
+    def query_dim(self) -> int:
+        """The width of `query`."""
+        student = self.student
+        return student.adapter_dim if self.student_feature == "distill_feat" else student.architecture.feat_dim
+
+
+def with_narrow_teachers(nets: Networks, variables: Variables) -> Variables:
+    """The variables with the teachers' as `in_compute_type` holds them, for teachers that stand still."""
+    narrow = {name: in_compute_type(model, variables.of(name))["params"]
+              for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
+    return variables._replace(params=variables.params | narrow)
 
 
 class TeacherOutputs(NamedTuple):
@@ -98,9 +111,9 @@ def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes:
     return TeacherOutputs(tuple(feats), jnp.stack(logits, axis=1)), stats
 
 
-def run_student(nets: Networks, variables: Variables, pixels: jax.Array) -> StudentOutputs:
-    """The student on `pixels` [B, H, W, ch] in evaluation."""
-    outputs, _ = run_network(nets.student, variables.of("student"), pixels, EVALUATION)
+def run_student(nets: Networks, variables: Variables, pixels: jax.Array, name: str = "student") -> StudentOutputs:
+    """The student, whose variables are called `name`, on `pixels` [B, H, W, ch] in evaluation."""
+    outputs, _ = run_network(nets.student, variables.of(name), pixels, EVALUATION)
     return StudentOutputs(outputs.feat_2d.astype(nets.student.dtype), outputs.logit)
 
 

@@ -1,9 +1,11 @@
 """A backbone with its classifier and adapters: the form teachers and students share (SPEC 1)."""
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
 from asib_jax.models.architecture import Architecture
@@ -110,6 +112,18 @@ class KDModel(nn.Module):
                 raise UserError(f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
                                  f"set {name} to one value or {channels}")
         return (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
+
+def in_compute_type(model: KDModel, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """`variables` of a frozen network with half the bytes, where its compute type has 16 bits; every output as before.
+
+    The kernels and biases of convolutions and dense layers in the stages, which are cast to the compute type wherever
+    they are used, are held in it. Normalisations, the classifier and the adapters stay float32.
+    """
+    params = flatten_dict(variables["params"])
+    narrow = {path: leaf.astype(model.dtype) for path, leaf in params.items()
+              if path[0] in stage_names(model) and (*path[:-1], "kernel") in params}
+    return {**variables, "params": unflatten_dict(params | narrow)}
 
 
 def stage_names(model: KDModel) -> tuple[str, ...]:

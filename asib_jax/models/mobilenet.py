@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, Names
+from asib_jax.models.architecture import Architecture, Names, Stage
 from asib_jax.models.efficientnet import TIMM
 from asib_jax.models.layers import ConvNorm, chain, conv_norm
 
@@ -15,7 +15,7 @@ class Row(NamedTuple):
 
     expansion: int
     width: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     stride: int
 
 
@@ -75,7 +75,7 @@ def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
         weights fit.
     """
     unit = partial(ConvNorm, activation=nn.relu6)
-    stages = [("stem", partial(unit, kernel=3, width=32, stride=1 if small_input else 2))]
+    stages: list[Stage] = [("stem", partial(unit, kernel=3, width=32, stride=1 if small_input else 2))]
     for i, (expansion, width, count, stride) in enumerate(rows, start=1):
         blocks = (partial(Block, expansion, width, 1 if j else stride) for j in range(count))
         head = {"head": partial(unit, kernel=1, width=1280, stride=1)} if i == len(rows) else {}

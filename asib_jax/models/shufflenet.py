@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.architecture import Architecture, Stage
 from asib_jax.models.layers import ConvNorm, chain, conv_norm
 
 _PLACES = {
@@ -68,7 +68,8 @@ def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input:
     small_input: the stem's convolution has stride 1 instead of 2 and its max-pool is left out, for images of about 32
         pixels. All pretrained weights fit.
     """
-    stages = [("stem", partial(ConvNorm, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input))]
+    stem = partial(ConvNorm, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input)
+    stages: list[Stage] = [("stem", stem)]
     for i, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
         head = {"head": partial(ConvNorm, kernel=1, width=1024, stride=1)} if i == len(counts) else {}
         stages.append((f"stage{i + 1}", chain((partial(Block, width, 1 if j else 2) for j in range(count)), **head)))

@@ -3,6 +3,7 @@
 Trainable leaves are split off the tree of parameters and put back inside the loss. The optimiser never sees a frozen
 leaf, so there is no update, decay, moment or gradient to mask.
 """
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,16 +63,18 @@ def split(tree: Tree, mask: Any) -> tuple[dict, dict]:
     """
     keep = flatten_dict(jax.tree.broadcast(mask, tree))
     leaves = flatten_dict(tree)
-    return (unflatten_dict({path: leaf for path, leaf in leaves.items() if keep[path]}),
-            unflatten_dict({path: leaf for path, leaf in leaves.items() if not keep[path]}))
+    return (
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if keep[path]}),
+        unflatten_dict({path: leaf for path, leaf in leaves.items() if not keep[path]}),
+    )
 
 
 def merge(a: Tree, b: Tree) -> dict:
     """The inverse of `split`. Raises ValueError if a leaf is in both."""
-    a, b = flatten_dict(a), flatten_dict(b)
-    if overlap := sorted("/".join(path) for path in a.keys() & b.keys()):
+    left, right = flatten_dict(a), flatten_dict(b)
+    if overlap := sorted("/".join(path) for path in left.keys() & right.keys()):
         raise ValueError(f"leaves in both trees: {', '.join(overlap)}")
-    return unflatten_dict(a | b)
+    return unflatten_dict(left | right)
 
 
 def carry(old: Any, new: Any) -> Any:
@@ -84,6 +87,8 @@ def carry(old: Any, new: Any) -> Any:
     (1 - b1) / sqrt(1 - b2), with the usual constants 3.2, times as long.
     """
     before, fresh = (flatten_dict(serialization.to_state_dict(state), keep_empty_nodes=True) for state in (old, new))
-    kept = {path: before[path] if path in before and np.shape(before[path]) == np.shape(leaf) else leaf
-            for path, leaf in fresh.items()}
+    kept = {
+        path: before[path] if path in before and np.shape(before[path]) == np.shape(leaf) else leaf
+        for path, leaf in fresh.items()
+    }
     return serialization.from_state_dict(new, unflatten_dict(kept))

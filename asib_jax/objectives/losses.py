@@ -1,9 +1,10 @@
 """Per-sample loss terms and the weights on them (SPEC 2 and 5).
 
 Every loss maps a batch to [B] float32 whatever the compute dtype; callers weight the samples and take the mean last.
-Functions that need a statistic of the batch take `mean`, a callable from [B] to the mean over the *global* batch:
-`jnp.mean` on one device, followed by `jax.lax.pmean` under pmap.
+Functions that need a statistic of the batch take `mean`, a callable from [B] to the mean over the *global* batch, as
+`batch_mean` gives it.
 """
+
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,18 @@ import optax
 from asib_jax.errors import UserError
 
 Mean = Callable[[jax.Array], jax.Array]
+
+
+def batch_mean(axis: str | None) -> Mean:
+    """The mean over the global batch of a [B / devices] array, inside a step that reduces over `axis`; None: of [B].
+
+    For values without gradient only: a loss is averaged locally and its gradients are reduced afterwards.
+    """
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.mean(x) if axis is None else jax.lax.pmean(jnp.mean(x), axis)
+
+    return mean
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -62,20 +75,20 @@ def certainty_weight(logvar: jax.Array, min_cw: float, mean: Mean) -> jax.Array:
     return jax.lax.stop_gradient(jnp.clip(precision / mean(precision), min_cw, 1 / min_cw))
 
 
-# Predictions [T, B] and labels [B] -> [B], true where the teachers count as disagreeing.
+# Predictions [B, T] and labels [B, 1] -> [B], true where the teachers count as disagreeing.
 DISAGREE_MODES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "pred": lambda predictions, labels: jnp.any(predictions != predictions[0], axis=0),
-    "both_wrong": lambda predictions, labels: jnp.all(predictions != labels, axis=0),
-    "any_wrong": lambda predictions, labels: jnp.any(predictions != labels, axis=0),
+    "pred": lambda predictions, labels: jnp.any(predictions != predictions[:, :1], axis=1),
+    "both_wrong": lambda predictions, labels: jnp.all(predictions != labels, axis=1),
+    "any_wrong": lambda predictions, labels: jnp.any(predictions != labels, axis=1),
 }
 
 
 def disagreement_weight(teacher_logits: jax.Array, labels: jax.Array, mode: str, high: float, low: float) -> jax.Array:
     """`high` where the teachers disagree in the sense of `mode` (a name in DISAGREE_MODES), else `low`.
 
-    Teacher logits [T, B, C], labels [B] -> [B]. On mixed images the labels are those of the first image.
+    Teacher logits [B, T, C], labels [B] -> [B]. On mixed images the labels are those of the first image.
     """
-    disagree = DISAGREE_MODES[mode](jnp.argmax(teacher_logits, axis=-1), labels)
+    disagree = DISAGREE_MODES[mode](jnp.argmax(teacher_logits, axis=-1), labels[:, None])
     return jnp.where(disagree, jnp.float32(high), jnp.float32(low))
 
 
@@ -84,26 +97,9 @@ def normalise_weights(weights: jax.Array, mean: Mean) -> jax.Array:
     return weights / jnp.maximum(mean(weights), 1e-12)
 
 
-def _average(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
-    return jnp.mean(teacher_logits, axis=0)
-
-
-def _weighted_by_confidence(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
-    confidence = jnp.max(jax.nn.softmax(teacher_logits / tau), axis=-1, keepdims=True)
-    return jnp.sum(teacher_logits * confidence / jnp.sum(confidence, axis=0), axis=0)
-
-
-def _one_teacher(teacher_logits: jax.Array, tau: jax.Array | float, index: int) -> jax.Array:
-    return teacher_logits[index]
-
-
-# Target logits [B, C] from float32 teacher logits [T, B, C], tau and `kd_teacher_index`: the `kd_target`s that need no
-# fusion network.
-KD_TARGETS: dict[str, Callable[[jax.Array, jax.Array | float, int], jax.Array]] = {
-    "avg": _average,
-    "weighted_conf": _weighted_by_confidence,
-    "teacher": _one_teacher,
-}
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The share of labels [B] that have the largest of the logits [B, C]."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
 def kd_ratio(ce: jax.Array, kd: jax.Array, max_ratio: float) -> jax.Array:

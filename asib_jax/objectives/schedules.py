@@ -3,6 +3,7 @@
 They enter the jitted step as array arguments, so no schedule causes recompilation. Epochs, steps and stages count
 from 0.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -42,8 +43,17 @@ def kd_ramp(epoch: int, stage: int, warmup_epochs: int) -> tuple[float, bool]:
 
 
 def learning_rate(
-    step: int, *, base: float, steps_per_epoch: int, epochs: int, warmup_epochs: int, kind: str,
-    min_lr: float, step_size: int, gamma: float, milestones: Sequence[int],
+    step: int,
+    *,
+    base: float,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: int,
+    kind: str,
+    min_lr: float,
+    step_size: int,
+    gamma: float,
+    milestones: Sequence[int],
 ) -> float:
     """Learning rate of an optimiser step, for an optimiser that sees `epochs` epochs over the whole run.
 
@@ -55,8 +65,10 @@ def learning_rate(
         UserError: the warm-up is longer than the training, the kind is unknown, or cosine would end above `base`.
     """
     if warmup_epochs > epochs:
-        raise UserError(f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs; "
-                        f"set --config.schedule.lr_warmup_epochs={epochs} or fewer")
+        raise UserError(
+            f"schedule.lr_warmup_epochs={warmup_epochs} is longer than the training, {epochs} epochs; "
+            f"set --config.schedule.lr_warmup_epochs={epochs} or fewer"
+        )
     warmup = warmup_epochs * steps_per_epoch
     if step < warmup:
         return base * (step + 1) / warmup
@@ -91,3 +103,8 @@ def views_of(lengths: Sequence[int], views: int, stage: int | None = None) -> li
     """Every (stage, epoch) that `view_of` gives over the run, or over one stage, in order, each once."""
     stages = range(len(lengths)) if stage is None else (stage,)
     return sorted({view_of(lengths, stage, epoch, views) for stage in stages for epoch in range(lengths[stage])})
+
+
+def views_of_stage(lengths: Sequence[int], stage: int, views: int) -> tuple[tuple[int, int], ...]:
+    """`view_of` of each epoch of a stage."""
+    return tuple(view_of(lengths, stage, epoch, views) for epoch in range(lengths[stage]))

@@ -1,9 +1,9 @@
-"""What a step trains, and the optimizers (SPEC 4 to 6).
+"""What a step trains (SPEC 4 to 6), split off from what stands still and joined to it again.
 
 An optimizer holds exactly the leaves its loss reaches: the others were split off the tree before (`freezing.split`), so
-nothing that gets no gradient is decayed, clipped against or given moments. The learning rate is no part of it: it
-enters each step as a control, so that its position is never rewound.
+nothing that gets no gradient is decayed, clipped against or given moments.
 """
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import optax
 from flax.serialization import from_state_dict
 from flax.training.dynamic_scale import DynamicScale
 
-from asib_jax.objectives import freezing
 from asib_jax.models.ensemble import Variables
+from asib_jax.objectives import freezing
 
 
 class TrainState(NamedTuple):
@@ -25,29 +25,6 @@ class TrainState(NamedTuple):
     batch_stats: dict[str, Any]
     opt_state: Any
     loss_scale: DynamicScale | None
-
-
-def decayed(params: Any) -> Any:
-    """Mask of the leaves weight decay acts on: kernels, never biases, normalisation parameters or temperatures."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key == "kernel", params)
-
-
-def make_optimizer(kind: str, *, weight_decay: float, grad_clip_norm: float, momentum: float = 0.9,
-                   factors: Mapping[str, float] | None = None) -> optax.GradientTransformation:
-    """Gradients to descent directions, which the step multiplies by minus the learning rate.
-
-    kind: "adamw" (Loshchilov & Hutter 2019) or "sgd" (Nesterov momentum, decay added to the gradient).
-    grad_clip_norm: bound of the global gradient norm; 0: none.
-    factors: a multiple of the learning rate for each network, by its name; absent: 1.
-    """
-    clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
-    decay = optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity()
-    parts = {"adamw": (clip, optax.scale_by_adam(), decay), "sgd": (clip, decay, optax.trace(momentum, nesterov=True))}
-    if factors:
-        scale = optax.stateless(lambda updates, params: {
-            name: jax.tree.map(lambda u: u * factors.get(name, 1.0), branch) for name, branch in updates.items()})
-        return optax.chain(*parts[kind], scale)
-    return optax.chain(*parts[kind])
 
 
 def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
@@ -61,8 +38,14 @@ def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
     return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(65536))  # typed as a step returns them
 
 
-def begin(variables: Variables, mask: Any, trained_stats: tuple[str, ...], tx: optax.GradientTransformation,
-          opt_state: Any = None, compute_dtype: str = "float32") -> tuple[TrainState, Variables]:
+def begin(
+    variables: Variables,
+    mask: Any,
+    trained_stats: tuple[str, ...],
+    tx: optax.GradientTransformation,
+    opt_state: Any = None,
+    compute_dtype: str = "float32",
+) -> tuple[TrainState, Variables]:
     """Split the variables into what a step trains and what stands still.
 
     mask: over the parameters, True where a leaf trains (may stop at whole branches); trained_stats: the networks whose

@@ -1,198 +1,201 @@
-"""A configuration as frozen dataclasses of plain values: the only file that reads configuration keys.
+"""A run's configuration as one frozen dataclass: the table of all keys, and what follows from their values.
 
-Each field stands for the key of the same name in `configs/base.py`, where it is described; the two always match, since
-a key without a field and a field without a key are both errors. What the values must satisfy is in `checks.py`.
+Each field says of its key all there is to say (`keys.py`); what relates several keys is checked in `checks.py`.
 """
 import dataclasses
-import re
-from collections.abc import Mapping
-from typing import Any
 
-from asib_jax.errors import UserError
-from asib_jax.recipe.typed_groups import read_group
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetRecipe:
-    name: str
-    path: str
-    data_dir: str
-    batch_size: int
-    data_aug: int
-    small_input: bool
-    val_fraction: float
-    train_subset: int
-
-
-@dataclasses.dataclass(frozen=True)
-class StudentRecipe:
-    name: str
-    weights: str
-    weights_sha256: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    use_adapter: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelRecipe:
-    student: StudentRecipe
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherRecipe:
-    name: str
-    weights: str
-    weights_sha256: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    saw_val: bool
-    train_epochs: int
-    train_lr: float
-    train_weight_decay: float
-    finetune_epochs: int
-    finetune_lr: float
-    finetune_weight_decay: float
-    finetune_freeze_level: int
-    warmup_epochs: int
-    label_smoothing: float
-    finetune_use_cutmix: bool
-    finetune_cutmix_alpha: float
-    early_stopping_patience: int
-    early_stopping_min_delta: float
-    freeze_level: tuple[int, ...]
-    freeze_bn: bool
-
-    @property
-    def epochs(self) -> int:
-        """Of supervised training here: fine-tuning of given weights, or from scratch; 0: ready as it is."""
-        return self.finetune_epochs if self.weights else self.train_epochs
-
-    @property
-    def lr(self) -> float:
-        return self.finetune_lr if self.weights else self.train_lr
-
-    @property
-    def weight_decay(self) -> float:
-        return self.finetune_weight_decay if self.weights else self.train_weight_decay
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleRecipe:
-    type: str
-    lr_warmup_epochs: int
-    min_lr: float
-    step_size: int
-    gamma: float
-    milestones: tuple[int, ...]
+from asib_jax.models.ib_mbm import FEATURE_NORMS
+from asib_jax.objectives.losses import DISAGREE_MODES
+from asib_jax.objectives.targets import KD_TARGETS
+from asib_jax.recipe.conditions import (
+    ADAPTERS,
+    BOTTLENECK,
+    CCCP,
+    DISAGREEMENT,
+    FUSION,
+    IB_BETA,
+    KD,
+    LAMBDAS_DIFFER,
+    STUDENT,
+    SYNERGY,
+    TEACHERS,
+    TUNED,
+)
+from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, TeacherRecipe
+from asib_jax.recipe.keys import When, key
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything a run needs to know. `teachers` gathers the groups teacher1, teacher2, ... in order."""
+
+    # fmt: off
     # run
-    seed: int
-    results_dir: str
-    exp_id: str
-    num_stages: int
-    student_epochs_per_stage: tuple[int, ...]
-    teacher_adapt_epochs: int
-    restore_best: bool
-    train_control: bool
-    num_devices: int
-    scale_lr_with_devices: bool
-    steps_per_call: int
-    device_data_gb: float
-    use_amp: bool
-    amp_dtype: str
-    tensorboard: bool
-    wandb: str
-    compilation_cache: str
-    resume: str
-    checkpoint_minutes: float
-    checkpoint_steps: int
-    max_nonfinite_steps: int
-    deterministic: bool
-    platform: str
-    profile_steps: tuple[int, ...]
+    seed: int = key(0, "the one source of all randomness", at_least=0)
+    results_dir: str = key("results", "one folder a run, plus `summary.csv`, `teachers` and `latest`", free=True)
+    exp_id: str = key("", "the run's folder there; empty: config, profile, seed and time; one that exists is an error",
+                      free=True)
+    student_epochs_per_stage: tuple[int, ...] = key((20, 20), "B-epochs of each stage", at_least=1, when=STUDENT)
+    num_stages: int = key(0, "0, or as many as `student_epochs_per_stage` has entries", at_least=0, when=STUDENT)
+    teacher_adapt_epochs: int = key(
+        12, "A-epochs of each stage; 0: no A-Step and no fusion network", at_least=0, when=STUDENT & When(
+            "fusion", lambda recipe: recipe.uses_fusion or not recipe.teacher_adapt_epochs))
+    restore_best: bool = key(True, "each stage ends at the student that was best on validation so far", when=STUDENT)
+    train_control: bool = key(False, "also train the same student without teachers for as many B-epochs: what "
+                              "distillation is worth", when=STUDENT & TEACHERS)
+    num_devices: int = key(0, "of each host; 0: all; changes speed, not results", at_least=0, free=True)
+    steps_per_call: int = key(0, "training steps of one compiled call, at most; 0: 32, or 1 where a CPU trains "
+                              "convolutions", at_least=0, free=True)
+    device_data_gb: float = key(8.0, "GiB on each device for training images and stored outputs; images that do not "
+                                "fit wait on the host, outputs that do not fit are computed at every step", at_least=0,
+                                free=True)
+    use_amp: bool = key(True, "networks compute in `amp_dtype`; parameters, statistics and losses stay float32")
+    amp_dtype: str = key("bfloat16", "type that networks compute in; float16 scales its loss dynamically",
+                         choices=("bfloat16", "float16", "float32"),
+                         when=When("`use_amp`", lambda recipe: recipe.use_amp))
+    tensorboard: bool = key(True, "curves in the run's folder", free=True)
+    wandb: str = key("", "a Weights & Biases project; empty: off", free=True)
+    compilation_cache: str = key("~/.cache/asib_jax/xla", "a folder that keeps compiled programs between runs; empty: "
+                                 "off; where the environment has `JAX_COMPILATION_CACHE_DIR`, that counts", free=True)
+    resume: str = key("", "`latest` or a run's folder: go on with that run instead of beginning one (reliability.md)",
+                      free=True)
+    checkpoint_minutes: float = key(10.0, "between the snapshots that a run goes on from; 0: none by time", at_least=0,
+                                    free=True)
+    checkpoint_steps: int = key(0, "the same in training steps of a phase; 0: none by steps", at_least=0, free=True)
+    max_nonfinite_steps: int = key(20, "so many steps in a row without finite gradients, which change nothing, end the "
+                                   "run", at_least=1, free=True)
+    deterministic: bool = key(False, "the same bits from every run on this machine; on CPUs they are so anyway",
+                              free=True)
+    platform: str = key("", "refuse to run on anything else; empty: run on what there is",
+                        choices=("", "gpu", "cpu"), free=True)
+    profile_steps: tuple[int, ...] = key((), "(first, last): a jax profiler trace of the calls that do those B-steps",
+                                         at_least=0, lengths=(0, 2), when=STUDENT, free=True)
     # data and networks
-    dataset: DatasetRecipe
-    model: ModelRecipe
-    teachers: tuple[TeacherRecipe, ...]
-    a_step_views: int
-    b_step_views: int
-    bank_memory_gb: float
-    teacher_cache: str
-    teachers_only: bool
+    dataset: DatasetRecipe = key(DatasetRecipe(), "the images")
+    model: ModelRecipe = key(ModelRecipe(), "what is distilled into", when=STUDENT)
+    teachers: tuple[TeacherRecipe, ...] = key((TeacherRecipe(name="convnext_l"), TeacherRecipe(name="resnet152")),
+                                              "what is distilled from", when=TEACHERS)
+    a_step_views: int = key(4, "V > 0: the A-Step sees V fixed augmented views of every training image, which frozen "
+                            "networks read once: much faster, less varied; 0: a new view every epoch", at_least=0,
+                            when=FUSION)
+    b_step_views: int = key(0, "the same of the B-Step, where the student sees them, too; with mixup, cutmix or "
+                            "teachers in training, teachers read them at every step", at_least=0, when=STUDENT)
+    teacher_cache: str = key("", "a folder that keeps what frozen teachers say of images between runs, under a digest "
+                             "of weights, images and views; of several hosts the first writes; empty: none",
+                             free=True, when=TEACHERS & When(
+                                 "no `use_teacher_finetuning`", lambda recipe: not recipe.trains_teachers))
+    teachers_only: bool = key(False, "make the teachers ready, measure them and stop")
     # distillation
-    kd_target: str
-    kd_teacher_index: int
-    ce_alpha: float
-    kd_alpha: float
-    kd_max_ratio: float
-    kd_warmup_epochs: int
-    kd_ens_alpha: float
-    teacher_adapt_kd_warmup: int
-    tau: float
-    tau_schedule: tuple[float, ...]
-    tau_decay_power: float
-    feat_kd_alpha: float
-    feat_kd_key: str
-    use_loss_clamp: bool
-    loss_clamp_max: float
-    ce_label_smoothing: float
-    mixup_alpha: float
-    cutmix_alpha_distill: float
-    use_disagree_weight: bool
-    disagree_mode: str
-    disagree_lambda_high: float
-    disagree_lambda_low: float
-    use_partial_freeze: bool
-    student_freeze_level: tuple[int, ...]
-    student_freeze_bn: bool
+    kd_target: str = key("synergy", "whose output is distilled: the fusion network's, a mean of the teachers' or one "
+                         "teacher's", choices=("synergy", *KD_TARGETS), when=STUDENT & KD)
+    kd_teacher_index: int = key(0, "which teacher, from 0", at_least=0, when=STUDENT & When(
+        "`kd_target='teacher'`", lambda recipe: recipe.kd_target == "teacher"))
+    ce_alpha: float = key(0.65, "weight of the labels; scaled with `kd_alpha` to sum 1 where both are positive",
+                          at_least=0, when=STUDENT)
+    kd_alpha: float = key(0.35, "weight of distillation", at_least=0, when=STUDENT)
+    kd_max_ratio: float = key(2.0, "after the ramp KD counts as at most this many times the cross entropy, both before "
+                              "their weights; 0: no bound", at_least=0, when=STUDENT & KD)
+    kd_warmup_epochs: int = key(0, "linear ramp of the KD weight, in the first stage only", at_least=0,
+                                when=STUDENT & KD)
+    kd_ens_alpha: float = key(
+        0.0, "share of the teachers' average in the synergy target, at first", at_least=0, at_most=1,
+        when=STUDENT & SYNERGY & When("`teacher_adapt_kd_warmup`", lambda recipe: recipe.teacher_adapt_kd_warmup > 0))
+    teacher_adapt_kd_warmup: int = key(
+        0, "first epochs of every B-Step, in which there is that share", at_least=0,
+        when=STUDENT & SYNERGY & When("`kd_ens_alpha`", lambda recipe: recipe.kd_ens_alpha > 0))
+    tau: float = key(4.0, "distillation temperature, and that of CCCP", above=0, when=STUDENT & TEACHERS & When(
+        "`use_cccp` if `tau_schedule`", lambda recipe: not recipe.tau_schedule or recipe.use_cccp))
+    tau_schedule: tuple[float, ...] = key((2.0, 6.0), "temperature in the first and the last epoch of each step of "
+                                          "each stage; beats `tau`", above=0, lengths=(0, 2), when=STUDENT & TEACHERS)
+    tau_decay_power: float = key(1.0, "shape of `tau_schedule`; 1 is linear", above=0, when=STUDENT & When(
+        "`tau_schedule`", lambda recipe: bool(recipe.tau_schedule)))
+    feat_kd_alpha: float = key(0.0, "weight of the student's distance to mu of the fusion network, by certainty; "
+                               "widths must match", at_least=0, when=STUDENT)
+    feat_kd_key: str = key("", "which of the student's features asks the fusion network and is drawn to it; empty: as "
+                           "the teachers are read", choices=("", "distill_feat", "feat_2d"), when=FUSION)
+    use_loss_clamp: bool = key(False, "scale the B-Step's loss down to a bound, its gradient's direction kept",
+                               when=STUDENT)
+    loss_clamp_max: float = key(1000.0, "bound of the B-Step's loss", above=0, when=STUDENT & When(
+        "`use_loss_clamp`", lambda recipe: recipe.use_loss_clamp))
+    ce_label_smoothing: float = key(0.0, "of the B-Step's cross entropy", at_least=0, at_most=1, when=STUDENT)
+    mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", at_least=0,
+                             when=STUDENT)
+    cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", at_least=0, when=STUDENT)
+    use_disagree_weight: bool = key(False, "weight the KD term by the teachers' disagreement, to batch mean 1",
+                                    when=STUDENT & KD & LAMBDAS_DIFFER)
+    disagree_mode: str = key("pred", "in what sense teachers disagree", choices=tuple(DISAGREE_MODES),
+                             when=DISAGREEMENT & LAMBDAS_DIFFER)
+    disagree_lambda_high: float = key(1.0, "weight where teachers disagree", at_least=0, when=DISAGREEMENT)
+    disagree_lambda_low: float = key(1.0, "weight elsewhere", at_least=0, when=DISAGREEMENT)
+    use_partial_freeze: bool = key(False, "act on all freeze levels", when=STUDENT)
+    student_freeze_level: tuple[int, ...] = key(
+        (-1,), "one level, or one per stage; -1 nothing frozen, 0 head and adapters train, 1 the network's last stage "
+        "too, 2 ...", when=STUDENT & When("`use_partial_freeze`", lambda recipe: recipe.use_partial_freeze))
+    student_freeze_bn: bool = key(False, "parameters and statistics of normalisation stand still, at every level",
+                                  when=STUDENT)
     # fusion
-    use_distillation_adapter: bool
-    distill_out_dim: int
-    distill_hidden_dim: int
-    use_ib: bool
-    ib_beta: float
-    ib_beta_warmup_epochs: int
-    beta_schedule: tuple[float, ...]
-    ib_mbm_out_dim: int
-    ib_mbm_n_head: int
-    ib_mbm_feature_norm: str
-    ib_mbm_residual: bool
-    ib_mbm_logvar_clip: float
-    ib_mbm_min_std: float
-    ib_mbm_reg_lambda: float
-    synergy_head_dropout: float
-    synergy_temp_learnable: bool
-    min_cw: float
-    synergy_only_epochs: int
-    enable_kd_after_syn_acc: float
-    synergy_ce_alpha: float
-    synergy_kd_alpha: float
-    synergy_ema_alpha: float
-    label_smoothing: float
-    teacher_adapt_alpha_kd: float | None
-    use_cccp: bool
-    cccp_alpha: float
-    cccp_nt: int
-    cccp_ns: int
-    train_distill_adapter_only: bool
-    use_teacher_finetuning: bool
-    reg_lambda: float
+    use_distillation_adapter: bool = key(True, "networks are read through a distillation adapter each", when=FUSION)
+    distill_out_dim: int = key(512, "width of the distillation adapters", at_least=1, when=ADAPTERS)
+    distill_hidden_dim: int = key(0, "hidden width of the distillation adapters; 0: max(feature width // 2, "
+                                  "`distill_out_dim`)", at_least=0, when=ADAPTERS)
+    use_ib: bool = key(False, "information bottleneck: a variance layer, and sampling", when=FUSION)
+    ib_beta: float = key(5e-5, "weight of the bottleneck's KL term", at_least=0, when=IB_BETA)
+    ib_beta_warmup_epochs: int = key(8, "linear ramp of `ib_beta`, in the run's A-epochs with the bottleneck "
+                                     "active", at_least=0, when=IB_BETA)
+    beta_schedule: tuple[float, ...] = key((), "`ib_beta` as (start, end, epochs): linear, then constant",
+                                           at_least=0, lengths=(0, 3), when=BOTTLENECK)
+    ib_mbm_out_dim: int = key(512, "width of the fusion network", at_least=1, when=FUSION)
+    ib_mbm_n_head: int = key(4, "attention heads of the fusion network; divides `ib_mbm_out_dim`", at_least=1,
+                             when=FUSION)
+    ib_mbm_feature_norm: str = key("none", "normalisation of the features that the fusion network reads",
+                                   choices=FEATURE_NORMS, when=FUSION)
+    ib_mbm_residual: bool = key(True, "add the query to what attention read, followed by LayerNorm", when=FUSION)
+    ib_mbm_logvar_clip: float = key(6.0, "bound of the log variance, both ways; the share of clipped entries is "
+                                    "logged", above=0,
+                                    when=BOTTLENECK)
+    ib_mbm_min_std: float = key(1e-3, "smallest standard deviation of the bottleneck", above=0, when=BOTTLENECK)
+    ib_mbm_reg_lambda: float = key(0.0, "weight of the mean squares of fusion network and head", at_least=0,
+                                   when=FUSION)
+    synergy_head_dropout: float = key(0.0, "dropout in the synergy head", at_least=0, below=1, when=FUSION)
+    synergy_temp_learnable: bool = key(False, "synergy logits are divided by a learnt temperature", when=FUSION)
+    min_cw: float = key(0.1, "certainty weights, relative to the batch mean, are clipped to [min_cw, 1 / min_cw]",
+                        above=0, at_most=1, when=BOTTLENECK)
+    synergy_only_epochs: int = key(6, "first A-epochs of the run, without bottleneck, certainty and student terms",
+                                   at_least=0, when=FUSION)
+    enable_kd_after_syn_acc: float = key(0.05, "validation accuracy of the synergy ensemble from which it is "
+                                         "distilled; below chance it is an error", at_least=0, at_most=1, when=FUSION)
+    synergy_ce_alpha: float = key(0.6, "A-Step: weight of the synergy logits' cross entropy", at_least=0, when=FUSION)
+    synergy_kd_alpha: float = key(1.0, "A-Step: pulls synergy towards the teachers' average, which keeps it soft; 0 is "
+                                  "the original", at_least=0, when=FUSION)
+    synergy_ema_alpha: float = key(0.8, "weight of a new measurement in the averaged synergy accuracy that decides",
+                                   at_least=0, at_most=1, when=FUSION)
+    label_smoothing: float = key(0.0, "of the A-Step's cross entropy", at_least=0, at_most=1, when=FUSION)
+    teacher_adapt_alpha_kd: float | None = key(None, "A-Step: pulls synergy towards the student; empty: `kd_alpha`",
+                                               at_least=0, when=FUSION)
+    use_cccp: bool = key(False, "add the CCCP term; multiply epochs", when=STUDENT & When(
+        "fusion or `cccp_ns` > 1", lambda recipe: recipe.uses_fusion or recipe.cccp_ns > 1))
+    cccp_alpha: float = key(0.25, "weight of the CCCP term", at_least=0, when=FUSION & CCCP)
+    cccp_nt: int = key(1, "multiplies the A-epochs", at_least=1, when=FUSION & CCCP)
+    cccp_ns: int = key(1, "multiplies the B-epochs", at_least=1, when=STUDENT & CCCP)
+    train_distill_adapter_only: bool = key(False, "A-Steps also train the teachers' adapters", when=ADAPTERS)
+    use_teacher_finetuning: bool = key(False, "A-Steps also train the teachers; both at once is an error", when=FUSION)
+    reg_lambda: float = key(0.0, "weight of the mean squares of teacher tensors in training", at_least=0, when=TUNED)
     # optimisation
-    optimizer: str
-    momentum: float
-    student_lr: float
-    student_weight_decay: float
-    grad_clip_norm: float
-    a_step_lr: float
-    ib_mbm_lr_factor: float
-    teacher_lr: float | None
-    a_step_weight_decay: float
-    schedule: ScheduleRecipe
+    optimizer: str = key("adamw", "the student's; the A-Step uses AdamW",
+                         choices=("adamw", "sgd"), when=STUDENT)
+    momentum: float = key(0.9, "Nesterov momentum of sgd", at_least=0, at_most=1, when=STUDENT & When(
+        "`optimizer='sgd'`", lambda recipe: recipe.optimizer == "sgd"))
+    student_lr: float = key(1e-3, "learning rate of the B-Step", above=0, when=STUDENT)
+    student_weight_decay: float = key(3e-4, "weight decay of the B-Step, on matrices only", at_least=0, when=STUDENT)
+    grad_clip_norm: float = key(0.5, "bound of the global gradient norm, in every optimizer; 0: off", at_least=0)
+    a_step_lr: float = key(1e-4, "learning rate of adapters in the A-Step", above=0, when=FUSION)
+    ib_mbm_lr_factor: float = key(10.0, "learning rate of fusion network and head, in multiples of `a_step_lr`",
+                                  above=0, when=FUSION)
+    teacher_lr: float | None = key(None, "learning rate of teacher tensors in the A-Step; empty: `a_step_lr`",
+                                   at_least=0, when=TUNED)
+    a_step_weight_decay: float = key(0.0, "weight decay of the A-Step, on matrices only", at_least=0, when=FUSION)
+    schedule: ScheduleRecipe = key(ScheduleRecipe(), "learning rates over a run")
+    # fmt: on
 
     @property
     def distils_from_fusion(self) -> bool:
@@ -226,6 +229,11 @@ class Recipe:
         return self.teachers_only or self.uses_fusion or self.reads_teachers_in_b
 
     @property
+    def trains_control(self) -> bool:
+        """Whether the same student is trained without teachers, too."""
+        return self.train_control and self.uses_teachers and not self.teachers_only
+
+    @property
     def uses_adapters(self) -> bool:
         """Whether networks carry a distillation adapter."""
         return self.uses_fusion and self.use_distillation_adapter
@@ -233,7 +241,9 @@ class Recipe:
     @property
     def student_feature(self) -> str:
         """Which student feature is the query and the one feature KD matches."""
-        return self.feat_kd_key or ("distill_feat" if self.uses_adapters else "feat_2d")
+        if not self.uses_fusion:
+            return "feat_2d"  # no step would train an adapter
+        return self.feat_kd_key or ("distill_feat" if self.use_distillation_adapter else "feat_2d")
 
     @property
     def a_epochs(self) -> int:
@@ -249,21 +259,3 @@ class Recipe:
     @property
     def compute_dtype(self) -> str:
         return self.amp_dtype if self.use_amp else "float32"
-
-
-def read(config: Mapping[str, Any]) -> Recipe:
-    """The recipe `config` (a ConfigDict or a nested dict) describes.
-
-    Raises:
-      UserError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
-    """
-    if not hasattr(config, "items"):
-        raise UserError(f"a configuration is a group of keys; found a {type(config).__name__}")
-    config = dict(config.items())
-    if "teachers" in config:
-        raise UserError("unknown key teachers; teachers are the groups teacher1, teacher2, ...")
-    names = sorted((key for key in config if re.fullmatch("teacher[0-9]{1,9}", str(key))), key=lambda key: int(key[7:]))
-    if names != [f"teacher{k + 1}" for k in range(len(names))]:
-        raise UserError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
-    groups = tuple(read_group(TeacherRecipe, config.pop(name), f"{name}.") for name in names)
-    return read_group(Recipe, {**config, "teachers": groups}, "")

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
+from asib_jax.weights.teacher_store import TEACHERS
 
 logger = logging.getLogger("asib_jax")
 
-TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
 _LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
 _ABOUT = ("revision", "device_kind", "compute_dtype")  # of about.json, in the run's row too

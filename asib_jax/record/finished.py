@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from asib_jax import build
-from asib_jax.recipe import recipe as recipes
-from asib_jax.weights import checkpoint, files as weights
+from asib_jax.weights import checkpoint, origins
+from asib_jax.weights.reading import read_weights
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe.recipe import Recipe, TeacherRecipe
+from asib_jax.models.initial import init_network
+from asib_jax.recipe import Recipe, TeacherRecipe, read_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,9 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
     checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
 
 
-def save_control(record: Record, students: dict[str, dict[str, Any]]) -> None:
+def save_control(record: Record, finished: Finished) -> None:
     """The control's students, which are trained after all else is saved."""
+    students = {name: student for name, student in finished.students.items() if name.startswith("control_")}
     checkpoint.save(record.folder / "checkpoints" / "control", students)
 
 
@@ -60,7 +61,7 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
         raise UserError(f"{folder} is no run folder: {path.name} is missing")
     config = _read_json(path)
     try:
-        return recipes.read(config)
+        return read_stored(config)
     except UserError as error:
         raise UserError(f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
                         "has its revision") from error
@@ -89,11 +90,11 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
         if changed_here(recipe, options):
             continue  # stored whole
         key = f"{name}.weights"
-        if weights.digest(weights.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
+        if origins.digest(origins.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
             raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
                              f"{metrics[f'weights/{name}']}")
-        random = build.init_network(model, recipe.seed, name, image_shape)
-        backbone = build.read_weights(options.weights, key, model, random, sha256=options.weights_sha256).variables
+        random = init_network(model, recipe.seed, name, image_shape)
+        backbone, _ = read_weights(options.weights, key, model, random, sha256=options.weights_sha256)
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
         params[name] = {**params.get(name, {}), **variables["params"]}

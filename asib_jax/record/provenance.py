@@ -1,20 +1,33 @@
 """What a run's numbers come from: its data, code, packages, devices and precision, as plain values for its record."""
+import importlib.metadata
+import logging
 import os
 import pathlib
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from asib_jax.tools import device_check
-from asib_jax.build import Data
-from asib_jax.recipe.recipe import Recipe
-from asib_jax.weights.teacher_store import images_digest
+from asib_jax.data.parts import Data
+from asib_jax.engine.compiled import PRECISION
+from asib_jax.errors import UserError
+from asib_jax.recipe import Recipe
+from asib_jax.record.experiment import Record
+from asib_jax.data.sources import images_digest
+
+logger = logging.getLogger("asib_jax")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CODE = ("asib_jax", "configs", "launch")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -27,12 +40,28 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
     return {
         "seed": recipe.seed, "data": data.origin, "data_sha256": data_digests(data),
         "revision": revision, "uncommitted_changes": changed,
-        "versions": {**device_check.versions(), "numpy": np.__version__},
+        "versions": {**versions(), "numpy": np.__version__},
         "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
         "backend": " ".join(devices[0].client.platform_version.split()),  # of GPUs, with CUDA's version
-        "compute_dtype": recipe.compute_dtype, "matmul_precision": jax.config.jax_default_matmul_precision,
+        "compute_dtype": recipe.compute_dtype, "matmul_precision": PRECISION,
         "deterministic": recipe.deterministic, "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def note_changes(record: Record, now: dict[str, Any]) -> None:
+    """Warn where a run goes on with other code, packages or devices, and keep in its record what they were before.
+
+    Raises UserError for other data.
+    """
+    before = {key: record.about.get(key) for key in now}
+    changed = [key for key in now if before[key] != now[key] and key != "data"]  # which is a path
+    if "data_sha256" in changed:
+        raise UserError(f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "
+                        "SHA-256 of its splits differ")
+    if changed:
+        logger.warning("going on with another %s than before: bits may differ",
+                       ", ".join(key.replace("_", " ") for key in changed))
+        record.about["before"] = [*record.about.get("before", []), {key: before[key] for key in changed}]
 
 
 def data_digests(data: Data) -> dict[str, str]:

@@ -85,10 +85,12 @@ class Reporter:
         if self._wandb:
             self._wandb.log(values, step=step)
 
-    def on_steps(self, first: int, last: int) -> None:
-        """Told the B-steps that one call is about to do: starts and ends the profiler's trace, which is of whole
-        calls."""
-        if self._profile_steps and not self._profiling and first <= self._profile_steps[0] <= last:
+    def on_steps(self, curve: str, first: int, last: int) -> None:
+        """Told the steps that one call of the training called `curve` is about to do: starts and ends the profiler's
+        trace, which is of whole calls with B-steps."""
+        if curve != "b" or not self._profile_steps:
+            return
+        if not self._profiling and first <= self._profile_steps[0] <= last:
             jax.profiler.start_trace(str(self._profile_folder))
             self._profiling = True
         elif self._profiling and first > self._profile_steps[1]:

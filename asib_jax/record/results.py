@@ -2,9 +2,9 @@
 import dataclasses
 
 from asib_jax.engine.evaluate import Evaluator
-from asib_jax.record.finished import Finished
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
+from asib_jax.record.finished import Finished
 from asib_jax.record.reporting import Result, results_table
 
 _TITLES = {  # of the table's rows, in their order; the teachers come first
@@ -54,17 +54,17 @@ class Results:
 
 def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
     """Evaluate everything on each split. The synergy ensemble asks with the student that training ended with."""
-    counts = {}
+    counts, alone = {}, Networks(nets.student.clone(adapter_dim=0))  # a classifier needs neither adapter nor teachers
     for evaluator in evaluators:
-        row = evaluator.teacher_counts()
+        row = dict(evaluator.teacher_counts)
         if len(nets.teachers) == 1:
             row = {"teacher1": row["teacher1"]}
         if nets.ib_mbm is not None:
-            ensemble = evaluator(finished.variables)
+            ensemble = evaluator(nets, finished.variables)
             row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
-        alone = evaluator.student_only()
         for name, student in finished.students.items():
-            row[name] = alone(Variables({"student": student["params"]}, {"student": student["batch_stats"]}))["student"]
+            own = Variables({"student": student["params"]}, {"student": student["batch_stats"]})
+            row[name] = evaluator(alone, own)["student"]
         counts[evaluator.name] = row
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
@@ -85,17 +85,17 @@ def moving_parameters(recipe: Recipe) -> dict[str, str]:
 def render(recipe: Recipe, results: Results) -> str:
     """The table and what belongs below it, as plain text."""
     test, validation = results.counts["test"], results.counts["validation"]
-    inflated = any(teacher.weights and teacher.saw_val for teacher in recipe.teachers)
-    rows = []
+    rows, inflated = [], False
     for name in sorted((name for name in test if name != "disagreement"), key=_position):
         share = validation[name] / results.sizes["validation"]
-        marked = inflated and _reads_given_weights(recipe, name)
+        marked = _saw_validation(recipe, name)
+        inflated = inflated or marked
         rows.append(Result(_title(recipe, name), "test", _parameters(recipe, results, name), test[name],
                            results.sizes["test"], f"validation {100 * share:.2f} % of {results.sizes['validation']}"
                                                   f"{'*' if marked else ''}"))
     lines = [results_table(rows), ""]
-    if inflated and recipe.uses_teachers:
-        lines.append("* inflated: the teachers' weights were fitted on these images too")
+    if inflated:
+        lines.append("* inflated: the teachers' or the student's weights were fitted on these images too")
     if results.shares:
         lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
                                                     for name, share in results.shares.items()))
@@ -128,9 +128,15 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
     return f"{name.removeprefix('control_')} epoch"
 
 
-def _reads_given_weights(recipe: Recipe, name: str) -> bool:
-    """Whether validation flatters this row: an imported teacher saw the images, alone or within an ensemble."""
+def _saw_validation(recipe: Recipe, name: str) -> bool:
+    """Whether validation flatters this row: a network behind it began with weights that were fitted on the images."""
+    teachers, student = recipe.teachers, recipe.model.student
     if name.startswith("teacher"):
-        teacher = recipe.teachers[int(name.removeprefix("teacher")) - 1]
-        return bool(teacher.weights) and teacher.saw_val
-    return name in ("average", "synergy")
+        behind = (teachers[int(name.removeprefix("teacher")) - 1],)
+    else:
+        behind = {"average": teachers, "synergy": (*teachers, student)}.get(name, (student,))
+    return any(map(_flattered, behind))
+
+
+def _flattered(network: StudentRecipe | TeacherRecipe) -> bool:
+    return bool(network.weights) and network.saw_val

@@ -4,20 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from asib_jax.recipe import recipe as recipes
 from asib_jax.errors import UserError
+from asib_jax.recipe import RETIRED, Recipe, keys, read_stored
 from asib_jax.record.experiment import read_about
-from asib_jax.recipe.recipe import Recipe
-from asib_jax.recipe.typed_groups import flat
 
 logger = logging.getLogger("asib_jax")
 
 LATEST = "latest"
-# Keys that a run may go on with other values of: where things are, what is shown, how fast it goes.
-FREE = frozenset({
-    "resume", "results_dir", "exp_id", "num_devices", "steps_per_call", "device_data_gb", "bank_memory_gb", "platform",
-    "deterministic", "tensorboard", "wandb", "compilation_cache", "teacher_cache", "profile_steps",
-    "checkpoint_minutes", "checkpoint_steps", "max_nonfinite_steps", "dataset.path", "dataset.data_dir"})
 _FREE_OF_A_NETWORK = ("weights", "weights_sha256")  # another file of the same contents; `Record.confirm` compares them
 
 
@@ -68,15 +61,17 @@ def differences(folder: Path, recipe: Recipe) -> list[str]:
     """Lines "key: there, here" for every key that matters and differs between the run in `folder` and the recipe."""
     try:
         there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        theirs, ours = _that_matters(recipes.read(there)), _that_matters(recipe)
+        theirs, ours = _that_matters(read_stored(there)), _that_matters(recipe)
     except (OSError, ValueError) as error:  # of a version with other keys, or damaged
         return [f"{folder / 'config.json'} cannot be read: {error}"]
+    ours |= {key: now for key, now in RETIRED.items() if now is not None}
+    theirs |= {key: there.get(key, now) for key, now in RETIRED.items() if now is not None}
     pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in sorted(theirs.keys() | ours.keys())}
     return [f"{key}: {there!r} there, {here!r} here" for key, (there, here) in pairs.items() if there != here]
 
 
 def _that_matters(recipe: Recipe) -> dict[str, object]:
-    values = {key: value for key, value in flat(recipe).items() if key not in FREE}
+    values = keys.that_matter(recipe)
     for key in [key for key in values if key.rpartition(".")[2] in _FREE_OF_A_NETWORK]:
         values[key] = "given" if values[key] else ""
     return values

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import resource
@@ -19,15 +20,16 @@ from typing import Any
 import jax
 
 from asib_jax import build
-from asib_jax.engine import stored_views
+from asib_jax.context import Context
 from asib_jax.objectives import schedules
 from asib_jax.tools import device_check, workloads
-from asib_jax.build import Data
+from asib_jax.data.parts import Data
 from asib_jax.errors import UserError
+from asib_jax.models.ensemble import Variables
+from asib_jax.record import provenance
 from asib_jax.record.experiment import Record
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.recipe import Recipe
 from asib_jax.record.reporting import Reporter
-from asib_jax.run import Run
 from asib_jax.tools.workloads import Work
 
 logger = logging.getLogger("asib_jax.benchmark")
@@ -132,21 +134,21 @@ def project(rates: Mapping[str, float], *, images: int, epoch_images: int, a_epo
     return sum(amount / rates[name] for name, amount in amounts.items() if amount)
 
 
-def projections(rates: Mapping[str, float], run: Run, recipe: Recipe) -> list[dict[str, Any]]:
+def projections(rates: Mapping[str, float], run: Context, variables: Variables, recipe: Recipe) -> list[dict[str, Any]]:
     """The first A-Step and all stages of the recipe, with its views and with one, and PyTorch's time where it is known.
 
     Without evaluations, BatchNorm calibration and compilation, and with teachers given.
     """
     sizes = {"images": len(run.data.train.label), "a_epochs": recipe.a_epochs if recipe.uses_fusion else 0,
-             "epoch_images": run.steps_per_epoch * recipe.dataset.batch_size}
+             "epoch_images": len(run.data.train.label) // recipe.dataset.batch_size * recipe.dataset.batch_size}
     theirs = {"a_streaming": rates.get("torch_a"), "b_streaming": rates.get("torch_b")}
     parts = {"whole run": recipe.b_epochs}
     if recipe.uses_fusion:
         parts = {f"A-Step of {recipe.a_epochs} epochs": (0,)} | parts
     rows = []
     for a_views, b_views in dict.fromkeys([(recipe.a_step_views, recipe.b_step_views), (1, 1)]):
-        wanted = dataclasses.replace(recipe, a_step_views=a_views, b_step_views=b_views)
-        stored = stored_views.decide(wanted, run.nets, sizes["images"]).steps
+        wanted = dataclasses.replace(run, recipe=dataclasses.replace(recipe, a_step_views=a_views, b_step_views=b_views))
+        stored = {kind for kind in workloads.kinds_of(recipe) if workloads.phase_of(wanted, variables, kind).reads}
         for part, b_epochs in parts.items():
             views = {"a_views": a_views if "a" in stored else 0,
                      "b_views": b_views if "b" in stored and sum(b_epochs) else 0}
@@ -196,14 +198,16 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
         "flops_per_second": achieved,
         "share_of_matmul": {name: rate / matmul for name, rate in achieved.items()},
         "ratio_to_torch": paired,
-        "projected_from_rates": projections(rates, run, recipe), "recipe": dataclasses.asdict(recipe)}
+        "projected_from_rates": projections(rates, run, variables, recipe), "recipe": dataclasses.asdict(recipe)}
 
 
-def environment(recipe: Recipe, run: Run, random: bool, with_torch: bool) -> dict[str, Any]:
+def environment(recipe: Recipe, run: Context, random: bool, with_torch: bool) -> dict[str, Any]:
     """What the figures are of."""
     devices = run.feed.devices
     networks = (recipe.model.student, *(recipe.teachers if run.nets.teachers else ()))
-    versions = device_check.versions() | ({"torch": importlib.metadata.version("torch")} if with_torch else {})
+    versions = provenance.versions()
+    if with_torch and importlib.util.find_spec("torch"):
+        versions["torch"] = importlib.metadata.version("torch")
     return {"synthetic": random, "versions": versions, "platform": devices[0].platform,
             "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
             "cores": len(os.sched_getaffinity(0)), "networks": [network.name for network in networks],

@@ -36,7 +36,7 @@ def tell(error: BaseException) -> int:
     A SystemExit is an end that its status says: nothing is printed.
     """
     if isinstance(error, SystemExit):
-        return error.code or 0
+        return int(error.code or 0)
     if _VERBOSE.value if flags.FLAGS.is_parsed() else "--verbose" in sys.argv:
         traceback.print_exception(error)
     if isinstance(error, Interrupted):
@@ -65,7 +65,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         others = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
-            getattr(flags.FLAGS["config"].value, "items")  # one that was not found fails when it is asked for anything
+            _ = flags.FLAGS["config"].value.items  # one that was not found fails when it is asked for anything
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and not _in_config(error):  # --help ends so
             raise
@@ -75,7 +75,7 @@ def _parse(argv: list[str]) -> list[str]:
     return argv
 
 
-def _explained(error: Exception, argv: list[str]) -> str:
+def _explained(error: BaseException, argv: list[str]) -> str:
     """What absl or ml_collections makes of it, or Python of a configuration: the cause may lie several errors deep."""
     chain = [error]
     while deeper := chain[-1].__cause__ or chain[-1].__context__:

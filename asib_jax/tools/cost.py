@@ -1,18 +1,17 @@
 """What functions and training steps cost, told from shapes: nothing is compiled and no array is made."""
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from clu.parameter_overview import count_parameters
 from jax.extend.core import Literal
 
 from asib_jax.objectives import state
+from asib_jax.engine.feed import tree_bytes
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Variables
-from asib_jax.objectives.steps import Training
+from asib_jax.objectives.step import Training
 
 
 class Activations(NamedTuple):
@@ -64,15 +63,11 @@ def activations(function: Callable, params: Any, *others: Any) -> Activations:
     return Activations(_variable_bytes(kept), max(map(_variable_bytes, operations), default=0))
 
 
-def of_step(training: Training, variables: Variables, batch: Any, compute_dtype: str) -> StepCost:
-    """Of one training step on `batch`, arrays or their shapes."""
-    begin = functools.partial(state.begin, mask=training.mask, trained_stats=training.trained_stats, tx=training.tx,
-                              compute_dtype=compute_dtype)
-    current, frozen = jax.eval_shape(begin, variables)
-    scalars = ("tau", "beta", "certain", "open", "gate", "average_share", "ramp", "ratio_on")
-    keys = ("augment_key", "noise_key", "mix_key", "dropout_key")
-    controls = jax.eval_shape(lambda: {**dict.fromkeys(scalars, jnp.float32(0)), "step": jnp.int32(0),
-                                       **dict.fromkeys(keys, jax.random.key(0))})
+def of_step(training: Training, variables: Variables, controls: Any, batch: Any, compute_dtype: str) -> StepCost:
+    """Of one training step of these networks; arrays or their shapes."""
+    current, frozen = jax.eval_shape(functools.partial(
+        state.begin, mask={name: training.mask.get(name, False) for name in variables.params},
+        trained_stats=training.trained_stats, tx=training.tx, compute_dtype=compute_dtype), variables)
 
     def objective(params, current, frozen, controls, batch):
         return training.loss(state.join(current._replace(params=params), frozen), controls, batch)[0]
@@ -80,11 +75,6 @@ def of_step(training: Training, variables: Variables, batch: Any, compute_dtype:
     trained = {name: int(count_parameters(branch)) for name, branch in current.params.items()}
     return StepCost(trained, tree_bytes(current), tree_bytes(current.params),
                     activations(objective, current.params, current, frozen, controls, batch))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves, which are arrays or their shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _variables(atoms: list) -> set:

@@ -1,10 +1,7 @@
 """Whether the devices are those a run expects, and compute and communicate as they should."""
 import collections
-import importlib.metadata
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from asib_jax.errors import UserError
-from asib_jax.engine.parallel import AXIS
+from asib_jax.engine.compiled import PRECISION
+from asib_jax.engine.devices import AXIS, all_devices, check_platform
 
 TOLERANCE = 1e-3  # of a product's entries, in their standard deviation; float32 sums of 2048 terms are within 1e-5
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _REPETITIONS = 10
 _ROWS = 64  # of a product that are compared, evenly spaced
 
@@ -27,11 +24,6 @@ class Matmul(NamedTuple):
 
     rate: float
     error: float
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes."""
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def describe(device: jax.Device) -> str:
@@ -45,24 +37,6 @@ def memory(stats: dict[str, Any] | None) -> str:
     if not stats or not {"bytes_in_use", "bytes_limit"} <= stats.keys():  # CPUs, and some of jax's allocators
         return ""
     return f", {stats['bytes_in_use'] / 2**30:.2f} of {stats['bytes_limit'] / 2**30:.2f} GiB in use"
-
-
-def all_devices() -> list[jax.Device]:
-    """Of all processes. UserError where jax cannot start."""
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"jax cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: unset it, and "
-                         f"for NVIDIA GPUs pip install -r requirements.txt. {error}") from error
-
-
-def check_platform(devices: Sequence[jax.Device], platform: str, key: str) -> None:
-    """UserError unless the devices are of `platform` ("": of any), which the key or flag asks for."""
-    if platform and {device.platform for device in devices} != {platform}:
-        kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in devices)
-        raise UserError(f"{key}={platform}, but jax uses {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}: "
-                        f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}; for NVIDIA GPUs unset it, pip "
-                        f"install -r requirements.txt and see that nvidia-smi lists them; or change {key}")
 
 
 def check_devices(devices: Sequence[jax.Device], expected: int, platform: str) -> None:
@@ -85,7 +59,7 @@ def all_reduce() -> np.ndarray:
     return np.concatenate([np.ravel(shard.data) for shard in sums.addressable_shards])
 
 
-def check_sums(sums: Sequence[int], count: int) -> None:
+def check_sums(sums: Sequence[int] | np.ndarray, count: int) -> None:
     """UserError unless each sum is 1 + 2 + ... + count."""
     right = count * (count + 1) // 2
     if any(found != right for found in sums):
@@ -114,7 +88,8 @@ def matmuls(devices: Sequence[jax.Device], size: int, dtype: str = "bfloat16") -
     a, b = (generator.standard_normal((size, size), np.float32).astype(jnp.dtype(dtype)) for _ in range(2))
     rows = np.linspace(0, size - 1, _ROWS, dtype=int)
     reference = a[rows].astype(np.float32) @ b.astype(np.float32)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=PRECISION,
+                                                   preferred_element_type=jnp.float32))
     measured = []
     for device in devices:
         inputs = jax.device_put((a, b), device)

@@ -1,10 +1,15 @@
 """A plan as the text that `--dry_run` prints."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from asib_jax import preparation
+from asib_jax.engine import hosts
+from asib_jax.engine.feed import GIB
+from asib_jax.recipe import Recipe
+from asib_jax.record import resume
+from asib_jax.tools import plan as plans
 from asib_jax.tools.plan import Plan, Step
-from asib_jax.recipe.recipe import Recipe
 
-_GIB = 2 ** 30
 _NOTES = """\
 GFLOPs: of one image's forward pass in evaluation, 2 operations for a multiply-add, before XLA optimises.
 GiB on each device, an estimate that XLA may undercut or exceed, without images and stored outputs (device_data_gb):
@@ -13,6 +18,15 @@ GiB on each device, an estimate that XLA may undercut or exceed, without images 
   gradients   of what the step trains
   backward    every value that the backward pass reads, as if nothing were fused or computed twice
   operation   the most that one operation of the forward passes, the teachers' too, reads and writes beside these"""
+
+
+def tell(config: Mapping[str, Any], defaults: Recipe) -> None:
+    """Print what the run of a configuration would do. defaults: of its profile. The errors of `plan.make`."""
+    recipe = preparation.checked(config)
+    found = resume.find(recipe)
+    if hosts.is_first():
+        goes_on = f"goes on with {found}" if found else ""
+        print(*filter(None, (text(recipe, plans.make(recipe)), preparation.warning(recipe, defaults), goes_on)), sep="\n")
 
 
 def text(recipe: Recipe, plan: Plan) -> str:
@@ -41,7 +55,7 @@ def _step_table(plan: Plan) -> list[str]:
         parts = (plan.resident, step.cost.state, step.cost.gradients, *step.cost.activations)
         trained = ", ".join(f"{name} {count:,}/{whole:,}" for name, (count, whole) in step.trained.items())
         rows.append((step.title, f"{step.epochs:,}", f"{step.steps:,}",
-                     *(f"{part / _GIB:.3f}" for part in (*parts, sum(parts))), trained))
+                     *(f"{part / GIB:.3f}" for part in (*parts, sum(parts))), trained))
     return _table([header, *rows], "<>>>>>>>><")
 
 

@@ -9,7 +9,7 @@ from safetensors import numpy as safetensors
 
 from asib_jax import models
 from asib_jax.record import finished
-from asib_jax.weights import pretrained
+from asib_jax.weights import torch_names
 from asib_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -23,7 +23,7 @@ def _safetensors(arrays: Arrays, about: dict[str, Any]) -> bytes:
 def _npz(arrays: Arrays, about: dict[str, Any]) -> bytes:
     """Without `about`: an .npz holds arrays alone, and each of them is a weight."""
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # no weight is named as an option
     return file.getvalue()
 
 
@@ -50,7 +50,7 @@ def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None 
         raise UserError(f"--student={student}: the run in {run} has {', '.join(sorted(students)) or 'no student'}")
     options, variables = recipe.model.student, students[student]
     architecture = models.backbone(options.name, recipe.dataset.small_input, "model.student.name")
-    arrays = pretrained.export_weights(variables, architecture)
+    arrays = torch_names.export_weights(variables, architecture)
     about = {"network": options.name, "num_classes": variables["params"]["classifier"]["kernel"].shape[-1],
              "mean": options.mean, "std": options.std, "small_input": recipe.dataset.small_input,
              "run": run.resolve().name, "student": student}

@@ -3,22 +3,25 @@
 Nothing is compiled, downloaded or written, and no published data set is read.
 """
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.parameter_overview import count_parameters
 
-from asib_jax import a_step, b_step, build, preparation, teachers, train
-from asib_jax.engine import parallel, stored_views
-from asib_jax.recipe import checks
-from asib_jax.tools import cost
-from asib_jax.weights import files as weights, teacher_store
+from asib_jax import build, preparation, train
 from asib_jax.data import sources
+from asib_jax.engine import views
+from asib_jax.engine.banks import View
+from asib_jax.engine.feed import tree_bytes
+from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
-from asib_jax.recipe.recipe import Recipe, TeacherRecipe
-from asib_jax.objectives.steps import Training
+from asib_jax.phases import Phase
+from asib_jax.recipe import Recipe, TeacherRecipe, checks
+from asib_jax.tools import cost
+from asib_jax.weights import origins, teacher_store
 
 
 class Network(NamedTuple):
@@ -43,8 +46,8 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """images: of each split, named as the fields of `build.Data`; batch: what one device sees of it; resident: bytes of
-    the variables of all networks; stored: what `stored_views` would say; warning: of the gate."""
+    """images: of each split, named as the fields of `Data`; batch: what one device sees of it; resident: bytes of
+    the variables of all networks; stored: what `views` would say; warning: of the gate."""
 
     sizes: sources.Sizes
     images: dict[str, int]
@@ -67,12 +70,16 @@ def make(recipe: Recipe) -> Plan:
     checks.check_data(recipe, sizes.image_shape, sizes.num_classes)
     variables = build.variable_shapes(recipe, nets, sizes.image_shape)
     preparation.check_weights(recipe, nets, variables)
-    batch = options.batch_size // len(parallel.run_devices(recipe.num_devices))
+    feed = build.make_feed(recipe)
+    batch = options.batch_size // len(feed.devices)
     kept = [teacher_store.kept_folder(recipe, k) for k in range(len(nets.teachers))]
-    stored = () if recipe.teachers_only else stored_views.decide(recipe, nets, images["train"]).lines
-    return Plan(sizes, images, batch, cost.tree_bytes(variables),
-                networks(recipe, nets, variables, sizes.image_shape, kept),
-                list(run_steps(recipe, nets, variables, sizes, images, batch, kept)), stored, warning)
+    to_train = dict.fromkeys(name for k, name in enumerate(nets.teacher_names) if recipe.teachers[k].epochs and not kept[k])
+    phases = train.phases_of(recipe, nets, variables.params, images, to_train)
+    size = int(np.prod(sizes.image_shape)) + 8  # of an image, its label and its index
+    stored = views.choose(phases, nets, images["train"], images["train"] * size, feed)
+    rows_of_steps = list(steps(recipe, phases, stored.views, variables, sizes, images, batch))
+    return Plan(sizes, images, batch, tree_bytes(variables),
+                networks(recipe, nets, variables, sizes.image_shape, kept), rows_of_steps, stored.lines, warning)
 
 
 def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]
@@ -89,7 +96,7 @@ def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: 
     if "student" in variables.params:
         rows.append(row("student", student.name, nets.student, given(student.weights) or "from scratch", image,
                         train=False))
-    for k, (role, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
+    for k, (role, model) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
         rows.append(row(role, recipe.teachers[k].name, model, origin(recipe.teachers[k], kept[k]), image, train=False))
     if "ib_mbm" in variables.params:
         layers = variables.params["ib_mbm"]
@@ -105,11 +112,11 @@ def given(reference: str) -> str:
     """What the config calls `weights`, and whether they are here."""
     if not reference.startswith("hf:"):
         return reference
-    return f"{reference} ({'in the cache' if weights.cached(reference) else 'to be downloaded'})"
+    return f"{reference} ({'in the cache' if origins.cached(reference) else 'to be downloaded'})"
 
 
 def origin(options: TeacherRecipe, kept: str) -> str:
-    """Where a teacher comes from, as `teachers.ready` decides."""
+    """Where a teacher comes from, as `teachers.collect` decides."""
     if kept:
         return f"kept by an earlier run: {kept}"
     most = "at most " if options.early_stopping_patience else ""
@@ -119,61 +126,39 @@ def origin(options: TeacherRecipe, kept: str) -> str:
     return given(options.weights) + tuned
 
 
-def run_steps(recipe: Recipe, nets: Networks, variables: Variables, sizes: sources.Sizes, images: dict[str, int],
-              batch_size: int, kept: list[str]) -> Iterator[Step]:
-    """Every training step of the run, in order."""
-    size, known = recipe.dataset.batch_size, {}
-    batch = batch_shapes(sizes, batch_size)
-
-    def step(title: str, epochs: int, split: str, variables: Variables, training: Training, batch: dict[str, Any]
-             ) -> Step:
-        key = f"{title.partition(',')[0]} {training.mask}"  # stages that train the same cost the same
+def steps(recipe: Recipe, phases: Sequence[Phase], stored: frozenset[View], variables: Variables, sizes: sources.Sizes,
+          images: dict[str, int], batch_size: int) -> Iterator[Step]:
+    """A row for every phase that trains parameters, in order."""
+    known: dict[str, cost.StepCost] = {}
+    for phase in phases:
+        if not phase.trains:
+            continue
+        held = phase.reads if stored.issuperset(phase.views) else frozenset()  # else some of its epochs run networks
+        own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
+        key = f"{phase.optimizer} {phase.training.mask}"  # stages that train the same cost the same
         if key not in known:
-            known[key] = cost.of_step(training, variables, batch, recipe.compute_dtype)
+            batch = batch_shapes(sizes, batch_size, phase.nets, held)
+            controls = jax.eval_shape(lambda phase=phase: {**phase.controls(Progress(), 0), "step": jnp.int32(0)})
+            known[key] = cost.of_step(phase.training, own, controls, batch, recipe.compute_dtype)
         trained = {name: (count, int(count_parameters(variables.params[name])))
                    for name, count in known[key].trained.items()}
-        return Step(title, epochs, epochs * (images[split] // size), trained, known[key])
-
-    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
-        epochs = recipe.teachers[k].epochs
-        if epochs and not kept[k]:
-            own = Variables({"student": variables.params[name]}, {"student": variables.batch_stats[name]})
-            training = teachers.make_training(recipe, k, model, variables.params[name])
-            found = step(name, epochs, "teacher_train", own, training, batch)
-            yield found._replace(trained={name: found.trained["student"]})
-    if recipe.teachers_only:
-        return
-    stored = stored_views.decide(recipe, nets, images["train"]).steps
-    shapes_of = {name: batch_shapes(sizes, batch_size, nets, recipe.compute_dtype, name if name in stored else "")
-                 for name in ("a", "b")}
-    for stage, epochs in enumerate(recipe.b_epochs):
-        if recipe.uses_fusion:
-            yield step(f"A-Step, stage {stage + 1}", recipe.a_epochs, "train", variables,
-                       a_step.make_training(recipe, nets, variables.params, stage), shapes_of["a"])
-        yield step(f"B-Step, stage {stage + 1}", epochs, "train", variables,
-                   b_step.make_training(recipe, nets, variables.params, stage), shapes_of["b"])
-    if recipe.train_control and recipe.uses_teachers:
-        recipe = train.without_teachers(recipe)
-        nets = build.build_networks(recipe, sizes.num_classes)
-        variables = build.variable_shapes(recipe, nets, sizes.image_shape)
-        for stage, epochs in enumerate(recipe.b_epochs):
-            yield step(f"control, stage {stage + 1}", epochs, "train", variables,
-                       b_step.make_training(recipe, nets, variables.params, stage), batch)
+        number = phase.epochs * (images[phase.split] // recipe.dataset.batch_size)
+        yield Step(phase.title, phase.epochs, number, trained, known[key])
 
 
-def batch_shapes(sizes: sources.Sizes, batch_size: int, nets: Networks | None = None, dtype: str = "float32",
-                 stored: str = "") -> dict[str, Any]:
-    """A training batch as shapes, with the outputs that `stored_views` brings to the step of that name, "a" or "b"."""
+def batch_shapes(sizes: sources.Sizes, batch_size: int, nets: Networks, stored: frozenset[str] = frozenset()
+                 ) -> dict[str, Any]:
+    """A training batch as shapes, with stored outputs of "teachers" and "student"."""
     def shape(dtype, *dimensions):
         return jax.ShapeDtypeStruct((batch_size, *dimensions), dtype)
 
     batch = {"label": shape(jnp.int32), "index": shape(jnp.int32)}
-    if stored != "a":
+    if "student" not in stored:
         batch["image"] = shape(jnp.uint8, *sizes.image_shape)
-    if stored:
-        feats = tuple(shape(jnp.dtype(dtype), model.architecture.feat_dim) for model in nets.teachers)
+    else:
+        batch["student"] = StudentOutputs(shape(nets.student.dtype, nets.student.architecture.feat_dim),
+                                          shape(jnp.float32, sizes.num_classes))
+    if "teachers" in stored:
+        feats = tuple(shape(model.dtype, model.architecture.feat_dim) for model in nets.teachers)
         batch["teachers"] = TeacherOutputs(feats, shape(jnp.float32, len(feats), sizes.num_classes))
-    if stored == "a":
-        feat = shape(jnp.dtype(dtype), nets.student.architecture.feat_dim)
-        batch["student"] = StudentOutputs(feat, shape(jnp.float32, sizes.num_classes))
     return batch

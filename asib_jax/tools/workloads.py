@@ -12,25 +12,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import a_step, b_step, build, streams, teachers, train
-from asib_jax.engine import feature_bank, loop
-from asib_jax.objectives import state, steps
-from asib_jax.tools import cost, plan
-from asib_jax.build import Data
+from asib_jax import a_step, b_step, build, phases, streams, train
+from asib_jax.context import Context
 from asib_jax.data import sources
+from asib_jax.data.parts import Data
 from asib_jax.data.sources import Split
-from asib_jax.record.experiment import Record
-from asib_jax.engine.feed import Call
+from asib_jax.engine import devices
+from asib_jax.engine.banks import Bank
+from asib_jax.engine.compiled import Call
+from asib_jax.engine.progress import Progress, Tally
 from asib_jax.models.ensemble import Variables
-from asib_jax.engine.nonfinite import Watch
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.models.initial import init_network
+from asib_jax.objectives import state
+from asib_jax.objectives.step import make_train_step
+from asib_jax.phases import Phase, Running
+from asib_jax.recipe import Recipe
+from asib_jax.record.experiment import Record
 from asib_jax.record.reporting import Reporter
-from asib_jax.run import Progress, Run
 from asib_jax.record.snapshots import Snapshots
-from asib_jax.engine.stored_views import StoredViews
+from asib_jax.tools import cost, plan
 
 Work = Callable[[float], int]  # works for about so many seconds, but one call at least; on how many images
-_STEPS = {"a": a_step, "b": b_step}
 
 
 def synthetic(recipe: Recipe) -> Recipe:
@@ -59,29 +61,52 @@ def synthetic_data(recipe: Recipe) -> Data:
     return Data(*parts, test, sizes.num_classes, "random images")
 
 
-def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Run, Variables]:
-    """A run that streams, before its first step. random: teachers as they are initialised, else those of a run."""
+def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Context, Variables]:
+    """A run that streams, before its first stage. random: teachers as they are initialised, else those of a run."""
     feed = build.make_feed(recipe)
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
-    own = build.init_student_and_fusion(recipe, nets, data.image_shape)
+    recipe = dataclasses.replace(recipe, a_step_views=0, b_step_views=0, teacher_cache="", train_control=False)
+    context = Context(recipe, data, nets, feed, record, reporter, Snapshots(record))
     if random:
-        drawn = {name: build.init_network(model, recipe.seed, name, data.image_shape)
-                 for name, model in zip(nets.teacher_names, nets.teachers)}
+        own = build.initial(recipe, nets, data.image_shape).variables
+        drawn = {name: init_network(model, recipe.seed, name, data.image_shape)
+                 for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
         ready = Variables(*({name: variables[part] for name, variables in drawn.items()}
                             for part in ("params", "batch_stats")))
+        variables = devices.replicate(Variables(own.params | ready.params, own.batch_stats | ready.batch_stats),
+                                      feed.devices)
     else:
-        ready = teachers.ready(recipe, nets, data, feed, record, reporter, Snapshots(record))
-    variables = Variables(own.params | ready.params, own.batch_stats | ready.batch_stats)
-    recipe = dataclasses.replace(recipe, a_step_views=0, b_step_views=0, teacher_cache="")
-    return train.prepare(recipe, nets, data, feed, record, reporter, Snapshots(record), variables)
+        variables, todo = train.begin(context)
+        for phase in todo:
+            if phase.network in nets.teacher_names:
+                variables = phases.run_phase(context, phase, variables, Progress())
+    context.read_teachers(variables, [])
+    return context, variables
 
 
-def with_one_view(run: Run, variables: Variables) -> Run:
+def phase_of(context: Context, variables: Variables, kind: str) -> Phase:
+    """The A- or B-Step, "a" or "b", of the first stage."""
+    describe = {"a": a_step.phase, "b": b_step.phase}[kind]
+    return describe(context.recipe, context.nets, variables.params, 0, len(context.data.train.label),
+                    context.feed.axis_name)
+
+
+def with_one_view(context: Context, variables: Variables) -> Context:
     """The run with one view of the training images stored, for every step that can be read from it."""
-    recipe = dataclasses.replace(run.recipe, a_step_views=1, b_step_views=1)
-    stored = StoredViews(recipe, run.nets, run.data.train, run.feed, variables)
-    stored.read_student(variables, 0)
-    return dataclasses.replace(run, recipe=recipe, stored=stored, _compiled={})
+    recipe = dataclasses.replace(context.recipe, a_step_views=1, b_step_views=1)
+    stored = Context(recipe, context.data, context.nets, context.feed, context.record, context.reporter,
+                     context.snapshots)
+    kinds = [phase_of(stored, variables, kind) for kind in kinds_of(recipe)]
+    stored.read_teachers(variables, kinds)
+    for phase in kinds:
+        if phase.score == "synergy":
+            stored.read_student(variables, phase.views)
+    return stored
+
+
+def kinds_of(recipe: Recipe) -> tuple[str, ...]:
+    """Of "a" and "b" the steps that a run has."""
+    return ("a", "b") if recipe.uses_fusion else ("b",)
 
 
 def repeated(once: Callable[[float], int]) -> Work:
@@ -94,19 +119,17 @@ def repeated(once: Callable[[float], int]) -> Work:
     return work
 
 
-def training(run: Run, variables: Variables, kind: str) -> Work:
+def training(context: Context, variables: Variables, kind: str) -> Work:
     """The A- or B-Step, "a" or "b", of the first stage."""
-    progress, limit = Progress(), run.recipe.max_nonfinite_steps
-    current, frozen, step, rate = _STEPS[kind].begin(run, variables, progress, 0)
-    controls = _STEPS[kind].controls_of(run, progress, 0, 0)
+    phase, progress = phase_of(context, variables, kind), Progress()
+    running = Running(context, phase, variables, progress)
+    controls = phase.controls(progress, 0)
 
     def epoch(end: float) -> int:
-        nonlocal current
-        calls = _until(end, run.calls(step, kind, 0, 0))
-        current = loop.run_epoch(step, current, frozen, calls, tally := loop.Tally(), Watch(limit), phase=kind,
-                                 controls=controls, learning_rate=rate, first_step=0)
-        jax.block_until_ready(current)
-        return tally.steps * run.recipe.dataset.batch_size
+        running.tally = Tally()
+        running.run_epoch(_until(end, running.calls()), controls)
+        jax.block_until_ready(running.current)
+        return running.tally.steps * context.recipe.dataset.batch_size
     return repeated(epoch)
 
 
@@ -117,53 +140,56 @@ def _until(end: float, calls: Iterable[Call]) -> Iterator[Call]:
             return
 
 
-def reading(run: Run, variables: Variables, read: Callable) -> Work:
-    """A reader of `feature_bank` over 32 batches of training images at a time, or all of fewer."""
-    options, split = run.recipe.dataset, run.data.train
-    part = split.take(np.arange(min(32 * options.batch_size, len(split.label))))
-    read = functools.partial(read, run.nets, variables, keys=[run.augment_key("a", 0, 0)], feed=run.feed,
-                             data_aug=options.data_aug, batch_size=options.batch_size)
+def reading(context: Context, variables: Variables, who: str) -> Work:
+    """The reader of a bank, of "teachers" or "student", over 32 batches of training images at a time, or all of fewer."""
+    split, recipe = context.data.train, context.recipe
+    part = split.take(np.arange(min(32 * context.feed.eval_batch_size, len(split.label))))
+    bank = Bank(context.nets, part, context.feed, name="some of the training images", data_aug=recipe.dataset.data_aug)
 
     def once(end: float) -> int:
-        read(split=part)
+        bank.read(who, variables)
         return len(part.label)
     return repeated(once)
 
 
-def evaluation(run: Run, variables: Variables) -> Work:
+def evaluation(context: Context, variables: Variables) -> Work:
     """Everything a run counts after an epoch, on its validation images."""
     def whole(end: float) -> int:
-        run.validation(variables)
-        return run.validation.count
+        context.validation(context.nets, variables)
+        return context.validation.count
     return repeated(whole)
 
 
-def streaming_works(run: Run, variables: Variables) -> dict[str, Callable[[], Work]]:
+def streaming_works(context: Context, variables: Variables) -> dict[str, Callable[[], Work]]:
     """What a run does that stores nothing: by name, what makes it ready for its first call."""
-    kinds = ("a", "b") if run.recipe.uses_fusion else ("b",)
-    makers = {f"{kind}_streaming": functools.partial(training, run, variables, kind) for kind in kinds}
-    makers["evaluation"] = functools.partial(evaluation, run, variables)
-    if run.nets.teachers:
-        makers["read_teachers"] = functools.partial(reading, run, variables, feature_bank.read_teachers)
-    if run.recipe.uses_fusion:
-        makers["read_student"] = functools.partial(reading, run, variables, feature_bank.read_student)
+    makers = {f"{kind}_streaming": functools.partial(training, context, variables, kind)
+              for kind in kinds_of(context.recipe)}
+    makers["evaluation"] = functools.partial(evaluation, context, variables)
+    if context.nets.teachers:
+        makers["read_teachers"] = functools.partial(reading, context, variables, "teachers")
+    if context.recipe.uses_fusion:
+        makers["read_student"] = functools.partial(reading, context, variables, "student")
     return makers
 
 
-def stored_works(run: Run, variables: Variables) -> dict[str, Callable[[], Work]]:
+def stored_works(context: Context, variables: Variables) -> dict[str, Callable[[], Work]]:
     """The same of the steps that the run reads from stored outputs."""
-    return {f"{kind}_stored": functools.partial(training, run, variables, kind) for kind in sorted(run.stored.steps)}
+    return {f"{kind}_stored": functools.partial(training, context, variables, kind)
+            for kind in kinds_of(context.recipe) if phase_of(context, variables, kind).reads}
 
 
-def step_flops(run: Run, variables: Variables, kind: str) -> float:
+def step_flops(context: Context, variables: Variables, kind: str) -> float:
     """Operations of a training step, "a" or "b", for one image, as `cost.flops` counts them."""
-    recipe, size = run.recipe, run.recipe.dataset.batch_size
-    nets = build.build_networks(recipe, run.data.num_classes)  # of one device, however many the run has
-    controls = {**_STEPS[kind].controls_of(run, Progress(), 0, 0), "lr": np.float32(0), "step": np.int32(0)}
+    recipe, size = context.recipe, context.recipe.dataset.batch_size
+    nets = build.build_networks(recipe, context.data.num_classes)  # of one device, however many the run has
+    one_device = dataclasses.replace(context, nets=nets, feed=dataclasses.replace(
+        context.feed, devices=context.feed.devices[:1]))
+    phase = phase_of(one_device, variables, kind)
+    controls = {**phase.controls(Progress(), 0), "lr": np.float32(0), "step": np.int32(0)}
+    variables = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
     variables, controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, controls))
-    made = _STEPS[kind].make_training(recipe, nets, variables.params, 0)
-    begin = functools.partial(state.begin, mask=made.mask, trained_stats=made.trained_stats, tx=made.tx,
-                              compute_dtype=recipe.compute_dtype)
-    batch = plan.batch_shapes(run.data, size, nets, recipe.compute_dtype, kind if kind in run.stored.steps else "")
-    step = steps.make_train_step(made.loss, made.tx)
-    return cost.flops(step, *jax.eval_shape(begin, variables), controls, batch) / size
+    made = phase.training
+    begin = functools.partial(state.begin, mask={name: made.mask.get(name, False) for name in variables.params},
+                              trained_stats=made.trained_stats, tx=made.tx, compute_dtype=recipe.compute_dtype)
+    batch = plan.batch_shapes(context.data, size, nets, phase.reads)
+    return cost.flops(make_train_step(made.loss, made.tx), *jax.eval_shape(begin, variables), controls, batch) / size

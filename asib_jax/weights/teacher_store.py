@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from asib_jax.engine import hosts, parallel
-from asib_jax.recipe import idle_keys
-from asib_jax.weights import checkpoint, files as weights
-from asib_jax.data.sources import Split, blocks
+from asib_jax.engine import hosts
+from asib_jax.recipe import keys
+from asib_jax.weights import checkpoint, origins
+from asib_jax.weights.reading import OTHER_ORDER
+from asib_jax.data.sources import Split, images_digest
 from asib_jax.errors import UserError
-from asib_jax.record.experiment import TEACHERS
-from asib_jax.recipe.recipe import Recipe
+from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
 
+TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 _RECIPE = 2  # raised whenever the code of a teacher's training changes what comes of it
 _LATER = ("weights_sha256", "saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that make it no other
 
@@ -50,7 +51,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
 
     The key holds all that decides its variables then, as plain values; of the configuration only what has an effect.
     """
-    teacher, data, idle = recipe.teachers[k], recipe.dataset, idle_keys.inactive(recipe)
+    teacher, data, idle = recipe.teachers[k], recipe.dataset, keys.idle(recipe)
     own = {name: value for name, value in dataclasses.asdict(teacher).items()
            if name not in _LATER and f"teacher{k + 1}.{name}" not in idle}
     schedule = {name: value for name, value in dataclasses.asdict(recipe.schedule).items()
@@ -63,9 +64,8 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
                     "batch_size": data.batch_size, "small_input": data.small_input},
         "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
     }
-    factor = len(parallel.run_devices(recipe.num_devices)) if recipe.scale_lr_with_devices else 1
-    if factor > 1:
-        key["lr_factor"] = factor
+    if teacher.weights and data.name in OTHER_ORDER:
+        key["classifier"] = "drawn at random"  # once it was the weights' own, in their order
     key = json.loads(json.dumps(key))  # as it will be read back
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{teacher.name}_{data.name}_seed{recipe.seed}_{digest}"
@@ -79,9 +79,9 @@ def find(recipe: Recipe, k: int) -> Place | None:
     alike otherwise; None if there is not exactly one. Where a SHA-256 is given, that of weights that had it.
     """
     given, sha256 = recipe.teachers[k].weights, recipe.teachers[k].weights_sha256.lower()
-    path = weights.cached(given) if given else None
+    path = origins.cached(given) if given else None
     if path or not given:
-        return place(recipe, k, weights.digest(path) if path else "")
+        return place(recipe, k, origins.digest(path) if path else "")
     alike = []
     for folder in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("[!.]*"):
         about = _about(folder)
@@ -174,12 +174,3 @@ def kept_folder(recipe: Recipe, k: int) -> str:
     """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
     place = find(recipe, k) if recipe.teachers[k].epochs else None
     return str(place.folder) if place and is_whole(place.folder) else ""
-
-
-def images_digest(split: Split) -> str:
-    """SHA-256 of the images and labels of a split, in hexadecimal."""
-    digest = hashlib.sha256()
-    for array in (split.image, split.label):
-        for block in blocks(array):
-            digest.update(block.data)
-    return digest.hexdigest()

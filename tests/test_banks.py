@@ -1,4 +1,4 @@
-"""Stored teacher outputs: what streaming would give, and a cache that is only hit by the same question."""
+"""Banks: what is held is what running the networks would give, and a cache is only hit by the same question."""
 import functools
 from dataclasses import replace
 
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from asib_jax import streams
-from asib_jax.engine import feature_bank
-from asib_jax.objectives import state, steps
+from asib_jax.engine.banks import Bank
+from asib_jax.engine.evaluate import correct_counts
+from asib_jax.objectives import optimizers, state
 from asib_jax.data.augment import augment
 from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
-from asib_jax.objectives.steps import ATerms, BTerms
+from asib_jax.objectives.a_loss import ATerms, a_loss
+from asib_jax.objectives.b_loss import BTerms, b_loss
+from asib_jax.objectives.step import make_train_step
 from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)
@@ -29,9 +32,12 @@ def make():
     return nets, random_variables(nets)
 
 
-def build(split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache=""):
-    return feature_bank.read_teachers(nets or make()[0], variables or make()[1], split, keys=keys, data_aug=data_aug,
-                                      batch_size=8, feed=make_feed(devices), cache=str(cache))
+def build(split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache="", who="teachers",
+          **options):
+    feed = make_feed(devices, **{"eval_batch": 8} | options)
+    bank = Bank(nets or make()[0], split, feed, name="a split", key=lambda view: keys[view[1]], data_aug=data_aug,
+                cache=str(cache))
+    return bank.read(who, variables or make()[1], [(0, number) for number in range(len(keys))])
 
 
 @functools.cache
@@ -47,11 +53,8 @@ def assert_close(actual, expected):
 def test_outputs_are_those_of_the_networks_on_each_view(devices, room_gb, steps):
     """Of teachers and student; views differ; every image of an incomplete batch is there, wherever the images lie and
     however many batches a call takes. 1e-5."""
-    nets, variables = make()
-    feed = make_feed(devices, room_gb=room_gb, steps=steps)
-    options = {"keys": KEYS, "data_aug": 1, "batch_size": 4, "feed": feed}
-    views = feature_bank.read_teachers(nets, variables, SPLIT, **options)
-    students = feature_bank.read_student(nets, variables, SPLIT, **options)
+    options = {"devices": devices, "room_gb": room_gb, "steps": steps, "eval_batch": 4}
+    views, students = build(**options), build(who="student", **options)
     for key, view, student in zip(KEYS, views, students, strict=True):
         assert view.logits.shape == (21, 2, 5) and [feat.shape for feat in view.feats] == [(21, 3), (21, 4)]
         assert_close((view, student), streamed(key))
@@ -86,10 +89,10 @@ def test_a_step_from_the_bank_is_the_plain_step(kind):
     """One update by SGD gives the same parameters, to 1e-5, as running the teachers on that view of the images."""
     nets, variables = make()
     names = ("ib_mbm", "synergy_head") if kind == "a" else ("student",)
-    loss = (functools.partial(steps.a_loss, nets=nets, terms=A_TERMS, trained=None) if kind == "a" else
-            functools.partial(steps.b_loss, nets=nets, terms=B_TERMS))
-    tx = state.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
-    step = jax.jit(steps.make_train_step(loss, tx))
+    loss = (functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=None) if kind == "a" else
+            functools.partial(b_loss, nets=nets, terms=B_TERMS))
+    tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
+    step = jax.jit(make_train_step(loss, tx))
     values = {"tau": 3.0, "beta": 1e-3, "open": 1.0, "certain": 1.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0,
               "ratio_on": 1.0, "lr": 0.1}
     controls = {**jax.tree.map(np.float32, values), "step": np.int32(0), "augment_key": KEYS[1],
@@ -167,7 +170,22 @@ def test_damaged_file_in_the_cache_is_named(tmp_path):
         build(cache=tmp_path)
 
 
+def test_a_bank_holds_what_it_has_read_until_it_forgets():
+    bank = Bank(make()[0], SPLIT, feed := make_feed(), name="a split", key=lambda view: KEYS[view[1]], data_aug=1,
+                place=feed.place)
+    teachers = bank.read("teachers", make()[1], [(0, 0), (0, 1)])
+    (student,) = bank.read("student", make()[1], [(0, 1)])
+    for number, outputs in enumerate(teachers):
+        jax.tree.map(np.testing.assert_array_equal, bank.of("teachers", (0, number)).resident, {"teachers": outputs})
+    jax.tree.map(np.testing.assert_array_equal, bank.of("student", (0, 1)).resident, {"student": student})
+    assert bank.of("student", (0, 0)) is None
+    bank.forget("student")
+    assert bank.of("student", (0, 1)) is None is not bank.of("teachers", (0, 1))
+    bank.read("teachers", make()[1], [(0, 1)])
+    assert bank.of("teachers", (0, 0)) is None
+
+
 def test_correct_counts():
     logits = np.eye(3)[np.array([[0, 0], [1, 2], [2, 2], [1, 1]])] * [[[1], [5]]]  # the second teacher is the surer one
-    counts = feature_bank.correct_counts(TeacherOutputs((), logits), np.array([0, 2, 2, 0]))
+    counts = correct_counts(TeacherOutputs((), logits), np.array([0, 2, 2, 0]))
     assert counts == {"teacher1": 2, "teacher2": 3, "average": 3, "disagreement": 1}

@@ -1,0 +1,114 @@
+"""Banks: what frozen networks say of a split, read once for each view of it and served as data.
+
+Outputs are those before any adapter, so that adapters may go on training. Training and evaluation splits have banks
+alike; an evaluation split has one view, its images as they are.
+"""
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from asib_jax.data.augment import augment
+from asib_jax.data.batches import evaluation_rows
+from asib_jax.data.sources import Split
+from asib_jax.engine import bank_files, devices, hosts
+from asib_jax.engine.compiled import Steps
+from asib_jax.engine.feed import Examples, Feed, on_host
+from asib_jax.models.ensemble import (Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers,
+                                      with_narrow_teachers)
+
+logger = logging.getLogger("asib_jax")
+
+View = tuple[int, int]  # the stage and the epoch whose augmentation it is
+PLAIN: View = (-1, -1)  # images as they are
+Outputs = TeacherOutputs | StudentOutputs  # of one view of a split: numpy leaves [N, ...], rows as in the split
+
+
+class Bank:
+    """The outputs of the teachers and of the student on views of one split, as long as they stand still.
+
+    name: of the split, in words. key: of a view's augmentation by the policy `data_aug`. place: where examples wait.
+    cache: a folder that keeps the teachers' outputs between runs; "": none.
+    """
+
+    def __init__(self, nets: Networks, split: Split, feed: Feed, *, name: str,
+                 key: Callable[[View], jax.Array] = lambda view: jax.random.key(0), data_aug: int = 0,
+                 place: Callable[..., Examples] = on_host, cache: str = ""):
+        self.nets, self.split, self.name = nets, split, name
+        self._feed, self._key, self._data_aug, self._place, self._cache = feed, key, data_aug, place, cache
+        self._held: dict[tuple[str, View], Examples] = {}
+
+    def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Outputs]:
+        """Run "teachers" or "student" over the views and keep what they say, in the place of what is held of them.
+
+        Returns the outputs. Raises UserError for a file of the cache that cannot be read.
+        """
+        self.forget(who)
+        names = self.nets.teacher_names if who == "teachers" else ("student",)
+        own = Variables(*({name: part[name] for name in names} for part in variables))
+        keys = [self._key(view) for view in views]
+        outputs = list(self._cached(own, keys) if who == "teachers" and self._cache else self._run(who, own, keys))
+        self._held |= {(who, view): self._place(**{who: found}) for view, found in zip(views, outputs, strict=True)}
+        return outputs
+
+    def forget(self, who: str) -> None:
+        """Free what `read` has kept: the networks go on training."""
+        self._held = {place: examples for place, examples in self._held.items() if place[0] != who}
+
+    def of(self, who: str, view: View = PLAIN) -> Examples | None:
+        """What is held; None: nothing, the network is to be run."""
+        return self._held.get((who, view))
+
+    def _cached(self, teachers: Variables, keys: list[jax.Array]) -> list[TeacherOutputs]:
+        """From the cache where all hosts see a file there; the first host stores what is computed."""
+        paths = bank_files.paths(self._cache, self.nets, teachers, self.split, self._data_aug, keys)
+        stored = hosts.everywhere([path.exists() for path in paths])
+        views = [bank_files.load(path, self.nets) if there else None for path, there in zip(paths, stored, strict=True)]
+        missing = [place for place, view in enumerate(views) if view is None]
+        if len(missing) < len(keys):
+            logger.info("teachers on %s: %d of %d view(s) read from %s", self.name, len(keys) - len(missing), len(keys),
+                        self._cache)
+        for place, view in zip(missing, self._run("teachers", teachers, [keys[place] for place in missing]), strict=True):
+            views[place] = view
+            if hosts.is_first():
+                bank_files.store(paths[place], self.nets, view)
+        return views
+
+    def _run(self, who: str, variables: Variables, keys: list[jax.Array]) -> Iterator[Outputs]:
+        """What the networks say under each augmentation key."""
+        if who == "teachers" and keys:
+            logger.info("teachers on %s: %d images, %d view(s)", self.name, len(self.split.label), len(keys))
+        step = _reader(self.nets, who, self._data_aug, self._feed)
+        if who == "teachers":
+            variables = with_narrow_teachers(self.nets, variables)
+        variables = devices.share(variables, self._feed.devices)
+        images = on_host(image=self.split.image, index=self.split.index)  # one shape and one program for all splits
+        rows = evaluation_rows(len(self.split.label), self._feed.eval_batch_size)
+        for key in keys:
+            found, pending = [], []
+            for call in self._feed.calls(step, rows, images):
+                found += jax.device_get(pending)  # of the call before, while this one's images were on their way
+                pending = [step.run((), variables, {"augment_key": key}, call, {})[1]]
+            found += jax.device_get(pending)
+            yield jax.tree.map(lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
+                                                              )[: len(self.split.label)], *found)
+
+
+@functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run
+def _reader(nets: Networks, who: str, data_aug: int, feed: Feed) -> Steps:
+    return feed.compile(make_reader(nets, who, data_aug, feed.axis_name))
+
+
+def make_reader(nets: Networks, who: str, data_aug: int, axis_name: str | None = None) -> Callable:
+    """`step((), variables, controls, batch) -> ((), outputs)`: what "teachers" or "student" say of a batch's images.
+
+    controls: augment_key.
+    """
+    def read(nothing, variables, controls, batch):
+        pixels = augment(controls["augment_key"], batch["index"], batch["image"], data_aug)
+        outputs = (run_student(nets, variables, pixels) if who == "student" else
+                   run_teachers(nets, variables, pixels)[0])
+        return nothing, outputs if axis_name is None else jax.lax.all_gather(outputs, axis_name, tiled=True)
+    return read

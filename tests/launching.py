@@ -1,0 +1,52 @@
+"""The launch scripts: done in this process, which has jax already, or in one of their own."""
+import contextlib
+import io
+import logging
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+from absl import app, flags
+from absl.testing import flagsaver
+
+import asib_jax.tools.command_line  # noqa: F401, for it defines a flag for all scripts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+app.define_help_flags()  # as the first script would, once
+
+
+def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """The end of `python launch/SCRIPT.py ARGUMENTS` in ROOT, done in this process with its devices.
+
+    The script's flags are defined and read anew and then forgotten, as are its settings of jax and of the log.
+    """
+    command, settings = [str(ROOT / "launch" / f"{script}.py"), *arguments], dict(jax.config.values)
+    out, errors, logger = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax")
+    with (contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors),
+          flagsaver.flagsaver(), mock.patch.object(sys, "argv", command), mock.patch.object(sys, "path", [*sys.path]),
+          mock.patch.dict(os.environ, {"JAX_COMPILATION_CACHE_DIR": ""})):  # so that scripts leave jax's own be
+        flags.FLAGS.unparse_flags()
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            for name, value in settings.items():
+                if jax.config.values[name] != value:
+                    jax.config.update(name, value)
+            for handler in logger.handlers[:]:
+                logger.removeHandler(handler)
+                handler.close()
+            logger.propagate = True
+    return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
+
+
+def launch_process(script: str, *arguments: str, shell: tuple[str, ...] = (), cwd: pathlib.Path = ROOT,
+                   **environment: str) -> subprocess.CompletedProcess:
+    """The same in a process with a device of its own, started by the command `shell` if one is given."""
+    return subprocess.run([*shell, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
