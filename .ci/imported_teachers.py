@@ -2,7 +2,7 @@
 
     python .ci/imported_teachers.py cifar100.npz WEIGHTS_FOLDER
 
-The counts were found with PyTorch once, from the same files; over all 10,000 images the teachers score 72.63 and 71.63 %.
+The counts were found with PyTorch once, from the same files; on all 10,000 images the teachers score 72.63 and 71.63 %.
 """
 import pathlib
 import sys
@@ -12,11 +12,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 
 from asib_jax import models
-from asib_jax.engine import feature_bank
 from asib_jax.data import sources
+from asib_jax.engine.evaluate import Evaluator
 from asib_jax.engine.feed import Feed
-from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.initial import init_network
+from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.weights.reading import read_weights
 
 EXPECTED = {"resnet56": 1473, "resnet44": 1472}
@@ -24,7 +23,6 @@ MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
 
 
 def main(data: str, weights: str) -> None:
-    jax.config.update("jax_default_matmul_precision", "highest")
     test = sources.load("cifar100", path=data).test.take(slice(2000))
     nets, params, stats = [], {}, {}
     for k, name in enumerate(EXPECTED, 1):
@@ -33,10 +31,9 @@ def main(data: str, weights: str) -> None:
                                     init_network(model, 0, name, test.image.shape[1:]), sha256="")
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
-    (view,) = feature_bank.read_teachers(
-        Networks(nets[0], tuple(nets)), Variables(params, stats), test, keys=[jax.random.key(0)], data_aug=0,
-        batch_size=250, feed=Feed(tuple(jax.devices()[:1]), room_gb=1.0))
-    counts = feature_bank.correct_counts(view, test.label)
+    evaluator = Evaluator(Networks(nets[0], tuple(nets)), test, Feed(tuple(jax.devices()[:1]), room_gb=1.0), "test")
+    evaluator.read_teachers(Variables(params, stats))
+    counts = evaluator.teacher_counts
     for k, (name, expected) in enumerate(EXPECTED.items(), 1):
         print(f"{name}: {counts[f'teacher{k}']} of 2000 correct, expected {expected}")
     if [counts["teacher1"], counts["teacher2"]] != list(EXPECTED.values()):

@@ -16,9 +16,8 @@ from asib_jax.data import sources, splits
 from asib_jax.data.parts import Data, Rows
 from asib_jax.errors import UserError
 from asib_jax.engine.feed import Feed
-from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.ensemble import Networks, Variables, init_fusion, init_network
 from asib_jax.models.kd_model import KDModel
-from asib_jax.models.initial import init_fusion, init_network
 from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
@@ -48,8 +47,8 @@ def load_data(recipe: Recipe) -> Data:
         told.add_note(f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
                       f"dataset.data_dir={options.data_dir!r}")
         raise told from error
-    parts = [dataset.train.take(rows) for rows in divide(recipe, dataset.train.label)]
-    return Data(*parts, dataset.test, dataset.num_classes, dataset.origin)
+    train, teacher_train, validation = map(dataset.train.take, divide(recipe, dataset.train.label))
+    return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
 
 
 def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
@@ -69,9 +68,9 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
 
     axis_name: over which training-mode BatchNorm takes its statistics, see `KDModel`.
     """
-    shared = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
+    shared: dict[str, Any] = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
               "axis_name": axis_name}
-    adapter = {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
+    adapter: dict[str, Any] = {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
     student = recipe.model.student
     model = models.create_student_by_name(student.name, num_classes, mean=student.mean, std=student.std,
                                           residual_adapter=student.use_adapter, **shared,

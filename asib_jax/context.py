@@ -43,7 +43,7 @@ class Context:
         recipe = self.recipe
         self.bank = Bank(self.nets, self.data.train, self.feed, name="the training images",
                          key=lambda view: streams.key(recipe.seed, "augment", *view), data_aug=recipe.dataset.data_aug,
-                         place=self.feed.place, cache=recipe.teacher_cache)
+                         place=self.feed.place, cache=recipe.teacher_cache, narrow=True)
         self.validation = self.evaluator("validation")
 
     def evaluator(self, split: str) -> Evaluator:

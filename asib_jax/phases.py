@@ -14,7 +14,7 @@ from clu.parameter_overview import count_parameters
 from flax.serialization import to_state_dict
 
 from asib_jax.context import Context
-from asib_jax.data.batches import training_rows
+from asib_jax.data.splits import training_rows
 from asib_jax.engine import devices
 from asib_jax.engine.banks import View
 from asib_jax.engine.compiled import Call, most_in_flight
@@ -84,11 +84,6 @@ class Phase:
         return (self.network, *self.nets.teacher_names, *fusion)
 
     @property
-    def trains(self) -> bool:
-        """Whether it changes any parameter, and not statistics alone."""
-        return any(jax.tree.leaves(self.training.mask))
-
-    @property
     def changes_teachers(self) -> bool:
         """Whether it trains networks that other phases read."""
         return not set(self.nets.teacher_names).isdisjoint(self.training.trained_stats)
@@ -111,8 +106,8 @@ class Running:
             training.loss, training.tx, axis_name=context.feed.axis_name), trains_convolutions=bool(training.trained_stats))
         self.epoch, self.tally, self.watch = 0, Tally(), Watch(context.recipe.max_nonfinite_steps)
         if begun:
-            self.epoch, self.tally = begun.epoch, Tally(begun.tally["steps"], begun.tally["totals"])
-            self.watch.in_a_row = begun.tally["in_a_row"]
+            self.epoch, self.watch.in_a_row = begun.epoch, begun.tally["in_a_row"]
+            self.tally = Tally(begun.tally["steps"], begun.tally["totals"], begun.tally["lr"])
 
     @property
     def whole(self) -> Variables:
@@ -135,7 +130,7 @@ class Running:
 
         on_images: told how many images have been done. Raises FloatingPointError as `Watch` does.
         """
-        begun, several = self.progress.steps[self.phase.optimizer], jax.process_count() > 1
+        before, several = self.progress.steps[self.phase.optimizer], jax.process_count() > 1
         most = min(most_in_flight(self.context.feed.devices), self.context.snapshots.steps or 1024,
                    _HOSTS_WINDOW if several else 1024)
         pending: list[tuple[dict[str, jax.Array], Call]] = []
@@ -144,7 +139,7 @@ class Running:
         def collect() -> None:
             metrics, call = pending.pop(0)
             found = jax.device_get(metrics)
-            self.watch.see(found, begun + self.tally.steps, f"{self.phase.name}, epoch {self.epoch + 1}")
+            self.watch.see(found, before + self.tally.steps, f"{self.phase.name}, epoch {self.epoch + 1}")
             self.tally.add(found)
             on_images(call.rows.size)
 
@@ -157,22 +152,22 @@ class Running:
                 window, since = min(2 * window if quick else max(1, window // 2), most), time.monotonic()
                 self.offer(self.tally.steps - offered)
                 offered = self.tally.steps
-            while call.streamed and len(pending) > 1:  # the examples of two calls are on the devices at a time
-                collect()
-            numbers = range(begun + steps, begun + steps + len(call.rows))
+            numbers = range(before + steps, before + steps + len(call.rows))
             self.context.reporter.on_steps(self.phase.curve, numbers[0], numbers[-1])
-            each = {"lr": np.float32([self.phase.rate(number) for number in numbers]),
+            each = {"lr": np.array([self.phase.rate(number) for number in numbers], np.float32),
                     "step": np.arange(steps, steps + len(numbers), dtype=np.int32)}
             self.current, metrics = self.step.run(self.current, self.frozen, controls, call, each)
             pending.append((metrics, call))
             steps += len(numbers)
+            while call.streamed and len(pending) > 1:  # the examples of two calls are on the devices at a time
+                collect()
         while pending:
             collect()
         self.offer(self.tally.steps - offered)
 
     def offer(self, steps: int, now: bool = False) -> None:
         """A snapshot, if it is time, where no step is under way. steps: since the last one was offered."""
-        tally = {"steps": self.tally.steps, "totals": self.tally.totals, "in_a_row": self.watch.in_a_row}
+        tally = {**vars(self.tally), "in_a_row": self.watch.in_a_row}
         self.context.snapshots.offer(self.phase.name, self.epoch, tally, steps, self.content, now)
 
     def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,7 +175,7 @@ class Running:
         arrays, values = self.progress.content()
         arrays["opt_states"] = {**arrays["opt_states"], self.phase.optimizer: self.current.opt_state}
         frozen = () if self.context.recipe.trains_teachers else set(self.context.nets.teacher_names) - {self.phase.network}
-        params, stats = ({**others, **own} for others, own in zip(self._others, self.whole, strict=True))
+        params, stats = overlay(self._others, self.current._asdict())  # not `whole`, whose teachers may be narrow
         own = {name: {child: leaves for child, leaves in branch.items() if child == "distill_adapter"}
                if name in frozen else branch for name, branch in params.items()}
         variables = {"params": own, "batch_stats": {name: part for name, part in stats.items() if name not in frozen}}
@@ -194,7 +189,7 @@ class Running:
         held = {"params": kept, "batch_stats": {name: stats[name] for name in self.phase.training.trained_stats}}
         if self.phase.holds_moments:
             held["opt_state"] = to_state_dict(self.current.opt_state)
-        return jax.device_get(held)
+        return jax.tree.map(np.array, jax.device_get(held))  # copied: the next step takes the memory of what it is given
 
     def measure(self) -> dict[str, float]:
         """Validation accuracies of all that the phase can tell; teachers that it trains are read anew."""
@@ -207,11 +202,6 @@ def _used(phase: Phase, variables: Variables) -> Variables:
     """The variables that its step takes; teachers that stand still in the type that they compute in."""
     own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
     return own if phase.changes_teachers else with_narrow_teachers(phase.nets, own)
-
-
-def taken_up(context: Context, variables: Variables, begun: Snapshot) -> tuple[Progress, Variables]:
-    """How far the run has come by a snapshot, and all variables as it has them."""
-    return Progress.restored(begun.arrays, begun.values), overlay(variables, begun.arrays["variables"])
 
 
 def run_phase(context: Context, phase: Phase, variables: Variables, progress: Progress, begun: Snapshot | None = None

@@ -2,7 +2,6 @@
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from asib_jax import streams
@@ -12,8 +11,7 @@ from asib_jax.data.parts import Data
 from asib_jax.engine import devices, hosts
 from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
-from asib_jax.models.ensemble import Mode, Networks, Variables
-from asib_jax.models.initial import init_network
+from asib_jax.models.ensemble import Mode, Networks, Variables, init_network
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.objectives import freezing
 from asib_jax.objectives.b_loss import BTerms, b_loss
@@ -105,7 +103,7 @@ def _confirm(record: Record, name: str, place: Place) -> None:
         record.confirm(f"kept/{name}", checkpoint.digest(place.folder / "checkpoint"), f"{name} in {place.folder}")
 
 
-def given(recipe: Recipe, k: int, model: KDModel, variables: Mapping[str, Any]) -> Imported:
+def given(recipe: Recipe, k: int, model: KDModel, variables: dict[str, Any]) -> Imported:
     """The variables (or their shapes) of teacher `k` (from 0) with its given weights in their place.
 
     Raises UserError for weights that do not fit, or fit only once fine-tuned.
@@ -171,7 +169,7 @@ def _keep(k: int, name: str, place: Place, context: Context, variables: Variable
     """All variables, once the trained teacher is kept, or with the one that another run has kept meanwhile."""
     recipe, split, best = context.recipe, context.data.teacher_train, progress.best[name]
     own, options = of_network(best.held, name), recipe.teachers[k]
-    measured = {"validation_accuracy": best.score, "when": best.when}
+    measured: dict[str, Any] = {"validation_accuracy": best.score, "when": best.when}
     if not teacher_store.save(place, options.weights, own, split, measured):
         logger.warning("%s was there already, of another run: this one goes on with that teacher", place.folder)
         kept = fit_variables(teacher_store.load(place, split), own, context.nets.teachers[k].architecture)

@@ -16,7 +16,7 @@ from asib_jax.engine import devices, hosts
 from asib_jax.engine.compiled import keep_compiled
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.engine.feed import Feed
-from asib_jax.engine.progress import Progress, of_network
+from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
@@ -33,7 +33,7 @@ from asib_jax.weights import origins
 logger = logging.getLogger("asib_jax")
 
 
-def phases_of(recipe: Recipe, nets: Networks, params: Mapping[str, Any], images: Mapping[str, int],
+def phases_of(recipe: Recipe, nets: Networks, params: dict[str, Any], images: Mapping[str, int],
               train: Mapping[str, Any], calibrate: bool = False) -> list[Phase]:
     """Everything that is trained, in order.
 
@@ -63,8 +63,8 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
     """Begin the run of a configuration, or go on with the one that its `resume` finds; nothing where that has finished.
 
     name: of the configuration and its profile; defaults: of that profile. The outcome is recorded whatever it is: a
-    failed or interrupted run is never a finished one. Raises UserError for what can be known before a run leaves a trace, and Interrupted after a
-    signal, with a snapshot that holds all that was done.
+    failed or interrupted run is never a finished one. Raises UserError for what can be known before a run leaves a
+    trace, and Interrupted after a signal, with a snapshot that holds all that was done.
     """
     recipe = preparation.checked(config)
     found = resume.find(recipe)
@@ -136,7 +136,8 @@ def train(context: Context) -> dict[str, object]:
         if snapshots.over(phase.name):
             continue
         if begun := snapshots.take(phase.name):
-            progress, variables = phases.taken_up(context, variables, begun)
+            progress = Progress.restored(begun.arrays, begun.values)
+            variables = overlay(variables, begun.arrays["variables"])
         if phase.nets.teachers and not context.validation.teacher_counts:
             _read_teachers(context, todo, variables)
         variables = phases.run_phase(context, phase, variables, progress, begun)
@@ -192,7 +193,7 @@ def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables
 
 def _finished(variables: Variables, progress: Progress) -> Finished:
     """What the phases that are over have come to."""
-    students = {}
+    students: dict[str, dict[str, Any]] = {}
     for network, prefix in (("student", ""), ("control", "control_")):
         if network in progress.last:
             students |= {f"{prefix}last": of_network(progress.last[network], network),

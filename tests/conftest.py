@@ -1,4 +1,11 @@
-"""Four simulated devices for every test."""
+"""Four simulated devices for every test; what one test has compiled no other compiles, nor the processes they start."""
+import os
+import tempfile
+
+PROGRAMS = tempfile.TemporaryDirectory()  # before jax, which reads its name
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 import jax
 import pytest
 

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 app.define_help_flags()  # as the first script would, once
 
 
-def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
+def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
     """The end of `python launch/SCRIPT.py ARGUMENTS` in ROOT, done in this process with its devices.
 
     The script's flags are defined and read anew and then forgotten, as are its settings of jax and of the log.
@@ -27,8 +27,7 @@ def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command, settings = [str(ROOT / "launch" / f"{script}.py"), *arguments], dict(jax.config.values)
     out, errors, logger = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax")
     with (contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors),
-          flagsaver.flagsaver(), mock.patch.object(sys, "argv", command), mock.patch.object(sys, "path", [*sys.path]),
-          mock.patch.dict(os.environ, {"JAX_COMPILATION_CACHE_DIR": ""})):  # so that scripts leave jax's own be
+          flagsaver.flagsaver(), mock.patch.object(sys, "argv", command), mock.patch.object(sys, "path", [*sys.path])):
         flags.FLAGS.unparse_flags()
         try:
             runpy.run_path(command[0], run_name="__main__")
@@ -45,7 +44,7 @@ def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
 
 
-def launch_process(script: str, *arguments: str, shell: tuple[str, ...] = (), cwd: pathlib.Path = ROOT,
+def launch_process(script: str | pathlib.Path, *arguments: str, shell: tuple[str, ...] = (), cwd: pathlib.Path = ROOT,
                    **environment: str) -> subprocess.CompletedProcess:
     """The same in a process with a device of its own, started by the command `shell` if one is given."""
     return subprocess.run([*shell, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments], cwd=cwd,

@@ -10,10 +10,9 @@ from asib_jax.data.sources import Split
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
-from asib_jax.models.architecture import Architecture
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
-from asib_jax.models.layers import ConvNorm
+from asib_jax.models.layers import Architecture, ConvNorm
 
 CLASSES, DIM = 5, 8
 

@@ -1,4 +1,4 @@
-"""`launch/main.py` with tiny networks: one_host.py LOCAL_DEVICES [FLAGS]; a process of `test_hosts`."""
+"""`launch/main.py` with tiny networks: one_host.py LOCAL_DEVICES [FLAGS]; a process of `test_hosts` and `test_kill`."""
 import pathlib
 import runpy
 import sys

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import torch
 
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Architecture
 from asib_jax.models.kd_model import KDModel
 from asib_jax.weights.reading import import_weights
 from asib_jax.weights.torch_names import export_weights

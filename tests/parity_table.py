@@ -19,7 +19,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 import parity
 import torch_networks
 from asib_jax.models import MODELS
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.resnet import imagenet_resnet

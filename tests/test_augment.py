@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from asib_jax import streams
-from asib_jax.data import augment as module
 from asib_jax.data.augment import augment, mix
 
 KEY = streams.key(0, "augment", 0, 0)
@@ -55,7 +54,7 @@ def test_crop_and_flip_give_every_window_equally_often(policy, mirrored):
         assert abs(sum(flip for _, flip in found) - 625) < 4 * 18
 
 
-def test_what_an_image_becomes_depends_on_its_index_alone():
+def test_what_an_wholebecomes_depends_on_its_index_alone():
     images, order = pictures(6), np.array([4, 1, 0, 5, 2, 3])
     whole = run(images, 2)
     np.testing.assert_array_equal(run(images[order], 2, order), whole[order])
@@ -66,22 +65,46 @@ def test_what_an_image_becomes_depends_on_its_index_alone():
     np.testing.assert_allclose(np.reshape(halves, whole.shape), whole, rtol=0, atol=1e-4)  # of 255
 
 
-def test_jitter_matches_numpy():
-    def grey(x):
-        return (x * [0.299, 0.587, 0.114]).sum(-1, keepdims=True)
+def grey(image):
+    return (image * [0.299, 0.587, 0.114]).sum(-1, keepdims=True)
 
-    image, factors = pictures(1)[0].astype(np.float64), np.array([1.3, 0.7, 1.35])
-    expected = np.clip(image * factors[0], 0, 255)
-    expected = np.clip(factors[1] * expected + (1 - factors[1]) * grey(expected).mean(), 0, 255)
-    expected = np.clip(factors[2] * expected + (1 - factors[2]) * grey(expected), 0, 255)
-    out = module._jitter(jnp.asarray(factors, jnp.float32), jnp.asarray(image, jnp.float32))
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-3)
+
+def jittered(image, factors):
+    """Brightness, contrast, saturation in float64."""
+    out = np.clip(image * factors[0], 0, 255)
+    out = np.clip(factors[1] * out + (1 - factors[1]) * grey(out).mean(), 0, 255)
+    return np.clip(factors[2] * out + (1 - factors[2]) * grey(out), 0, 255)
+
+
+def test_jitter_matches_numpy():
+    """Where nothing is clipped the result is a sum of the image, its grey and that's mean, whose weights tell the three
+    factors; an image of all values and of the same index then is clipped after each of them. Below 8 pixels nothing
+    moves."""
+    n, whole = 60, pictures(1, 7, 7)[0].astype(np.float64)
+    middling = np.floor(60 + whole / 6)
+    found = []
+    for few, many in zip(run(np.repeat(middling[None], n, 0), 2), run(np.repeat(whole[None], n, 0), 2)):
+        for side in (1, -1):
+            image = middling[:, ::side]
+            mean = np.full_like(image, grey(image).mean())
+            terms = np.stack([image, np.broadcast_to(grey(image), image.shape), mean], -1).reshape(-1, 3)
+            weights = np.linalg.lstsq(terms, few.ravel(), rcond=None)[0]
+            if np.abs(terms @ weights - few.ravel()).max() < 1e-3:  # else it is the other side or partly erased
+                coloured = weights[0] + weights[1]
+                found.append((weights.sum(), coloured / weights.sum(), weights[0] / coloured))
+                np.testing.assert_allclose(many, jittered(whole[:, ::side], found[-1]), rtol=0, atol=0.02)
+    assert abs(len(found) - n / 2) < 4 * np.sqrt(n / 4)
+    assert np.min(found) > 0.6 - 1e-4 and np.max(found) < 1.4 + 1e-4
+    assert (np.ptp(found, axis=0) > 0.5).all()
+    assert np.abs(np.corrcoef(found, rowvar=False) - np.eye(3)).max() < 0.7  # three draws, not one
 
 
 def test_erasing_fills_a_rectangle_with_the_mean_colour():
-    image, n = pictures(1, 16, 12)[0].astype(np.float32), 400
-    out = np.asarray(jax.jit(jax.vmap(module._erase, (0, None)))(jax.random.split(KEY, n), image))
-    changed = (out != image).any(-1)
+    """Of two channels, so that there is no jitter, and below 8 pixels, so that nothing moves."""
+    image, n = pictures(1, 7, 7, channels=2)[0].astype(np.float32), 400
+    out = run(np.repeat(image[None], n, 0), 2)
+    changed = np.stack([(out != image).any(-1), (out != image[:, ::-1]).any(-1)])  # as it was, or mirrored
+    changed = np.where((changed[0].sum((1, 2)) < changed[1].sum((1, 2)))[:, None, None], *changed)
     erased = changed.any((1, 2))
     assert abs(erased.sum() - n / 2) < 4 * np.sqrt(n / 4)
     shares = []
@@ -148,10 +171,11 @@ def test_cutmix_pastes_one_rectangle_and_counts_its_area(draws):
 
 
 def test_cutmix_box_has_the_drawn_share():
-    boxes = jax.jit(jax.vmap(lambda key: module._cutmix_box(key, jnp.float32(0.75), 32, 32)))
-    boxes = np.asarray(boxes(jax.random.split(KEY, 500)))
-    areas = boxes.sum((1, 2))
-    assert areas.max() == 16 * 16 and areas.min() == 8 * 8  # a quarter; at a corner a quarter of that
+    """A Beta of huge parameters is its mean, a half: 22 of 32 pixels on a side, at a corner half of them."""
+    images, labels = jnp.zeros((2, 32, 32, 1)), jnp.arange(2)
+    draw = jax.jit(jax.vmap(lambda key: mix(key, images, labels, mixup_alpha=0.0, cutmix_alpha=1e8)[2]))
+    areas = np.round(32 * 32 * (1 - np.asarray(draw(jax.random.split(KEY, 500))))).astype(int)
+    assert areas.max() == 22 * 22 and areas.min() == 11 * 11
 
 
 def test_two_devices_mix_as_one():

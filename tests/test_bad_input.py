@@ -471,7 +471,7 @@ def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error, tmp
     """Without a traceback, but with a word on how to get one."""
     (tmp_path / "script.py").write_text(
         f"from asib_jax.tools import command_line\ncommand_line.run(lambda: {mistake})\n")
-    ended = launch(f"{tmp_path}/script", *flags)
+    ended = launch(tmp_path / "script", *flags)
     assert ended.returncode == status and errors(ended) == [f"error: {error}"]
     assert ("Traceback" in ended.stderr) == bool(flags) and ("--verbose" in ended.stderr) == (status == 1)
 

@@ -10,7 +10,7 @@ import pytest
 from asib_jax import streams
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.evaluate import correct_counts
-from asib_jax.objectives import optimizers, state
+from asib_jax.objectives import inputs, optimizers, state
 from asib_jax.data.augment import augment
 from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
 from asib_jax.objectives.a_loss import ATerms, a_loss
@@ -168,6 +168,25 @@ def test_damaged_file_in_the_cache_is_named(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=rf"{tmp_path}/\w+\.npz \(in teacher_cache\) cannot be read, delete it"):
         build(cache=tmp_path)
+
+
+def test_logits_of_16_bit_networks_are_held_in_16_bits():
+    """Of bfloat16 networks float16's rounding of the logits, 2^-11, the same class everywhere; of float32 ones all
+    bits; and a step reads either as float32."""
+    nets, variables = make()
+    half = replace(nets, teachers=tuple(model.clone(dtype=jnp.bfloat16) for model in nets.teachers),
+                   student=nets.student.clone(dtype=jnp.bfloat16))
+    for networks, kind, rounding in ((nets, np.float32, 0), (half, np.float16, 2 ** -11)):
+        bank = Bank(networks, SPLIT, make_feed(), name="a split", narrow=True)
+        (read,), (student,) = bank.read("teachers", variables), bank.read("student", variables)
+        held = {"teachers": bank.of("teachers").host["teachers"], "student": bank.of("student").host["student"]}
+        assert held["teachers"].logits.dtype == held["student"].logit.dtype == kind and read.logits.dtype == np.float32
+        for a, b in ((held["teachers"].logits, read.logits), (held["student"].logit, student.logit)):
+            np.testing.assert_allclose(a.astype(np.float32), b, rtol=rounding, atol=1e-7)
+            np.testing.assert_array_equal(a.argmax(-1), b.argmax(-1))
+        assert [feat.dtype for feat in held["teachers"].feats] == [model.dtype for model in networks.teachers]
+        outputs, _ = inputs.teacher_outputs(networks, variables, None, {"teachers": held["teachers"]})
+        assert outputs.logits.dtype == np.float32
 
 
 def test_a_bank_holds_what_it_has_read_until_it_forgets():

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from asib_jax.data.batches import evaluation_rows, training_rows
+from asib_jax.data.splits import evaluation_rows, training_rows
 
 
 def test_training_order_is_the_generators_and_the_rest_is_dropped():

@@ -3,6 +3,8 @@ import json
 import math
 import time
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,16 +44,38 @@ def read(module, profile, **changes):
 ])
 def test_projection_of_a_run(a_views, b_views, seconds):
     """Two stages of 4 A-epochs with 5 and 2 B-epochs; 100 images, of which an epoch's batches take 90."""
-    found = benchmark.project(RATES, images=100, epoch_images=90, a_epochs=4, b_epochs=(5, 2), a_views=a_views,
-                              b_views=b_views)
+    found = benchmark.project(RATES, *described((4, 4), (5, 2), a_views, b_views), images=100, epoch_images=90)
     assert found == pytest.approx(seconds, rel=1e-12)
 
 
 def test_projection_of_one_a_step():
     """Five epochs with three views; no rate of a B-Step is needed."""
     rates = {name: RATES[name] for name in ("a_stored", "read_teachers", "read_student")}
-    found = benchmark.project(rates, images=100, epoch_images=90, a_epochs=5, b_epochs=(0,), a_views=3, b_views=0)
+    found = benchmark.project(rates, *described((5,), (), 3, 0), images=100, epoch_images=90)
     assert found == pytest.approx(3 * 100 / 50 + 3 * 100 / 400 + 5 * 90 / 200, rel=1e-12)
+
+
+def test_projection_where_some_views_do_not_fit():
+    """Of three views one is held: of six epochs two read it, four run the networks."""
+    phases, _ = described((6,), (), 3, 0)
+    found = benchmark.project(RATES, phases, frozenset({(0, 1)}), images=100, epoch_images=90)
+    expected = 100 / RATES["read_teachers"] + 100 / RATES["read_student"] + 90 * (2 / RATES["a_stored"]
+                                                                                 + 4 / RATES["a_streaming"])
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def described(a_lengths, b_lengths, a_views, b_views):
+    """What phases of these lengths say of their epochs, and all views that they read, stored."""
+    def views(lengths, stage, count):
+        numbers = [sum(lengths[:stage]) + epoch for epoch in range(lengths[stage])]
+        starts = [(s, e) for s, length in enumerate(lengths) for e in range(length)]
+        return tuple(starts[number % count] if count else starts[number] for number in numbers)
+
+    phases = [SimpleNamespace(optimizer="a", views=views(a_lengths, stage, a_views),
+                              reads={"teachers", "student"} if a_views else set()) for stage in range(len(a_lengths))]
+    phases += [SimpleNamespace(optimizer="b", views=views(b_lengths, stage, b_views),
+                               reads={"teachers"} if b_views else set()) for stage in range(len(b_lengths))]
+    return phases, frozenset(view for phase in phases if phase.reads for view in phase.views)
 
 
 def test_ratios_are_of_the_same_round():

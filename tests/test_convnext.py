@@ -67,7 +67,7 @@ def test_layer_norm(mean, deviation):
 
 def test_initial_values():
     """As the original's: of the two kernels there are 392 and 256 draws."""
-    block = Block(0.5, jnp.float32, None)
+    block = Block(0.5, dtype=jnp.float32, axis_name=None)
     params = jax.jit(lambda: block.init(jax.random.key(1), jnp.zeros((1, 3, 3, 8)), train=False))()["params"]
     np.testing.assert_array_equal(params["gamma"], np.full(8, 1e-6, np.float32))
     np.testing.assert_allclose(np.std(params["depthwise"]["kernel"]), 0.02, rtol=0.2)

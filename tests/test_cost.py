@@ -57,10 +57,11 @@ def test_a_step_of_a_tiny_network():
     mask = {"student": {"stage0": True, "classifier": False}}
 
     def loss(variables, controls, batch):
-        return b_loss(variables, controls, batch, nets=Networks(model), terms=BTerms(0),
-                            mode=Mode(train=True))
+        return b_loss(variables, controls, batch, nets=Networks(model), terms=BTerms(0), mode=Mode(train=True))
 
-    found = cost.of_step(Training(loss, mask, ("student",), tx), own, jax.eval_shape(make_batch), "float32")
+    controls = {f"{name}_key": jax.eval_shape(lambda: jax.random.key(0)) for name in ("augment", "mix", "dropout")}
+    controls["step"] = jax.ShapeDtypeStruct((), jnp.int32)
+    found = cost.of_step(Training(loss, mask, ("student",), tx), own, controls, jax.eval_shape(make_batch), "float32")
     trained = 3 * 3 * 3 * 3 + 2 * 3  # a 3x3 convolution of 3 channels without bias; scale and bias of its BatchNorm
     assert found.trained == {"student": trained} and found.gradients == 4 * trained
     assert found.state == 4 * (3 * trained + 1 + 2 * 3)

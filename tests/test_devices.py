@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asib_jax import streams
-from asib_jax.engine import parallel
+from asib_jax.engine import devices as placing
 from asib_jax.objectives import optimizers, state
 from asib_jax.models.ensemble import Mode
 from asib_jax.objectives.a_loss import ATerms, a_loss
@@ -74,7 +74,7 @@ def run_on(kind, count, **axes):
     def compiled(step):
         steps = feed.compile(step, donate_carry=True)
         return lambda current, frozen, controls, batch: one_step(
-            steps, feed, parallel.replicate(current, feed.devices), frozen, controls, batch)
+            steps, feed, placing.replicate(current, feed.devices), frozen, controls, batch)
 
     return run(kind, compiled, **{"axis_name": feed.axis_name, "networks_axis": feed.axis_name} | axes)
 
@@ -99,7 +99,7 @@ def test_steps_agree_on_any_number_of_devices(kind, count):
 
 def test_step_agrees_under_jit_with_a_sharded_batch():
     """The same pure step without an axis, its batch split over a mesh of four devices."""
-    mesh = Mesh(np.array(parallel.run_devices(4)), ("data",))
+    mesh = Mesh(np.array(placing.run_devices(4)), ("data",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def compiled(step):

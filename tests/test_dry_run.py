@@ -90,14 +90,15 @@ def test_parameters_counted_by_hand(digits):
     trained = [{name: count for name, (count, _) in step.trained.items()} for step in plan.steps]
     assert trained[:2] == [{"teacher1": backbones["teacher1"]}, {"teacher2": backbones["teacher2"]}]
     assert trained[2] == trained[4] == fusion | dict.fromkeys(networks, adapter)  # train_distill_adapter_only
-    assert trained[3] == trained[6] == {"student": backbones["student"]}
+    assert trained[3] == {"student": backbones["student"]} and trained[6] == {"control": backbones["student"]}
     frozen = 9 * 16 + 2 * 9 * 16 ** 2 + 2 * 3 * 16  # student_freeze_level=(-1, 2): the stem and layer1 stand still
-    assert trained[5] == trained[7] == {"student": backbones["student"] - frozen}
+    assert trained[5] == {"student": backbones["student"] - frozen}
+    assert trained[7] == {"control": backbones["student"] - frozen}
     totals = [{name: total for name, (_, total) in step.trained.items()} for step in plan.steps]
     assert all(total.items() <= whole.items() for total in totals[:6])
-    assert totals[6] == totals[7] == {"student": backbones["student"]}  # a control needs no adapter
-    statistics = sum(2 * normalised for _, normalised in networks.values())
-    assert plan.resident == 4 * (sum(whole.values()) + statistics)
+    assert totals[6] == totals[7] == {"control": backbones["student"]}  # which needs no adapter
+    statistics = sum(2 * normalised for _, normalised in [*networks.values(), networks["student"]])
+    assert plan.resident == 4 * (sum(whole.values()) + backbones["student"] + statistics)
 
 
 def test_memory_grows_with_what_trains(digits):

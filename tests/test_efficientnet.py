@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from asib_jax.models import MODELS
-from asib_jax.models.efficientnet import Block, efficientnet
+from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.kd_model import KDModel
 from asib_jax.weights.reading import import_weights
 from asib_jax.weights.torch_names import export_weights
@@ -66,6 +66,7 @@ def test_weights_fit_small_images_whole():
 
 def test_initial_depthwise_kernel():
     """Of variance 2/9, in 432 draws to four standard deviations."""
-    block = Block(6, 3, 1, 8, 0.5, None, 1e-5, jnp.float32, None)
+    (_, factory), *_ = MODELS["efficientnet_b0"](True).stages[2][1].keywords["parts"]
+    block = factory(dtype=jnp.float32, axis_name=None)
     variables = jax.jit(lambda: block.init(jax.random.key(1), jnp.zeros((1, 3, 3, 8)), train=False))()
     np.testing.assert_allclose(np.var(variables["params"]["depthwise_conv"]["kernel"]), 2 / 9, rtol=0.3)

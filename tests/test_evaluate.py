@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asib_jax.data.splits import evaluation_rows
 from asib_jax.engine.evaluate import Evaluator
+from asib_jax.models.ensemble import Networks, Variables
 from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)  # batches of 8 leave three empty places
@@ -21,8 +23,15 @@ def make():
 
 @functools.cache
 def evaluator(count):
+    return fresh(count)
+
+
+def fresh(count, batch=8):
+    """An evaluator that has read the teachers."""
     nets, variables = make()
-    return Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
+    made = Evaluator(nets, SPLIT, make_feed(count, eval_batch=batch), "test")
+    made.read_teachers(variables)
+    return made
 
 
 @jax.jit
@@ -54,61 +63,64 @@ def by_hand():
 @pytest.mark.parametrize("count", [1, 4])
 def test_every_example_counts_once_on_any_number_of_devices(count, by_hand):
     """Twice the same: the synergy code is mu, without noise (SPEC 10.6)."""
-    _, variables = make()
     for _ in range(2):
-        counts = evaluator(count)(variables)
+        counts = evaluator(count)(*make())
         assert counts == {name: by_hand[name] for name in ("student", "synergy", "without_teachers", "average")}
-    assert evaluator(count).teacher_counts() == {
+    assert evaluator(count).teacher_counts == {
         name: by_hand[name] for name in ("teacher1", "teacher2", "average", "disagreement")}
     assert len({by_hand[name] for name in ("student", "synergy", "without_teachers")}) == 3  # none stands for another
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_stored_student_counts_as_the_one_that_is_run(count, by_hand):
-    """Until it is dropped: then the student of the variables counts."""
+    """Until it is forgotten: then the student of the variables counts. A control is never the stored student."""
     nets, variables = make()
-    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
-    own.read_student(variables)
+    own = fresh(count)
+    own.bank.read("student", variables)
     other = jax.tree.map(lambda leaf: leaf, variables)
     other.params["student"]["classifier"] = jax.tree.map(jnp.negative, variables.params["student"]["classifier"])
     expected = {name: by_hand[name] for name in ("student", "synergy", "without_teachers", "average")}
-    assert own(variables) == own(other) == expected
-    own.drop_student()
-    assert own(variables) == expected != own(other)
+    assert own(nets, variables) == own(nets, other) == expected
+    control = Variables(*({"control": part["student"]} for part in other))
+    apart = own(Networks(nets.student), control, "control")
+    own.bank.forget("student")
+    assert own(nets, variables) == expected != own(nets, other)
+    assert apart == {"control": own(nets, other)["student"]}
 
 
 def test_batch_larger_than_the_split(by_hand):
     """Three of four devices have nothing but padding."""
-    nets, variables = make()
-    large = Evaluator(nets, variables, SPLIT, name="test", batch_size=128, feed=make_feed(4))
-    assert large(variables)["synergy"] == by_hand["synergy"]
-    assert large.teacher_counts()["disagreement"] == by_hand["disagreement"]
+    large = fresh(4, batch=128)
+    assert large(*make())["synergy"] == by_hand["synergy"]
+    assert large.teacher_counts["disagreement"] == by_hand["disagreement"]
 
 
 @pytest.mark.parametrize("rows, counted", [
     (lambda rows: rows[:-1], 16), (lambda rows: np.concatenate([rows, rows[:1]]), 29),
     (lambda rows: np.where(rows == 3, 4, rows), 21), (lambda rows: np.where(rows == 0, 21, rows), 20)])
 @pytest.mark.parametrize("count", [1, 4])
-def test_an_example_left_out_or_counted_twice_is_an_error(count, rows, counted):
-    nets, variables = make()
-    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed(count))
-    own._rows = rows(own._rows)
+def test_an_example_left_out_or_counted_twice_is_an_error(monkeypatch, count, rows, counted):
+    monkeypatch.setattr("asib_jax.engine.evaluate.evaluation_rows", lambda *sizes: rows(evaluation_rows(*sizes)))
+    own = fresh(count)
     with pytest.raises(ValueError, match=f"{counted} examples of the test split were counted, not all of its 21"):
-        own(variables)
+        own(*make())
 
 
 def test_accuracies_are_shares_of_the_split(by_hand):
-    accuracies = evaluator(1).accuracies(make()[1])
+    accuracies = evaluator(1).accuracies(*make())
     assert accuracies["synergy"] == by_hand["synergy"] / 21 and evaluator(1).count == 21
 
 
 def test_student_alone_needs_neither_adapter_nor_teachers(by_hand):
-    student = make()[1].of("student")
+    nets, variables = make()
+    student = variables.of("student")
     params = {name: leaves for name, leaves in student["params"].items() if name != "distill_adapter"}
-    alone = evaluator(1).student_only()
-    variables = make()[1]._replace(params={"student": params}, batch_stats={"student": student["batch_stats"]})
-    assert alone(variables) == {"student": by_hand["student"]}
-    assert alone.teacher_counts() == {}
+    alone, own = Networks(nets.student.clone(adapter_dim=0)), Variables({"student": params},
+                                                                        {"student": student["batch_stats"]})
+    without = Evaluator(alone, SPLIT, make_feed(eval_batch=8), "test")
+    without.read_teachers(own)  # of none
+    assert without.teacher_counts == {}
+    assert without(alone, own) == evaluator(1)(alone, own) == {"student": by_hand["student"]}
 
 
 def test_changed_teachers_are_read_again(by_hand):
@@ -116,8 +128,10 @@ def test_changed_teachers_are_read_again(by_hand):
     nets, variables = make()
     shifted = jax.tree.map(lambda leaf: leaf, variables)
     shifted.params["teacher1"]["classifier"] = jax.tree.map(jnp.negative, variables.params["teacher1"]["classifier"])
-    own = Evaluator(nets, variables, SPLIT, name="test", batch_size=8, feed=make_feed())
+    own = fresh(1)
+    assert own(nets, shifted)["average"] == by_hand["average"]
     own.read_teachers(shifted)
     logits = -nets.teachers[0].apply(variables.of("teacher1"), jnp.float32(SPLIT.image), train=False).logit
-    assert own.teacher_counts()["teacher1"] == int((np.argmax(logits, -1) == SPLIT.label).sum()) != by_hand["teacher1"]
-    assert own.teacher_counts()["teacher2"] == by_hand["teacher2"]
+    assert own.teacher_counts["teacher1"] == int((np.argmax(logits, -1) == SPLIT.label).sum()) != by_hand["teacher1"]
+    assert own.teacher_counts["teacher2"] == by_hand["teacher2"]
+    assert own(nets, shifted)["average"] == own.teacher_counts["average"] != by_hand["average"]

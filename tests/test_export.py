@@ -15,8 +15,7 @@ from asib_jax.tools import export
 from asib_jax.weights import checkpoint, origins, reading
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
-from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.initial import init_network
+from asib_jax.models.ensemble import Networks, Variables, init_network
 from configs import ce_only
 from launching import launch
 

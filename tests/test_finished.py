@@ -2,6 +2,7 @@
 import collections
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,8 +14,8 @@ from asib_jax.record import finished
 from asib_jax.weights import origins
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
-from asib_jax.models.ensemble import Variables
-from asib_jax.models.initial import init_network
+from asib_jax.record.snapshots import Snapshots
+from asib_jax.models.ensemble import Variables, init_network
 from asib_jax.weights.reading import read_weights
 from configs import l1_ib
 
@@ -50,7 +51,7 @@ def saved(tmp_path_factory, quick_compilation):
     config.teacher2.weights, config.teacher2.train_epochs = str(tmp_path / "teacher2.npz"), 0
     settings = recipe.read(config)
     nets = build.build_networks(settings, 10)
-    student = build.init_student_and_fusion(settings, nets, SHAPE)
+    student = build.initial(settings, nets, SHAPE).variables
     trained = init_network(nets.teachers[0], 5, "teacher1", SHAPE)
     imported, _ = read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],
                                init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE), sha256="")
@@ -61,7 +62,7 @@ def saved(tmp_path_factory, quick_compilation):
     done = finished.Finished(variables, {"last": variables.of("student"), "best": variables.of("student")},
                              collections.Counter({"synergy": 30, "avg (gate shut)": 10}))
     record = Record.create(tmp_path / "results", "l1_ib", "", config.to_dict())
-    record.log("weights/teacher2", origins.digest(settings.teachers[1].weights))  # as `teachers.ready` does
+    record.log("weights/teacher2", origins.digest(settings.teachers[1].weights))  # as `teachers.collect` does
     finished.save(record, settings, nets, done)
     return record.folder, settings, nets, done
 
@@ -97,7 +98,6 @@ def test_only_weights_of_the_given_digest_are_read(saved, tmp_path, read):
     folder, settings, nets, _ = saved
     (tmp_path / "w.npz").write_bytes(b"never parsed")
     given, wrong = {"weights": str(tmp_path / "w.npz"), "weights_sha256": "0" * 64}, {"weights_sha256": "0" * 64}
-    record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
     first, second = settings.teachers
     student = dataclasses.replace(settings.model.student, **given)
     with pytest.raises(UserError, match=r"\.weights=.* has the SHA-256 [0-9a-f]{64}, not 0{64} of "):
@@ -106,10 +106,11 @@ def test_only_weights_of_the_given_digest_are_read(saved, tmp_path, read):
             finished.load(folder, changed, nets, SHAPE)
         elif read == "the student":
             changed = dataclasses.replace(settings, model=dataclasses.replace(settings.model, student=student))
-            build.init_student_and_fusion(changed, nets, SHAPE)
+            build.initial(changed, nets, SHAPE)
         else:
             changed = dataclasses.replace(settings, teachers=(dataclasses.replace(first, **given), second))
-            teachers._place(changed, 0, "teacher1", record)
+            record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
+            teachers.collect(changed, nets, SimpleNamespace(image_shape=SHAPE), record, Snapshots(record))
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json"])
@@ -126,8 +127,8 @@ def test_damaged_json_is_named(saved, name, content):
 
 def test_keys_of_another_version_are_told_with_their_file(saved, tmp_path):
     config = json.loads((saved[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "tau"}))
-    with pytest.raises(UserError, match=r"/config\.json: missing keys: tau; another version .* about\.json"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"taus": 2.0}))
+    with pytest.raises(UserError, match=r"/config\.json: unknown key taus; .*; another version .* about\.json"):
         finished.read_recipe(tmp_path)
 
 

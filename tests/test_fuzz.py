@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from safetensors.numpy import save
 
-from asib_jax.engine import feature_bank
+from asib_jax.engine import bank_files
 from asib_jax import recipe
 from asib_jax.recipe import checks
 from asib_jax.record import finished
@@ -243,7 +243,7 @@ def test_stored_outputs(folder, at, change, dropped):
     content = bytearray(bank_file())
     content[at : at + dropped] = change
     (folder / "bank.npz").write_bytes(content)
-    return only_user_errors(feature_bank._load, folder / "bank.npz", nets())
+    return only_user_errors(bank_files.load, folder / "bank.npz", nets())
 
 
 # --- configurations --------------------------------------------------------------------------------------------------

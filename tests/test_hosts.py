@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax.engine import hosts, parallel
+from asib_jax.engine import devices as placing, hosts
 from asib_jax.record import signals, snapshots
 from asib_jax.weights import checkpoint
 from networks import make_split
@@ -32,12 +32,9 @@ FLAGS = {
 
 
 @pytest.fixture
-def launch(tmp_path, tmp_path_factory):
+def launch(tmp_path):
     """Start l1_ib in processes of two devices each, of which `num_devices` train; killed at the end at the latest."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.getbasetemp() / "xla")
     training, test = make_split(50), make_split(10, seed=1)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache,
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}  # compilation is the cost
     started = []
 
     def start(results: str, *own: tuple[dict, bool]) -> list[subprocess.Popen]:
@@ -56,7 +53,8 @@ def launch(tmp_path, tmp_path_factory):
             started.append(subprocess.Popen(
                 [sys.executable, TESTS / "one_host.py", "2", f"--config={TESTS.parent}/configs/l1_ib.py", *joined,
                  *(f"--config.{key}={value}" for key, value in flags.items())],
-                cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+                cwd=folder, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT))
         return started[-len(own) :]
 
     yield start
@@ -77,52 +75,41 @@ def row(folder: pathlib.Path) -> dict[str, str]:
     return {key: value for key, value in found.items() if key != "minutes"}
 
 
-def test_two_hosts_train_what_one_does(launch, tmp_path):
+def test_two_hosts_train_what_one_does_though_a_signal_stops_them(launch, tmp_path):
     """Teachers, A-Step, B-Step, evaluation on one device of each of two hosts, and on two devices of one: bitwise the
-    same variables, for a sum of two is exact in any order. The first host alone writes, and it writes once."""
-    two, one = launch("two", *[({"num_devices": 1}, True)] * 2), launch("one", ({"num_devices": 2}, True))
-    ((status, told),) = ends(one)
-    assert status == 0, told
-    (first, told), (second, silent) = ends(two)
-    assert (first, second) == (0, 0), told + silent
-    assert "devices: 2 x cpu on 2 hosts" in told and "teacher1 (tiny_teacher)" in told
-    assert "teacher1" not in silent  # no log lines, no table
-    one, two = (checkpoint.restore(tmp_path / name / "run" / "checkpoints" / "final") for name in ("one", "two"))
-    assert {"ib_mbm", "teacher1", "student"} <= one["variables"].keys()
-    jax.tree.map(np.testing.assert_array_equal, two, one)
-    assert row(tmp_path / "two") == row(tmp_path / "one")
-    run = tmp_path / "two" / "run"
-    assert {path.name for path in run.parent.glob("[!.]*")} == {"run", "teachers", "latest", "summary.csv"}
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"stage1_last", "stage1_best", "final"}
-    assert len(list((run / "tensorboard").iterdir())) == 1 and len(list((run.parent / "teachers").iterdir())) == 2
-    for number in (0, 1):
-        assert [path.name for path in (tmp_path / f"two-{number}").iterdir()] == ["colours.npz"]
+    same variables, for a sum of two is exact in any order. A signal to the second alone, during the B-Step, stops both
+    with the status of an interrupted run; started again they go on. The first host alone writes, and it writes once."""
+    config, folder = {"student_epochs_per_stage": "(30,)"}, tmp_path / "two"
 
+    def both(attempt, resume):
+        own = config | {"num_devices": 1, "results_dir": folder, "resume": resume}
+        return launch(attempt, (own, True), (own, True))
 
-def test_a_signal_to_one_host_stops_all_and_they_go_on(launch, tmp_path):
-    """To the second alone, during the B-Step: both leave with the status of an interrupted run and, started again, come
-    to what two devices of one host come to."""
-    def both(attempt):
-        config = {"num_devices": 1, "student_epochs_per_stage": "(30,)", "results_dir": tmp_path / "two"}
-        return launch(attempt, (config | {"resume": attempt}, True), (config | {"resume": attempt}, True))
-
-    processes, log = both("latest"), tmp_path / "two" / "run" / "log.txt"
+    processes, log = both("first", "latest"), folder / "run" / "log.txt"
     while "stage1/b/epoch02" not in (log.read_text() if log.exists() else ""):
         assert all(process.poll() is None for process in processes), ends(processes)
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     for status, told in ends(processes):
         assert status == signals.EXIT_INTERRUPTED and "stopped by " in told, told
-    assert row(tmp_path / "two")["status"] == "interrupted"
-    assert snapshots.last_whole(tmp_path / "two" / "run").part == "stage1/b"
-    one = launch("one", ({"num_devices": 2, "student_epochs_per_stage": "(30,)"}, True))
-    ((status, told),) = ends(one)
+    assert row(folder)["status"] == "interrupted"
+    assert snapshots.last_whole(folder / "run").part == "stage1/b"
+    ((status, told),) = ends(launch("one", (config | {"num_devices": 2}, True)))
     assert status == 0, told
-    for status, told in ends(both(str(tmp_path / "two" / "run"))):
-        assert status == 0, told
+    (first, told), (second, silent) = ends(both("second", str(folder / "run")))
+    assert (first, second) == (0, 0), told + silent
+    assert "devices: 2 x cpu on 2 hosts" in log.read_text() and "teacher1 (tiny_teacher)" in told
+    assert "teacher1" not in silent  # no log lines, no table
     one, two = (checkpoint.restore(tmp_path / name / "run" / "checkpoints" / "final") for name in ("one", "two"))
+    assert {"ib_mbm", "teacher1", "student"} <= one["variables"].keys()
     jax.tree.map(np.testing.assert_array_equal, two, one)
-    assert row(tmp_path / "two") == row(tmp_path / "one")
+    assert row(folder) == row(tmp_path / "one")
+    assert {path.name for path in folder.glob("[!.]*")} == {"run", "teachers", "latest", "summary.csv"}
+    assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} == {"stage1_last", "stage1_best", "final"}
+    assert len(list((folder / "run" / "tensorboard").iterdir())) == 2  # one a start
+    assert len(list((folder / "teachers").iterdir())) == 2
+    for name in ("first-0", "first-1", "second-0", "second-1"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["colours.npz"]
 
 
 def test_hosts_that_disagree_stop(launch, tmp_path):
@@ -157,9 +144,9 @@ def test_a_host_holds_its_own_places_alone():
     away = SimpleNamespace(process_index=jax.process_index() + 1)
     here = jax.local_devices()[:2]
     devices, x = [away, away, *here], np.arange(7)
-    placed = parallel.spread({"x": x}, devices)["x"]
+    placed = placing.spread({"x": x}, devices)["x"]
     np.testing.assert_array_equal(placed, [[4, 5], [6, 0]])
     assert [shard.device for shard in placed.addressable_shards] == here
-    streamed = parallel.place_steps({"x": 10 * x}, np.array([[0, 1, 2, 3], [6, 5, 4, 9]]), devices)["x"]
+    streamed = placing.place_steps({"x": 10 * x}, np.array([[0, 1, 2, 3], [6, 5, 4, 9]]), devices)["x"]
     np.testing.assert_array_equal(streamed, [[[20], [40]], [[30], [60]]])
-    assert parallel.replicate({"x": x}, devices)["x"].sharding.device_set == set(here)
+    assert placing.replicate({"x": x}, devices)["x"].sharding.device_set == set(here)

@@ -43,7 +43,7 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     assert rows[0]["test_acc_best"] == repr(metrics["final/test_acc_best"])
     assert rows[1]["test_acc_synergy_best"] == ""  # not measured, so empty, not 0
     assert metrics["final/test_count"] == 539
-    assert {"stage1/a/epoch01/val_synergy_acc", "stage2/b/epoch01/val_student", "control/stage2/b/epoch01/val_student",
+    assert {"stage1/a/epoch01/val_synergy", "stage2/b/epoch01/val_student", "control/stage2/b/epoch01/val_control",
             "stage1/b/before/val_without_teachers"} <= metrics.keys()
 
     shown = table(first.stderr)

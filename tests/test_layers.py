@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from asib_jax import streams
-from asib_jax.models.architecture import Architecture
 from asib_jax.models.convnext import Block
 from asib_jax.models.ensemble import Mode, Networks, Variables, classify, run_teachers
 from asib_jax.models.ib_mbm import SynergyHead
 from asib_jax.models.kd_model import KDModel
-from asib_jax.models.layers import chain, dropout, stochastic_depth
+from asib_jax.models.layers import Architecture, chain, dropout, stochastic_depth
 from networks import convolutions, make_batch, random_values, variable_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

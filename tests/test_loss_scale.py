@@ -12,12 +12,12 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 
 from asib_jax import streams
-from asib_jax.engine import loop, parallel
+from asib_jax.engine import devices as placing
 from asib_jax.objectives import losses, optimizers, state
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.engine.nonfinite import Watch
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import make_train_step
+from epochs import BEGUN, calls_of, make_running
 from networks import SHALLOW, make_batch, make_feed, make_networks, one_step, random_variables
 
 BATCH = make_batch()
@@ -45,11 +45,11 @@ def product(variables, controls, batch, axis_name=None):
 
 def product_run(devices, tx=ADAMW):
     """The compiled step and its first state, whose scale doubles after two finite steps."""
-    axis = parallel.axis_name(devices)
+    axis = placing.axis_name(devices)
     step = make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {"w": {"mean": jnp.float32(0)}})
     current, frozen = state.begin(variables, {"w": True}, ("w",), tx, None, "float16")
-    current = parallel.replicate(current._replace(loss_scale=START), devices)
+    current = placing.replicate(current._replace(loss_scale=START), devices)
     return make_feed(len(devices)).compile(step, donate_carry=True), current, frozen
 
 
@@ -78,7 +78,7 @@ def test_an_overflow_on_any_device_skips_the_step_on_all(count):
     """The second example, on two devices the second one's alone, overflows in the second step: every array keeps its
     value and the scale halves. The third step at half the scale, and the next two, count; after two finite steps the
     scale doubles with the third. All bitwise."""
-    devices = parallel.run_devices(count)
+    devices = placing.run_devices(count)
     step, current, frozen = product_run(devices)
     history = take(step, current, frozen, BATCHES, devices)
     assert [metrics["skipped"] for _, metrics in history] == [0, 1, 0, 0, 0]
@@ -94,36 +94,30 @@ def test_an_overflow_on_any_device_skips_the_step_on_all(count):
 def test_two_devices_reach_the_state_of_one():
     """After the overflow, too: to 1e-6, as the mean over devices may round otherwise."""
     one, two = (take(*product_run(devices), BATCHES, devices)[-1][0]
-                for devices in map(parallel.run_devices, (1, 2)))
+                for devices in map(placing.run_devices, (1, 2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
 
 
-def run_epoch(step, current, frozen, batches):
-    feed = make_feed()
-    whole = feed.place(**{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
-    calls = feed.calls(step, np.arange(2 * len(batches)).reshape(-1, 2), whole)
-    loop.run_epoch(step, current, frozen, calls, tally := loop.Tally(), Watch(3), phase="", controls={},
-                   learning_rate=lambda step: 0.0, first_step=7)
-    return tally
+def run_epoch(batches):
+    running = make_running(product, ADAMW, [1.0], rate=0.0, limit=3, dtype="float16")
+    running.current = placing.replicate(running.current._replace(loss_scale=START), running.context.feed.devices)
+    running.run_epoch(calls_of(running, [batch["x"] for batch in batches]), {})
+    return running
 
 
 def test_means_of_an_epoch_are_over_the_steps_that_counted():
     """w stays 1 (the rate is 0), so that the loss is the mean of x: (1.5 + 2 + 2 + 1.5) / 4, not finite in the second
     step, where x itself is beyond float16."""
-    step, current, frozen = product_run(parallel.run_devices(1))
-    batches = [BATCHES[0], examples(1, 1e5), *BATCHES[2:]]
-    tally = run_epoch(step, current, frozen, batches)
-    assert tally.means == {"loss": 1.75, "lr": 0, "skipped": 1} and tally.steps == 5
-    assert step.compiled._cache_size() == 1  # the scale a step returns is of the type and place of the first
+    running = run_epoch([BATCHES[0], examples(1, 1e5), *BATCHES[2:]])
+    assert running.tally.means == {"loss": 1.75, "lr": 0, "skipped": 1} and running.tally.steps == 5
+    assert running.step.compiled._cache_size() == 1  # the scale a step returns is of the type and place of the first
 
 
 def test_an_epoch_of_overflows_alone_is_an_error():
     """Of too large a loss scale, with fewer in a row than are allowed: no means, but no error."""
-    step, current, frozen = product_run(parallel.run_devices(1))
-    with pytest.raises(FloatingPointError, match="3 steps in a row from step 7 .* broke in loss.*amp_dtype='bfloat16'"):
-        run_epoch(step, current, frozen, [examples(1, 1e5)] * 3)
-    step, current, frozen = product_run(parallel.run_devices(1))
-    tally = run_epoch(step, current, frozen, [examples(1, 1e5)] * 2)
+    with pytest.raises(FloatingPointError, match=f"3 steps in a row from step {BEGUN} .* broke in loss.*'bfloat16'"):
+        run_epoch([examples(1, 1e5)] * 3)
+    tally = run_epoch([examples(1, 1e5)] * 2).tally
     assert tally.means["skipped"] == tally.steps == 2 and np.isnan(tally.means["loss"])
 
 

@@ -7,27 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from asib_jax import a_step, b_step, build, recipe as recipes, teachers, train
+from asib_jax import build, recipe as recipes, train
 from asib_jax.data import sources
-from asib_jax.data.sources import Split
-from asib_jax.engine import feature_bank, parallel
+from asib_jax.engine.banks import make_reader
+from asib_jax.engine.compiled import compile_steps
 from asib_jax.engine.evaluate import make_eval_step
-from asib_jax.engine.feed import Feed
-from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
+from asib_jax.engine.progress import Progress
+from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import state
-from asib_jax.objectives.step import Training, make_train_step
+from asib_jax.objectives.step import make_train_step
+from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe
+from asib_jax.tools import plan
 from configs import l2_cccp
 
 PLATFORMS = ("cuda", "tpu")
-CALL = 2  # steps of a call, so that it has a loop
-SCALARS = ("tau", "beta", "certain", "open", "gate", "average_share", "ramp", "ratio_on")
-KEYS = ("augment_key", "noise_key", "mix_key", "dropout_key")
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -48,78 +46,49 @@ def shape(dtype: Any, *dimensions: int) -> jax.ShapeDtypeStruct:
 
 def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
     """Everything that a run of the recipe compiles for one device, under a name of its own."""
-    sizes = sources.sizes(recipe.dataset.name)
-    nets, variables = networks(recipe, sizes)
-    size = recipe.dataset.batch_size
-    labels = {name: shape(jnp.int32, size) for name in ("label", "index")}
-    images = labels | {"image": shape(jnp.uint8, size, *sizes.image_shape)}
-    feats = [shape(model.dtype, size, model.architecture.feat_dim) for model in (nets.student, *nets.teachers)]
-    student = {"student": StudentOutputs(feats[0], shape(jnp.float32, size, sizes.num_classes))}
-    told = {"teachers": TeacherOutputs(tuple(feats[1:]), shape(jnp.float32, size, len(feats) - 1, sizes.num_classes))}
-    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers)):
-        own = Variables({"student": variables.params[name]}, {"student": variables.batch_stats[name]})
-        yield name, training(recipe, teachers.make_training(recipe, k, model, variables.params[name]), own, images)
-    fits = a_step.make_training(recipe, nets, variables.params, 0)
-    yield "A-Step", training(recipe, fits, variables, images)
-    yield "A-Step from banks", training(recipe, fits, variables, labels | told | student)
-    distils = b_step.make_training(recipe, nets, variables.params, 0)
-    yield "B-Step", training(recipe, distils, variables, images)
-    yield "B-Step from banks", training(recipe, distils, variables, images | told)
+    sizes, size = sources.sizes(recipe.dataset.name), recipe.dataset.batch_size
+    nets = build.build_networks(recipe, sizes.num_classes)
+    variables = build.variable_shapes(recipe, nets, sizes.image_shape)
+    phases = train.phases_of(recipe, nets, variables.params, images={"train": 1000, "teacher_train": 1000},
+                             train=dict.fromkeys(nets.teacher_names), calibrate=True)
+    known = set()
+    for phase in phases:
+        if (phase.optimizer, str(phase.training.mask)) not in known:
+            known.add((phase.optimizer, str(phase.training.mask)))
+            yield phase.name, training(recipe, phase, variables, plan.batch_shapes(sizes, size, phase.nets))
+            if phase.reads:
+                stored = plan.batch_shapes(sizes, size, phase.nets, phase.reads)
+                yield f"{phase.name} from banks", training(recipe, phase, variables, stored)
+    batch = plan.batch_shapes(sizes, size, nets)
     counts = {**dict.fromkeys(("student", "synergy", "without_teachers", "examples"), shape(jnp.int32)),
               "rows": shape(jnp.uint32)}
-    controls = {"size": shape(jnp.int32)}
-    yield "evaluation", Program(make_eval_step(nets), counts, variables, controls, images | told, {})
+    evaluated = batch | plan.batch_shapes(sizes, size, nets, frozenset({"teachers"}))
+    yield "evaluation", Program(make_eval_step(nets), counts, variables, {"size": shape(jnp.int32)}, evaluated, {})
     for who in ("teachers", "student"):
-        yield f"reader of {who}", Program(reader(nets, variables, who), (), variables, {"augment_key": KEY}, images, {})
-    recipe = train.without_teachers(recipe)
-    nets, variables = networks(recipe, sizes)
-    yield "control", training(recipe, b_step.make_training(recipe, nets, variables.params, 0), variables, images)
+        step = make_reader(nets, who, recipe.dataset.data_aug)
+        yield f"reader of {who}", Program(step, (), variables, {"augment_key": KEY}, batch, {})
 
 
-def networks(recipe: Recipe, sizes: sources.Sizes) -> tuple[Networks, Variables]:
-    nets = build.build_networks(recipe, sizes.num_classes)
-    return nets, build.variable_shapes(recipe, nets, sizes.image_shape)
-
-
-def training(recipe: Recipe, made: Training, variables: Variables, batch: dict[str, Any]) -> Program:
-    begin = functools.partial(state.begin, mask=made.mask, trained_stats=made.trained_stats, tx=made.tx,
+def training(recipe: Recipe, phase: Phase, variables: Variables, batch: dict[str, Any]) -> Program:
+    own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
+    mask = {name: phase.training.mask.get(name, False) for name in own.params}
+    begin = functools.partial(state.begin, mask=mask, trained_stats=phase.training.trained_stats, tx=phase.training.tx,
                               compute_dtype=recipe.compute_dtype)
-    current, frozen = jax.eval_shape(begin, variables)
-    controls = {**dict.fromkeys(SCALARS, shape(jnp.float32)), **dict.fromkeys(KEYS, KEY)}
+    current, frozen = jax.eval_shape(lambda own: begin(with_narrow_teachers(phase.nets, own)), own)
+    controls = jax.eval_shape(lambda: phase.controls(Progress(), 0))
     each = {"lr": shape(jnp.float32), "step": shape(jnp.int32)}
-    return Program(make_train_step(made.loss, made.tx), current, frozen, controls, batch, each)
-
-
-class Compiled(Exception):
-    """Carries the step that was about to be compiled."""
-
-
-class Catching(Feed):
-    """Raises the step in place of compiling it."""
-
-    def compile(self, step: Callable, **_: Any):
-        raise Compiled(step)
-
-
-def reader(nets: Networks, variables: Variables, who: str) -> Callable:
-    """The step by which `feature_bank` reads the networks."""
-    read = {"teachers": feature_bank.read_teachers, "student": feature_bank.read_student}[who]
-    split = Split(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1, np.int32), np.zeros(1, np.int32))
-    with pytest.raises(Compiled) as caught:
-        read(nets, variables, split, keys=[jax.random.key(0)], data_aug=1, batch_size=1,
-             feed=Catching(tuple(jax.devices()[:1]), room_gb=0))
-    return caught.value.args[0]
+    return Program(make_train_step(phase.training.loss, phase.training.tx), current, frozen, controls, batch, each)
 
 
 def lowered(program: Program, platforms: tuple[str, ...] = PLATFORMS) -> dict[str, str]:
-    """By platform, the text of the program that a run would compile for one device."""
+    """By platform, the text of the program that a run compiles for one device, of a call of two steps in a loop."""
     def steps(tree):
-        return jax.tree.map(lambda leaf: shape(leaf.dtype, CALL, *leaf.shape), tree)
+        return jax.tree.map(lambda leaf: shape(leaf.dtype, 2, *leaf.shape), tree)
 
-    (size,) = program.batch["label"].shape
-    call = parallel.compile_steps(program.step, jax.devices()[:1])
-    traced = call.trace(program.carry, program.fixed, program.controls, {}, steps(program.batch),
-                        shape(jnp.int32, CALL, size), steps(program.each), shape(jnp.int32))
+    rows = shape(jnp.int32, 2, *program.batch["label"].shape)
+    call = compile_steps(program.step, jax.devices()[:1])
+    traced = call.trace(program.carry, program.fixed, program.controls, {}, steps(program.batch), rows,
+                        steps(program.each))
     return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms}
 
 
@@ -142,8 +111,8 @@ def test_every_program_of_a_run_lowers(profile):
             found = products(text)
             assert found and not found["f32", False], (name, platform, found)  # float32 is not TF32, nor bfloat16
             assert "custom_call" not in text, (name, platform)  # nothing but XLA is needed
-    assert names == ["teacher1", "teacher2", "A-Step", "A-Step from banks", "B-Step", "B-Step from banks", "evaluation",
-                     "reader of teachers", "reader of student", "control"]
+    assert {"teacher1", "teacher2", "calibration", "stage1/a", "stage1/a from banks", "stage1/b", "evaluation",
+            "reader of teachers", "reader of student"} <= set(names)
 
 
 def test_what_only_a_cpu_can_do_does_not_lower():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers, create_student_by_name, create_teacher_by_name
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from asib_jax import streams
-from asib_jax.engine import loop, parallel
 from asib_jax.objectives import losses, optimizers, state
 from asib_jax.models.ensemble import TeacherOutputs, Variables
 from asib_jax.engine.nonfinite import Watch
 from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import TERMS, make_train_step
-from networks import CLASSES, SHALLOW, make_batch, make_feed, make_networks, random_variables
+from epochs import BEGUN, calls_of, make_running
+from networks import CLASSES, SHALLOW, make_batch, make_networks, random_variables
 
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
                  feat_kd_alpha=0.3, reg_lambda=0.1, ib_mbm_reg_lambda=0.1, label_smoothing=0.0, min_cw=0.1, data_aug=0)
@@ -118,20 +118,11 @@ def product(variables, controls, batch, axis_name=None):
     return value, ({"w": {"mean": losses.batch_mean(axis_name)(batch["x"])}}, {"ce": value, "loss": value})
 
 
-def run_epoch(batches, devices, watch, steps_a_call=0):
+def begin(devices, limit=20, **options):
     """Of SGD with momentum on two examples a step; NaN lies on the last device alone."""
-    axis = parallel.axis_name(parallel.run_devices(devices))
     tx = optimizers.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
-    step = make_train_step(functools.partial(product, axis_name=axis), tx, axis_name=axis)
-    variables = Variables({"w": {"kernel": jnp.float32([1.0, 1.0])}}, {"w": {"mean": jnp.float32(0)}})
-    current, frozen = state.begin(variables, {"w": True}, ("w",), tx)
-    feed = make_feed(devices, steps=steps_a_call)
-    step = feed.compile(step, donate_carry=True)
-    whole = feed.place(x=np.float32(batches).ravel(), label=np.zeros(2 * len(batches)))
-    calls = feed.calls(step, np.arange(2 * len(batches)).reshape(-1, 2), whole)
-    current = loop.run_epoch(step, parallel.replicate(current, feed.devices), frozen, calls, tally := loop.Tally(),
-                             watch, phase="stage 1 B 2/3", controls={}, learning_rate=lambda step: 0.25, first_step=7)
-    return jax.device_get(current), tally.means
+    return make_running(functools.partial(product, axis_name="devices" if devices > 1 else None), tx, [1.0, 1.0],
+                        rate=0.25, devices=devices, limit=limit, **options)
 
 
 GOOD = [(1, 2), (0.5, -1), (3, 1), (-2, 0.25)]
@@ -148,8 +139,9 @@ def test_bad_batches_among_good_ones_leave_what_the_good_ones_make(devices, bad)
         gradient = np.mean(x) + 0.5 * w
         trace = gradient + 0.9 * trace
         w -= 0.25 * (gradient + 0.9 * trace)
-    watch = Watch(20)
-    current, metrics = run_epoch([GOOD[0], (1, bad), *GOOD[1:3], (2, bad), (1, bad), GOOD[3]], devices, watch)
+    running = begin(devices)
+    running.run_epoch(calls_of(running, [GOOD[0], (1, bad), *GOOD[1:3], (2, bad), (1, bad), GOOD[3]]), {})
+    current, metrics, watch = jax.device_get(running.current), running.tally.means, running.watch
     np.testing.assert_allclose(current.params["w"]["kernel"], [w, w], rtol=1e-6)
     np.testing.assert_allclose(jax.tree.leaves(current.opt_state), [[trace, trace]], rtol=1e-6)
     np.testing.assert_allclose(current.batch_stats["w"]["mean"], np.mean(GOOD[3]), rtol=1e-6)
@@ -162,12 +154,13 @@ def test_bad_batches_among_good_ones_leave_what_the_good_ones_make(devices, bad)
 def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
     """Steps 8, and 10 to 12: the third in a row of these is one too many, wherever a compiled call ends."""
     batches = [(1, 2), (1, np.nan), (1, 2), (1, np.nan), (1, np.nan), (1, np.nan), (1, 2)]
-    watch = Watch(3)
-    with pytest.raises(FloatingPointError, match=r"^stage 1 B 2/3: 3 steps in a row from step 10 .* broke in ce\. "
-                                                 r".*grad_clip_norm.*max_nonfinite_steps"):
-        run_epoch(batches, devices, watch, steps_a_call)
-    assert watch.in_a_row == 3 and watch.skipped == 4
-    run_epoch(batches, devices, Watch(4), steps_a_call)
+    running = begin(devices, limit=3, steps_a_call=steps_a_call)
+    with pytest.raises(FloatingPointError, match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* broke "
+                                                 r"in ce\. .*grad_clip_norm.*max_nonfinite_steps"):
+        running.run_epoch(calls_of(running, batches), {})
+    assert running.watch.in_a_row == 3 and running.watch.skipped == 4
+    running = begin(devices, limit=4, steps_a_call=steps_a_call)
+    running.run_epoch(calls_of(running, batches), {})
 
 
 def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():

@@ -121,7 +121,7 @@ def transformation():
         made = dataclasses.replace(made, teachers=(first, dataclasses.replace(second, **teacher)), grad_clip_norm=0.5,
                                    **changes)
         if step == "teacher2":
-            return teachers.make_training(made, 1, nets.teachers[1], params["teacher2"]).tx
+            return teachers.make_training(made, nets, 1, params).tx
         return {"a": a_step, "b": b_step}[step].make_training(made, nets, params, 0).tx
 
     return make

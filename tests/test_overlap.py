@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from asib_jax.data import overlap
-from asib_jax.build import Data
+from asib_jax.data.parts import Data
 from asib_jax.data.sources import Split
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax.engine import parallel
+from asib_jax.engine import devices
 from asib_jax import recipe
 from asib_jax.record import provenance
-from asib_jax.build import Data
+from asib_jax.data.parts import Data
 from configs import l1_ib
 from networks import make_split
 
@@ -27,7 +27,7 @@ def test_the_record_is_plain_and_true():
     teacher_train, validation, test = make_split(20), make_split(10, seed=1), make_split(7, seed=2)
     rows = np.array([3, 1, 2])
     data = Data(teacher_train.take(rows), teacher_train, validation, test, 5, "noise")
-    about = provenance.describe(recipe.read(config), data, parallel.run_devices(2))
+    about = provenance.describe(recipe.read(config), data, devices.run_devices(2))
     assert json.loads(json.dumps(about)) == about
 
     def sha(split, rows=slice(None)):
@@ -42,7 +42,7 @@ def test_the_record_is_plain_and_true():
     assert (about["device_kind"], about["devices"], about["hosts"]) == ("cpu", 2, 1)
     assert (about["compute_dtype"], about["matmul_precision"]) == ("float32", "highest")
     assert about["deterministic"] is False and about["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    whole = provenance.describe(recipe.read(config), data._replace(train=teacher_train), parallel.run_devices(1))
+    whole = provenance.describe(recipe.read(config), data._replace(train=teacher_train), devices.run_devices(1))
     assert whole["data_sha256"]["train"] == sha(teacher_train) and whole["devices"] == 1
 
 

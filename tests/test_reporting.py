@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from asib_jax.errors import UserError
-from asib_jax.record.reporting import Reporter, Result, binomial_interval, results_table, setup_logging
+from asib_jax.record.reporting import Reporter, setup_logging, table
 
 
 @pytest.fixture
@@ -96,13 +95,15 @@ def test_no_curves_unless_asked_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("steps_run", [4, 2], ids=["past the last step", "interrupted inside"])
-def test_profile_is_written_for_the_steps_asked_for(tmp_path, steps_run):
+@pytest.mark.parametrize("curve, steps_run", [("b", 4), ("b", 2), ("a", 4), ("control/b", 4)],
+                         ids=["past the last step", "interrupted inside", "A-Step", "control"])
+def test_profile_is_written_for_the_steps_asked_for(tmp_path, curve, steps_run):
+    """Those of the B-Step: other trainings count theirs apart."""
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
         for step in range(0, steps_run, 2):  # two steps a call
-            reporter.on_steps(step, step + 1)
+            reporter.on_steps(curve, step, step + 1)
             jax.block_until_ready(jnp.ones(3) + step)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (curve == "b")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
@@ -111,20 +112,8 @@ def test_wandb_asked_for_but_not_installed_names_the_key_and_the_remedy(tmp_path
         Reporter(tmp_path, tensorboard=False, wandb="distil", config={})
 
 
-@pytest.mark.parametrize("correct, count", [(0, 10), (10, 10), (731, 1000), (1, 3), (9_999, 10_000)])
-def test_interval_inverts_the_score_test(correct, count):
-    """Both ends solve (share - p)^2 = z^2 p (1 - p) / n, and agree with scipy."""
-    ends = np.array(binomial_interval(correct, count))
-    np.testing.assert_allclose((correct / count - ends) ** 2, 1.959963984540054**2 * ends * (1 - ends) / count,
-                               rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(ends, binomtest(correct, count).proportion_ci(0.95, "wilson"), rtol=1e-9, atol=1e-15)
-
-
 def test_table_is_aligned():
-    """Interval of 50 in 100 by hand: 0.5 -+ z sqrt(25 + z^2/4) / (100 + z^2) = 0.40383, 0.59617."""
-    table = results_table([Result("student, best", "test", "best epoch", 50, 100),
-                           Result("teacher1", "validation", "as given", 0, 8, "weights saw validation")])
-    assert table.splitlines() == [
-        "name           split       parameters  correct/count  accuracy %   95 % interval  note",
-        "student, best  test        best epoch         50/100       50.00  40.38 to 59.62",
-        "teacher1       validation  as given              0/8        0.00   0.00 to 32.44  weights saw validation"]
+    rows = [("name", "accuracy %", "note"), ("student, best", "50.00", ""), ("teacher1", "0.00", "as given")]
+    assert table(rows, "<><") == ["name           accuracy %  note",
+                                  "student, best       50.00",
+                                  "teacher1             0.00  as given"]

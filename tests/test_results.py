@@ -1,6 +1,7 @@
 """The final table: what it counts, marks and calls things."""
 import dataclasses
 
+import numpy as np
 import pytest
 
 from asib_jax import recipe
@@ -36,6 +37,18 @@ def test_rows_stand_in_order_with_their_counts():
     assert "*" not in text
     assert "distilled from: avg (gate shut) 25.0 % of B-steps, synergy 75.0 % of B-steps" in text
     assert "teachers disagree on 25.00 % of test images" in text
+
+
+@pytest.mark.parametrize("correct, count", [(0, 10), (10, 10), (50, 100), (731, 1000), (1, 3), (9_999, 10_000)])
+def test_interval_inverts_the_score_test(correct, count):
+    """Both ends p solve (share - p)^2 = z^2 p (1 - p) / count: of 50 in 100 they are 0.4038 and 0.5962."""
+    read, _ = make()
+    text = results.render(read, Results({"test": {"last": correct}, "validation": {"last": 1}},
+                                        {"test": count, "validation": 2}, {}, {}))
+    share, z2 = correct / count, 1.959963984540054**2
+    low, high = np.sort(np.roots([1 + z2 / count, -2 * share - z2 / count, share**2]))
+    assert f"{correct}/{count}  " in text and f"  {100 * share:.2f}  " in text
+    assert f"  {100 * low:.2f} to {100 * high:.2f}  validation 50.00 % of 2" in text
 
 
 @pytest.mark.parametrize("network, saw_val, marked", [

@@ -7,19 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import types
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from run_contents import assert_same
 from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, recipe as recipes, teachers, train
+from asib_jax import build, phases, recipe as recipes, train
 from asib_jax.errors import UserError
 from asib_jax.record import experiment, resume, snapshots
 from asib_jax.record.experiment import Record
+from asib_jax.record.reporting import Reporter
 from asib_jax.record.signals import Interrupted
 from asib_jax.record.snapshots import Snapshots
 from asib_jax.weights import checkpoint
@@ -38,36 +38,21 @@ def networks():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_programs(tmp_path_factory):
-    """Every program of these runs is compiled once, as `compilation_cache` has it between processes."""
-    keep = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-            "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in keep}
-    for name, value in keep.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
 class Watcher:
-    """Sees what every offer of a snapshot holds, and sends the signal before those that `stops` names."""
+    """Sees what every offer of a snapshot holds, and sends the signal before those that `stops` names; the steps of
+    each call by the curve of their training."""
 
-    def __init__(self, patch, stops=lambda part, epoch, steps, count: False):
-        self.seen, self.count = {}, 0
-        offer = Snapshots.offer
+    def __init__(self, patch, stops=lambda part, epoch, steps: False):
+        self.seen, self.calls = {}, []
+        offer, on_steps = Snapshots.offer, Reporter.on_steps
 
-        def watched(snapshots_, part, epoch, tally, steps, content, **options):
-            self.count += 1
-            if stops(part, epoch, tally["steps"], self.count):
+        def watched(snapshots_, part, epoch, tally, steps, content, now=False):
+            if stops(part, epoch, tally["steps"]):
                 signal.raise_signal(signal.SIGTERM)
             tree, values = content()
             tree = jax.device_get(snapshots._pruned(snapshots.serialization.to_state_dict(tree)))
@@ -75,9 +60,14 @@ class Watcher:
                 **{jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)},
                 "plain values": json.dumps([tally, values], sort_keys=True)}
-            offer(snapshots_, part, epoch, tally, steps, content, **options)
+            offer(snapshots_, part, epoch, tally, steps, content, now)
+
+        def told(reporter, curve, first, last):
+            self.calls.append((curve, first, last))
+            on_steps(reporter, curve, first, last)
 
         patch.setattr(Snapshots, "offer", watched)
+        patch.setattr(Reporter, "on_steps", told)
 
 
 def begin(recipe, folder):
@@ -103,28 +93,39 @@ def run_to_the_end(recipe, record):
             record, last = go_on(record)
 
 
+# Where a signal comes: the epochs of a phase that are over, and whether it is within the next, at its last step (before
+# anything is measured), or before its first (which is offered only when a teacher is ready).
+WITHIN, AT_THE_END, OVER, LATER = (0, "within"), (0, "end"), (2, "before"), (1, "within")
 CASES = {
-    "float32": ("l3_tadapt", {}),
+    "float32": ("l3_tadapt", {}, {
+        "teacher1": WITHIN, "teacher2": OVER, "calibration": LATER, "stage1/a": AT_THE_END, "stage1/b": WITHIN,
+        "stage2/a": LATER, "stage2/b": AT_THE_END, "control/stage1/b": LATER, "control/stage2/b": AT_THE_END}),
     "bfloat16": ("l0_baseline", {  # a teacher without BatchNorm whose training ends early
         "use_amp": True, "optimizer": "sgd", "restore_best": False, "teacher2.name": "plain_teacher",
-        "teacher2.train_epochs": 4, "teacher2.early_stopping_patience": 1, "teacher2.early_stopping_min_delta": 0.9}),
+        "teacher2.train_epochs": 4, "teacher2.early_stopping_patience": 1, "teacher2.early_stopping_min_delta": 0.9},
+        {"teacher1": AT_THE_END, "teacher2": OVER, "stage2/b": WITHIN, "control/stage1/b": WITHIN}),
     "float16": ("l4_full", {
         "use_amp": True, "amp_dtype": "float16", "use_partial_freeze": True, "student_freeze_level": (1, -1),
-        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2}),
+        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2},
+        {"calibration": WITHIN, "stage1/a": LATER, "stage1/b": AT_THE_END, "stage2/a": WITHIN}),
 }
 
 
-@pytest.mark.parametrize("case, often", [("float32", 9), ("bfloat16", 23), ("float16", 23)])
-def test_interrupted_it_ends_as_if_it_had_not_been(case, often, data_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, monkeypatch):
     """Parameters, statistics and best students on disk, the optimizer's moments at the end of every epoch, metrics."""
-    config, changes = CASES[case]
-    recipe = read_recipe(config, data_file, **{**RUN, **changes})
+    config, changes, stops = CASES[case]
+    recipe, left = read_recipe(config, data_file, **{**RUN, **changes}), dict(stops)
+
+    def once(part, epoch, steps):
+        here = (epoch, {0: "before", 10: "end"}.get(steps, "within"))
+        return here == left.get(part) and bool(left.pop(part))
+
     with monkeypatch.context() as patch:
         untouched = Watcher(patch)
         assert run_to_the_end(*begin(recipe, tmp_path / "untouched")) == 0
     with monkeypatch.context() as patch:
-        stops = range(4, untouched.count, often)  # offers within epochs and at their ends
-        stopped = Watcher(patch, lambda part, epoch, steps, count: count in stops)
+        stopped = Watcher(patch, once)
         assert run_to_the_end(*begin(recipe, tmp_path / "stopped")) == len(stops)
     assert_same(tmp_path / "untouched", tmp_path / "stopped")
     assert {part for part, _, _ in stopped.seen} == {part for part, _, _ in untouched.seen}
@@ -134,6 +135,20 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, often, data_file, tmp_p
     for key in shared:
         assert stopped.seen[key] == untouched.seen[key], key
     assert not snapshots.paths(tmp_path / "stopped" / "run")  # of a finished run there are none
+
+
+def test_interrupted_between_calls_of_several_steps_it_goes_on_with_the_calls_that_were_to_come(
+        data_file, tmp_path, monkeypatch):
+    """Four steps a call: of ten, two such calls and two of one step, wherever a snapshot came between them."""
+    recipe, seen = read_recipe("ce_only", data_file, **LABELS | {"steps_per_call": 4, "checkpoint_steps": 1}), []
+    for name, stops in (("untouched", ()), ("stopped", ((0, 4), (0, 9), (1, 8)))):
+        with monkeypatch.context() as patch:
+            seen.append(Watcher(patch, lambda part, epoch, steps, stops=stops: (epoch, steps) in stops))
+            assert run_to_the_end(*begin(recipe, tmp_path / name)) == len(stops)
+    assert_same(tmp_path / "untouched", tmp_path / "stopped")
+    calls = [(4 * call, 4 * call + 3) for call in range(2)] + [(8, 8), (9, 9)]
+    expected = [("b", 10 * epoch + first, 10 * epoch + last) for epoch in (0, 1) for first, last in calls]
+    assert seen[0].calls == seen[1].calls == expected and seen[0].seen == seen[1].seen
 
 
 # What a run goes on from --------------------------------------------------------------------------------------------
@@ -148,7 +163,7 @@ def interrupted(data_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     config = read_config("ce_only", data_file, **LABELS, results_dir=str(folder))
     with pytest.MonkeyPatch.context() as patch:
-        Watcher(patch, lambda part, epoch, steps, count: steps == 10)
+        Watcher(patch, lambda part, epoch, steps: steps == 10)
         record = Record.create(folder, "test_0", "run", config.to_dict())
         with pytest.raises(Interrupted, match="by SIGTERM in stage1/b, epoch 1, after 10 steps; --resume goes on from"):
             train.recorded(recipes.read(config), build.make_inputs(recipes.read(config)), record)
@@ -276,13 +291,14 @@ def test_a_run_that_breaks_names_the_last_good_snapshot_and_leaves_it(copy, fini
     jax.tree.map(np.testing.assert_array_equal, finish(recipe, run), finished)
 
 
-def test_snapshots_come_by_time_too(tmp_path):
-    """Of 0.1 s: the first offer after it has passed is taken, the next is not."""
-    record = Record.create(tmp_path, "test_0", "run", {"seed": 0})
-    taken = Snapshots(record, minutes=0.1 / 60)
+def test_snapshots_come_by_time_too(tmp_path, monkeypatch):
+    """Every two minutes: the first offer after they have passed is taken, the next is not."""
+    record, clock = Record.create(tmp_path, "test_0", "run", {"seed": 0}), types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(snapshots, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    taken = Snapshots(record, minutes=2)
     found = []
-    for pause in (0, 0.11, 0):
-        time.sleep(pause)
+    for seconds in (119, 2, 119):
+        clock.now += seconds
         taken.offer("stage1/b", 0, {}, 1, lambda: ({"w": np.ones(2)}, {}))
         taken._wait()
         found.append(len(snapshots.paths(record.folder)))
@@ -371,7 +387,7 @@ def test_a_teacher_that_was_moved_away_is_missed(data_file, tmp_path, monkeypatc
     recipe = read_recipe("l0_baseline", data_file, **RUN, student_epochs_per_stage=(1,))
     recipe, record = begin(recipe, tmp_path)
     with monkeypatch.context() as patch:
-        Watcher(patch, lambda part, epoch, steps, count: part == "stage1/b")
+        Watcher(patch, lambda part, epoch, steps: part == "stage1/b")
         with pytest.raises(Interrupted):
             train.recorded(recipe, build.make_inputs(recipe), record)
     (kept, _) = sorted((tmp_path / "teachers").iterdir())
@@ -385,15 +401,15 @@ def test_a_run_that_dies_between_its_teachers_keeps_the_figures_of_the_first(dat
     """With no snapshot by time or steps."""
     recipe = read_recipe("l0_baseline", data_file, **RUN | {"train_control": False, "student_epochs_per_stage": (1,)})
     assert run_to_the_end(*begin(recipe, tmp_path / "untouched")) == 0
-    whole, train_teacher = (tmp_path / "dies"), teachers.train
+    whole, run_phase = (tmp_path / "dies"), phases.run_phase
     recipe, record = begin(recipe, whole)
     with monkeypatch.context() as patch:
-        def dies_in_the_second(recipe, nets, k, *rest):
-            if k:
+        def dies_in_the_second(context, phase, *rest):
+            if phase.name == "teacher2":
                 raise ZeroDivisionError
-            return train_teacher(recipe, nets, k, *rest)
+            return run_phase(context, phase, *rest)
 
-        patch.setattr(teachers, "train", dies_in_the_second)
+        patch.setattr(phases, "run_phase", dies_in_the_second)
         with pytest.raises(ZeroDivisionError):
             train.recorded(recipe, build.make_inputs(recipe), record)
     assert len(list((whole / "teachers").iterdir())) == 1

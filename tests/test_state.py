@@ -33,7 +33,7 @@ def make_variables():
 
 def test_begin_splits_and_join_is_its_inverse():
     variables = make_variables()
-    mask = {"ib_mbm": {"code": True, "norm": False}, "student": False, "synergy_head": True}
+    mask = {"ib_mbm": {"code": True, "norm": False}, "synergy_head": True}  # the student has none: it stands still
     tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, mask, ("student",), tx)
     assert set(leaves(current.params)) == {"['ib_mbm']['code']['bias']", "['ib_mbm']['code']['kernel']",
@@ -90,7 +90,7 @@ def test_a_loss_scale_goes_on_where_it_was():
     """From the nested dicts that a snapshot makes of it; a state that needs none takes none, and without any keeps its
     own."""
     tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
-    mask = {name: True for name in SHAPES}
+    mask = dict.fromkeys(SHAPES, True)
     held = {"loss_scale": {"fin_steps": np.int32(7), "scale": np.float32(512)}}
     half, full = (state.begin(make_variables(), mask, (), tx, compute_dtype=compute_dtype)[0]
                   for compute_dtype in ("float16", "float32"))

@@ -192,6 +192,20 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
     assert weight.std() > 0.1
 
 
+def test_feature_kd_of_the_a_step_moves_the_code_and_not_the_query():
+    """Alone, it gives the bias of mu 2 alpha mean(w (mu - s)), to 1e-5."""
+    nets, variables = make()
+    terms = replace(A_TERMS, synergy_ce_alpha=0.0, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0,
+                    feat_kd_alpha=0.3)
+    gradient = jax.jit(jax.grad(lambda fusion: run_a(
+        nets, Variables({**variables.params, "ib_mbm": fusion}, variables.batch_stats), a_controls(beta=0.0),
+        terms)[0]))(variables.params["ib_mbm"])
+    out = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": False})
+    w = certainty(out["logvar"], terms.min_cw)[:, None]
+    np.testing.assert_allclose(gradient["mu"]["bias"], (2 * 0.3 * w * (out["mu"] - out["query"])).mean(0), rtol=1e-5,
+                               atol=1e-6)
+
+
 def test_a_student_that_is_no_target_cannot_reach_the_fusion_network():
     """Its logits broken, the gate shut: loss and gradient are bitwise those without KD towards the student."""
     nets, variables = make()
@@ -418,6 +432,33 @@ def test_each_network_runs_once_per_step(kind, banked):
         jax.eval_shape(make_train_step(loss, tx), current, frozen, controls | {"lr": 0.1}, batch)
     teachers = {} if banked else {f"KDModel {model.mean}": 1 for model in nets.teachers}
     assert calls == {f"KDModel {nets.student.mean}": 1, "IB_MBM ": 1, "SynergyHead ": 1, **teachers}
+
+
+def test_dropout_of_what_trains_is_keyed_by_example_and_network():
+    """The network that trains, the student in B, a teacher that is tuned in A, takes keys; the others take none."""
+    nets, variables = make()
+    taken = {}
+
+    def take(call, args, kwargs, context):
+        if context.method_name == "__call__" and type(context.module).__name__ == "KDModel":
+            taken[context.module.mean] = kwargs["dropout_keys"]
+        return call(*args, **kwargs)
+
+    def of(loss, controls, **options):
+        taken.clear()
+        with nn.intercept_methods(take):
+            loss(variables, controls, BATCH, nets=nets, **options)
+        return [taken[model.mean] for model in (nets.student, *nets.teachers)]
+
+    def same(a, b):
+        return jnp.array_equal(jax.random.key_data(a), jax.random.key_data(b))
+
+    keys = streams.per_example(streams.key(0, "dropout"), BATCH["index"])
+    student, *others = of(b_loss, b_controls(), terms=B_TERMS)
+    assert same(student, keys) and others == [None, None]
+    student, tuned, other = of(a_loss, a_controls(), terms=A_TERMS, trained=None,
+                               teacher_modes=(Mode(train=True), Mode()))
+    assert same(tuned, streams.branch(keys, "teacher1")) and student is other is None
 
 
 def test_frozen_networks_are_arguments_and_get_no_update():

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, teachers, train
+from asib_jax import build, phases, teachers, train
 from asib_jax import recipe as recipes
+from asib_jax.context import Context
 from asib_jax.recipe import checks
-from asib_jax.record import finished
 from asib_jax.weights import checkpoint, teacher_store
 from asib_jax.errors import UserError
 from asib_jax.engine.evaluate import Evaluator
+from asib_jax.engine.progress import Progress
 from asib_jax.record.experiment import Record
 from asib_jax.models import MODELS
-from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.models.ensemble import Networks, init_network
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.snapshots import Snapshots
-from asib_jax.models.initial import init_network
 from asib_jax.weights.torch_names import export_weights
 from configs import l1_ib
 from networks import convolutions, make_feed, make_split
@@ -33,15 +33,15 @@ TINY = {
     "teacher2.name": "tiny", "teacher2.train_epochs": 3, "teacher2.warmup_epochs": 0, "teacher2.train_lr": 0.01,
 }
 
-NAMED = convolutions(6, 8)._replace(names=(((r"(.*)", r"\1"),),))  # with names under which weights are files
+PLAIN = convolutions(6, 8)
+NAMED = PLAIN._replace(names=(((r"(.*)", r"\1"),),))  # with names under which weights are files
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", lambda small_input: convolutions(6, 8))
-        patch.setitem(MODELS, "other", lambda small_input: convolutions(6, 8))
-        patch.setitem(MODELS, "named", lambda small_input: NAMED)
+        for name, network in {"tiny": PLAIN, "other": PLAIN, "named": NAMED}.items():
+            patch.setitem(MODELS, name, lambda small_input, network=network: network)
         yield
 
 
@@ -53,7 +53,7 @@ def data_file(tmp_path_factory):
     return str(path)
 
 
-def ready(data_file, results, data=None, reporter=Reporter, **changes):
+def ready(data_file, results, data=None, **changes):
     """Make the teachers of a recipe ready: their variables, and the metrics of the run that did."""
     config = l1_ib.get_config("digits")
     config.update_from_flattened_dict({**TINY, "dataset.path": data_file, "results_dir": str(results), **changes})
@@ -61,8 +61,13 @@ def ready(data_file, results, data=None, reporter=Reporter, **changes):
     data = data or build.load_data(recipe)
     nets = build.build_networks(recipe, data.num_classes)
     record = Record.create(results, "test", "", {"seed": 0})
-    with reporter(record.folder, tensorboard=False, wandb="", config={}) as told:
-        variables = teachers.ready(recipe, nets, data, make_feed(), record, told, Snapshots(record))
+    with Reporter(record.folder, tensorboard=False, wandb="", config={}) as reporter:
+        context = Context(recipe, data, nets, make_feed(), record, reporter, Snapshots(record))
+        variables, places, todo = teachers.collect(recipe, nets, data, record, context.snapshots)
+        for name in todo:
+            phase = teachers.phase(recipe, nets, name, variables.params, len(data.teacher_train.label),
+                                   place=places[name])
+            variables = phases.run_phase(context, phase, variables, Progress())
     return variables, record.metrics, (recipe, nets, data)
 
 
@@ -77,21 +82,21 @@ def first(data_file, tmp_path_factory):
 
 
 def trained(metrics):
-    return {key.split("/")[0] for key in metrics if key.endswith("/val_acc")}
+    return {name for name in ("teacher1", "teacher2") if f"{name}/epoch01/val_{name}" in metrics}
 
 
 def test_the_best_epoch_on_validation_is_kept(first):
     """And what the store's key.json says of it was measured."""
     results, variables, metrics, (recipe, nets, data) = first
     assert trained(metrics) == {"teacher1", "teacher2"}
-    evaluator = Evaluator(Networks(nets.teachers[0].clone(adapter_dim=0)), Variables({}, {}), data.validation,
-                          name="validation", batch_size=8, feed=make_feed())
-    measured = [metrics[f"teacher1/epoch{epoch:02d}/val_acc"] for epoch in (1, 2, 3)]
-    accuracy = evaluator.accuracies(Variables({"student": variables.params["teacher1"]},
-                                              {"student": variables.batch_stats["teacher1"]}))["student"]
+    alone = Networks(nets.teachers[0].clone(adapter_dim=0))
+    evaluator = Evaluator(alone, data.validation, make_feed(eval_batch=8), "validation")
+    measured = [metrics[f"teacher1/epoch{epoch:02d}/val_teacher1"] for epoch in (1, 2, 3)]
+    accuracy = evaluator.accuracies(alone, variables, "teacher1")["teacher1"]
     assert accuracy == max(measured) > min(measured)
     kept = json.loads((teacher_store.find(recipe, 0).folder / "key.json").read_text())
-    assert kept["measured"] == {"validation_accuracy": accuracy, "epoch": measured.index(accuracy) + 1}
+    assert kept["measured"] == {"validation_accuracy": accuracy,
+                                "when": f"teacher1, epoch {measured.index(accuracy) + 1}"}
     assert kept["key"]["teacher"]["train_lr"] == 0.01 and "finetune_lr" not in kept["key"]["teacher"]
     assert kept["reference"] == ""
     assert not same(variables.params["teacher1"], variables.params["teacher2"])  # two of a kind are two teachers
@@ -158,7 +163,7 @@ def test_training_stops_early(data_file, tmp_path):
     _, metrics, _ = ready(data_file, tmp_path, **{
         "teacher1.train_epochs": 9, "teacher1.early_stopping_patience": 2, "teacher1.early_stopping_min_delta": 1.0,
         "teacher2.train_epochs": 1})
-    assert len([key for key in metrics if key.startswith("teacher1/epoch") and key.endswith("val_acc")]) == 3
+    assert len([key for key in metrics if key.startswith("teacher1/epoch") and key.endswith("val_teacher1")]) == 3
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def test_weights_of_our_own_are_used_as_they_are(first, given, data_file, tmp_pa
 
 def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     weights = {"teacher1.weights": given[1], "teacher1.train_epochs": 0, "teacher2.train_epochs": 1}
-    with pytest.raises(ValueError, match=r"fit tiny only in part; at random.*classifier.* Set teacher1\.finetune_epochs"):
+    with pytest.raises(ValueError, match=r"fit tiny only in part; at random.*classifier.* Set teacher1\.finetune_ep"):
         ready(data_file, tmp_path, **weights)
     frozen = {"teacher1.finetune_epochs": 1, "teacher1.finetune_freeze_level": 0}
     ours, metrics, (recipe, _, _) = ready(data_file, tmp_path, **weights, **frozen)
@@ -198,7 +203,8 @@ def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     assert ours.params["teacher1"]["classifier"]["kernel"].shape == (8, 5)
     assert not same(ours.params["teacher1"]["classifier"], initial["params"]["classifier"])
     kept = json.loads((teacher_store.find(recipe, 0).folder / "key.json").read_text())
-    assert kept["key"]["teacher"]["weights"] == f"sha256:{checkpoint.digest(given[1])}" and kept["reference"] == given[1]
+    assert kept["key"]["teacher"]["weights"] == f"sha256:{checkpoint.digest(given[1])}"
+    assert kept["reference"] == given[1]
     assert metrics["weights/teacher1"] == checkpoint.digest(given[1])
 
 
@@ -298,7 +304,7 @@ def test_the_recipe_reaches_the_loss(first, changes, field, value):
     _, variables, _, (recipe, nets, _) = first
     options = dataclasses.replace(recipe.teachers[0], **changes)
     recipe = dataclasses.replace(recipe, teachers=(options, recipe.teachers[1]))
-    training = teachers.make_training(recipe, 0, nets.teachers[0], variables.params["teacher1"])
+    training = teachers.make_training(recipe, nets, 0, variables.params)
     assert getattr(training.loss.keywords["terms"], field) == value
 
 
@@ -379,27 +385,3 @@ def test_a_checkpoint_without_a_student_is_no_source(given, data_file, tmp_path)
     checkpoint.save(tmp_path / "final", {"variables": {"teacher1": stored}})
     with pytest.raises(ValueError, match="is no checkpoint of one network"):
         ready(data_file, tmp_path, **{"teacher1.weights": str(tmp_path / "final"), "teacher1.train_epochs": 0})
-
-
-def test_a_control_that_fails_takes_nothing_along(data_file, tmp_path, monkeypatch):
-    """What was finished before it can be read back; the run counts as failed."""
-    def fail(*arguments):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(train, "train_control", fail)
-    config = l1_ib.get_config("digits")
-    config.update_from_flattened_dict({
-        **TINY, "dataset.path": data_file, "results_dir": str(tmp_path), "exp_id": "run", "tensorboard": False,
-        "teacher1.train_epochs": 1, "teacher2.train_epochs": 1, "student_epochs_per_stage": (1,),
-        "teacher_adapt_epochs": 1, "synergy_only_epochs": 0, "schedule.lr_warmup_epochs": 0,
-        "distill_out_dim": 8, "ib_mbm_out_dim": 8})
-    recipe = recipes.read(config)
-    checks.check(recipe)
-    record = Record.create(tmp_path, "test", "run", config.to_dict())
-    with pytest.raises(RuntimeError):
-        train.recorded(recipe, build.make_inputs(recipe), record)
-    assert finished.load_students(record.folder).keys() == {"last", "best"}
-    assert {path.name for path in (record.folder / "checkpoints").iterdir()} == {
-        "final", "stage1_last", "stage1_best", "snapshots"}
-    assert "student, last" in train.evaluate_run(record.folder)
-    assert ",failed," in (tmp_path / "summary.csv").read_text()

@@ -53,10 +53,12 @@ def test_what_is_not_read_from_a_bank_is_told_with_its_reason(changes, count, to
 
 @pytest.mark.parametrize("short, count", [(0, 6), (1, 5), (TEACHERS // 6, 5), (TEACHERS // 6 + 1, 4), (TEACHERS, 1)])
 def test_as_many_views_as_fit_beside_the_images_those_of_most_epochs_first(short, count):
-    """Room for everything but so many bytes. The A-Step's two views serve eight epochs, the others six."""
+    """Room for everything but so many bytes. The A-Step's two views serve eight epochs, the others six; where the
+    student's outputs do not fit as well, one of the B-Step's own views does."""
     room = TEACHERS + STUDENT + IMAGES * IMAGE - short
     stored, _ = choose(device_data_gb=room / 2 ** 30)
-    assert len(stored.views) == count and set(sorted(stored.views)[:2]) <= {(0, 0), (0, 1)}
+    assert len(stored.views) == count
+    assert stored.views >= {(0, 0), (0, 1)} if count > 1 else stored.views == {(0, 2)}
     if short:
         assert f"{6 - count} of 6 views are not stored" in stored.lines[1]
         assert f"all would take {(TEACHERS + STUDENT) / 2 ** 30:.3g} GiB" in stored.lines[1]
@@ -71,8 +73,8 @@ def test_images_that_do_not_fit_leave_their_room_to_the_views():
     assert choose(device_data_gb=0)[0].views == frozenset()
 
 
-def test_features_in_sixteen_bits_take_half():
-    room = (TEACHERS + STUDENT) / 1.5 + IMAGES * IMAGE
+def test_outputs_in_sixteen_bits_take_half():
+    room = (TEACHERS + STUDENT) / 2 + IMAGES * IMAGE
     assert len(choose(use_amp=True, device_data_gb=room / 2 ** 30)[0].views) == 6
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from asib_jax import recipe as recipes
 from asib_jax.models import MODELS
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Architecture
 from asib_jax.recipe import Recipe
 from networks import convolutions, make_split
 

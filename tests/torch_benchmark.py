@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import torch_networks
-from asib_jax.build import Data
+from asib_jax.data.parts import Data
 from asib_jax.recipe import Recipe
 from torch_asib import ASIB, Settings
 

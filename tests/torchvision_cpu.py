@@ -8,4 +8,4 @@ if torch.version.cuda is None:
                   "_deform_conv2d_backward"):
         _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
 
-import torchvision  # noqa: E402
+import torchvision  # noqa: F401, others find it imported

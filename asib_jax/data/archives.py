@@ -148,22 +148,22 @@ def read_cifar100(path: Path) -> Arrays:
     unpacked to disk. Raises OSError naming a file that cannot be opened, UserError naming the files that were looked
     for, or one that is malformed.
     """
-    files = _folder_files(path) if path.is_dir() else _tar_files(path)
+    unpacked = [name for name in _PYTHON_FILES + _BINARY_FILES if (path / name).is_file()]
+    files = {name: _bounded(path / name) for name in unpacked} if path.is_dir() else _tar_files(path)
     for names, decode in ((_PYTHON_FILES, _decode_python), (_BINARY_FILES, _decode_binary)):
         if all(name in files for name in names):
             try:
-                return decode(*(files[name] for name in names))
+                *splits, class_names = decode(*(files[name] for name in names))
+                arrays = {"class_names": _names(class_names)}
+                for split, (images, labels) in zip(("train", "test"), splits):
+                    arrays |= {f"x_{split}": channels_last(images, f"data of {split}"), f"y_{split}": labels}
+                return arrays
             except Exception as error:  # damaged pickles raise nearly anything
                 raise UserError(f"{path} is not CIFAR-100 as published: {type(error).__name__}: {error}") from error
     raise UserError(
         f"{path} holds neither {', '.join(_PYTHON_FILES)} (Python version) nor {', '.join(_BINARY_FILES)} "
         f"(binary version) of CIFAR-100; of these it holds {', '.join(sorted(files)) or 'nothing'}"
     )
-
-
-def _folder_files(path: Path) -> dict[str, bytes]:
-    files = [path / name for name in _PYTHON_FILES + _BINARY_FILES if (path / name).is_file()]
-    return {file.name: _bounded(file) for file in files}
 
 
 def _bounded(path: Path, opened: Callable = open) -> bytes:
@@ -195,15 +195,11 @@ def _tar_files(path: Path) -> dict[str, bytes]:
     return files
 
 
-def _decode_python(*files: bytes) -> Arrays:
+def _decode_python(*files: bytes) -> tuple:
+    """(rows of images, labels) of training and test, names."""
     train, test, meta = (Unpickler(io.BytesIO(data), _CIFAR_PICKLES).load() for data in files)
-    return {
-        "x_train": channels_last(train["data"].values(), "data of train"),
-        "y_train": _labels(train["fine_labels"]),
-        "x_test": channels_last(test["data"].values(), "data of test"),
-        "y_test": _labels(test["fine_labels"]),
-        "class_names": _names(meta["fine_label_names"]),
-    }
+    splits = ((part["data"].values(), _labels(part["fine_labels"])) for part in (train, test))
+    return *splits, meta["fine_label_names"]
 
 
 def _labels(values: Any) -> np.ndarray:
@@ -221,16 +217,10 @@ def _names(values: Any) -> np.ndarray:
     return np.asarray(values, str)
 
 
-def _decode_binary(*files: bytes) -> Arrays:
-    # One record an image: coarse label, fine label, pixels.
-    train, test = (np.frombuffer(data, np.uint8).reshape(-1, 2 + _PIXELS) for data in files[:2])
-    return {
-        "x_train": channels_last(train[:, 2:], "train.bin"),
-        "y_train": train[:, 1],
-        "x_test": channels_last(test[:, 2:], "test.bin"),
-        "y_test": test[:, 1],
-        "class_names": _names(files[2].decode().split()),
-    }
+def _decode_binary(train: bytes, test: bytes, names: bytes) -> tuple:
+    """The same. One record an image: coarse label, fine label, pixels."""
+    records = (np.frombuffer(data, np.uint8).reshape(-1, 2 + _PIXELS) for data in (train, test))
+    return *((rows[:, 2:], rows[:, 1]) for rows in records), names.decode().split()
 
 
 def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -251,18 +241,22 @@ def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_pictures(files: list[Path]) -> np.ndarray:
     """[N,H,W,3]. A picture is decoded only once its header says that it has the size of the first.
 
+    They are PNG or JPEG by their contents: Pillow would hand others, whatever they are called, to other programs.
     Raises OSError if one cannot be found, UserError naming one that cannot be read or has another size.
     """
+    from PIL import Image
+
     packed, images = sum(file.stat().st_size for file in files), np.empty((0, 0, 0, 3), np.uint8)
     for row, file in enumerate(files):
         try:
-            with _open_picture(file) as picture:
+            with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                  Image.open(file, formats=("PNG", "JPEG")) as picture):
                 width, height = picture.size
                 if row == 0:
                     check_unpacked(len(files) * height * width * 3, packed)
                     images = np.empty((len(files), height, width, 3), np.uint8)
                 if (height, width) == images.shape[1:3]:
-                    images[row] = picture.convert("RGB")
+                    images[row] = np.asarray(picture.convert("RGB"))
         except Exception as error:  # damaged pictures raise nearly anything
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
         if (height, width) != images.shape[1:3]:
@@ -271,20 +265,8 @@ def read_pictures(files: list[Path]) -> np.ndarray:
     return images
 
 
-def _open_picture(file: Path) -> Any:
-    """By its contents a PNG or JPEG: Pillow would hand others, whatever they are called, to other programs."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=("PNG", "JPEG"))
-
-
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:
-    """[N,3072] rows stored channel by channel -> [N,32,32,3], a view.
-
-    Raises UserError with `name` and the shape found.
-    """
+    """[N,3072] rows stored channel by channel -> [N,32,32,3], a view. UserError naming `name` for another shape."""
     if rows.ndim != 2 or rows.shape[1] != _PIXELS:
         raise UserError(f"{name} must have shape [N,{_PIXELS}], found {list(rows.shape)}")
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

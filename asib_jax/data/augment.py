@@ -27,10 +27,6 @@ def augment(key: jax.Array, index: jax.Array, images: jax.Array, policy: int) ->
     return jax.vmap(POLICIES[policy])(streams.per_example(key, index), images.astype(jnp.float32))
 
 
-def _unchanged(key: jax.Array, image: jax.Array) -> jax.Array:
-    return image
-
-
 def _crop(key: jax.Array, image: jax.Array) -> jax.Array:
     """A random window of the image padded with zeros by H//8 on every side."""
     pad = image.shape[0] // 8
@@ -89,7 +85,7 @@ def _rectangle(height: int, width: int, top, bottom, left, right) -> jax.Array:
 
 
 POLICIES: dict[int, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    0: _unchanged,
+    0: lambda key, image: image,
     1: _crop_flip,
     2: _strong,
     3: _crop,  # for digits and text

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from asib_jax.data import archives
-from asib_jax.data.archives import Found
 from asib_jax.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -26,7 +25,7 @@ class Unavailable(Exception):
     """This way is not open here; the message says why."""
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> archives.Found:
     """CIFAR-100 from an .npz (x_train, y_train, x_test, y_test), the official archive, or its unpacked folder.
 
     Raises OSError for a file that cannot be opened, UserError where it is none of these.
@@ -36,7 +35,7 @@ def read(path: Path) -> Found:
     return archives.read_cifar100(path), str(path)
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> archives.Found:
     """CIFAR-100 by the first of `WAYS` that is open, with `folder` for prepared and downloaded data.
 
     Raises UserError, within seconds if there is no network, saying why each way is shut and what to do.
@@ -55,7 +54,7 @@ def find(folder: Path) -> Found:
     ]))
 
 
-def prepared_by_tfds(folder: Path) -> Found:
+def prepared_by_tfds(folder: Path) -> archives.Found:
     """What tfds prepared earlier. Reading it needs no TensorFlow if it was prepared as array_record."""
     if not (folder / "cifar100").is_dir():  # before tfds: its import is slow and its own message misleads
         raise Unavailable(f"there is no folder {folder / 'cifar100'}")
@@ -74,7 +73,7 @@ def prepared_by_tfds(folder: Path) -> Found:
                         "move it away, or set dataset.path") from error
 
 
-def earlier_download(folder: Path) -> Found:
+def earlier_download(folder: Path) -> archives.Found:
     """The official archive, downloaded before."""
     archive = _archive(folder)
     if not archive.is_file():
@@ -82,7 +81,7 @@ def earlier_download(folder: Path) -> Found:
     return read(archive)
 
 
-def downloaded_by_tfds(folder: Path) -> Found:
+def downloaded_by_tfds(folder: Path) -> archives.Found:
     """Downloaded and prepared by tfds, which needs TensorFlow for it."""
     if importlib.util.find_spec("tensorflow") is None:
         raise Unavailable("it needs TensorFlow, which is not installed")
@@ -100,7 +99,7 @@ def downloaded_by_tfds(folder: Path) -> Found:
     return _read_builder(builder)
 
 
-def downloaded_archive(folder: Path) -> Found:
+def downloaded_archive(folder: Path) -> archives.Found:
     """The official archive, downloaded and checked now. Only a file of the right digest gets the archive's name."""
     _probe_network()
     archive = _archive(folder)
@@ -124,7 +123,7 @@ def downloaded_archive(folder: Path) -> Found:
 
 
 # In order: what is here already goes before what must be fetched.
-WAYS: dict[str, Callable[[Path], Found]] = {
+WAYS: dict[str, Callable[[Path], archives.Found]] = {
     "prepared by tfds": prepared_by_tfds,
     "the official archive": earlier_download,
     "download by tfds": downloaded_by_tfds,
@@ -151,7 +150,7 @@ def _import_tfds():
     return tensorflow_datasets
 
 
-def _read_builder(builder) -> Found:
+def _read_builder(builder) -> archives.Found:
     arrays = {"class_names": np.asarray(builder.info.features["label"].names)}
     for split in ("train", "test"):
         # tfds shuffles when it prepares; the ids give back the archive's order, so that every way gives the same data.

@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 
-from asib_jax.build import Data
+from asib_jax.data.parts import Data
 from asib_jax.data.sources import Split, blocks
 
 logger = logging.getLogger("asib_jax")

@@ -76,7 +76,6 @@ def images_digest(split: Split) -> str:
 class Dataset:
     """A training and a test split, the names of their classes, and in words what was read."""
 
-    name: str
     train: Split
     test: Split
     class_names: tuple[str, ...]
@@ -129,7 +128,7 @@ def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
         raise UserError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
     folder = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "dataset.data_dir")
     arrays, origin = SOURCES[name](_existing(path), folder)
-    return _checked(name, arrays, origin)
+    return _checked(arrays, origin)
 
 
 def _existing(path: str) -> Path | None:
@@ -139,7 +138,7 @@ def _existing(path: str) -> Path | None:
     return given
 
 
-def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
+def _checked(arrays: Arrays, origin: str) -> Dataset:
     """A Dataset of well-formed arrays. Without class names the classes are 0..the largest training label, all of them.
 
     Named classes may be without images, as in a part of ImageNet for networks that know all of it: that is a warning.
@@ -167,7 +166,7 @@ def _checked(name: str, arrays: Arrays, origin: str) -> Dataset:
         Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
         for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
     )
-    return Dataset(name, train, test, names, origin)
+    return Dataset(train, test, names, origin)
 
 
 def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
@@ -203,10 +202,6 @@ def _digits(path: Path | None, folder: Path) -> Found:
     train = np.setdiff1d(np.arange(len(label)), test)
     arrays = {"x_train": image[train], "y_train": label[train], "x_test": image[test], "y_test": label[test]}
     return arrays, "digits of scikit-learn"
-
-
-def _cifar100(path: Path | None, folder: Path) -> Found:
-    return cifar100.read(path) if path else cifar100.find(folder)
 
 
 def _npz(path: Path | None, folder: Path) -> Found:
@@ -281,7 +276,7 @@ def _required(path: Path | None, what: str) -> Path:
 
 
 SOURCES: dict[str, Callable[[Path | None, Path], Found]] = {
-    "cifar100": _cifar100,
+    "cifar100": lambda path, folder: cifar100.read(path) if path else cifar100.find(folder),
     "digits": _digits,
     "imagenet32": _imagenet32,
     "npz": _npz,

@@ -1,1 +1,1 @@
-"""How it is run: devices, hosts, examples on their way, banks of outputs, evaluation."""
+"""How it is run: devices, hosts, compiled steps, examples on their way to them, banks, evaluation, progress."""

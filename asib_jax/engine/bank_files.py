@@ -35,7 +35,7 @@ def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int) ->
     for array in split:
         digest.update(str(array.shape).encode())
         for block in blocks(array):
-            digest.update(block)
+            digest.update(block.data)
     return digest
 
 
@@ -51,7 +51,7 @@ def store(path: pathlib.Path, nets: Networks, view: TeacherOutputs) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
         feats = {name: feat.view(np.uint8) for name, feat in zip(nets.teacher_names, view.feats)}
-        np.savez(file, logits=view.logits, **feats)
+        np.savez(file, logits=view.logits, **feats)  # type: ignore[arg-type]  # no teacher is named as an option
     part.replace(path)
 
 
@@ -63,4 +63,4 @@ def load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
                       for name, model in zip(nets.teacher_names, nets.teachers))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
-    return TeacherOutputs(feats, stored["logits"])
+    return TeacherOutputs(feats, stored["logits"])  # type: ignore[arg-type]  # on the host arrays are numpy's

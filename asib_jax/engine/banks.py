@@ -6,12 +6,14 @@ alike; an evaluation split has one view, its images as they are.
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from asib_jax.data.augment import augment
-from asib_jax.data.batches import evaluation_rows
+from asib_jax.data.splits import evaluation_rows
 from asib_jax.data.sources import Split
 from asib_jax.engine import bank_files, devices, hosts
 from asib_jax.engine.compiled import Steps
@@ -30,27 +32,30 @@ class Bank:
     """The outputs of the teachers and of the student on views of one split, as long as they stand still.
 
     name: of the split, in words. key: of a view's augmentation by the policy `data_aug`. place: where examples wait.
-    cache: a folder that keeps the teachers' outputs between runs; "": none.
+    cache: a folder that keeps the teachers' outputs between runs; "": none. narrow: of networks that compute in 16 bits
+    logits are held in 16 bits, too: in float16, whose digits leave the predicted class as it is where bfloat16's do not.
     """
 
     def __init__(self, nets: Networks, split: Split, feed: Feed, *, name: str,
                  key: Callable[[View], jax.Array] = lambda view: jax.random.key(0), data_aug: int = 0,
-                 place: Callable[..., Examples] = on_host, cache: str = ""):
+                 place: Callable[..., Examples] = on_host, cache: str = "", narrow: bool = False):
         self.nets, self.split, self.name = nets, split, name
         self._feed, self._key, self._data_aug, self._place, self._cache = feed, key, data_aug, place, cache
+        self._narrow = narrow and jnp.dtype(nets.student.dtype).itemsize == 2
         self._held: dict[tuple[str, View], Examples] = {}
 
-    def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Outputs]:
+    def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Any]:
         """Run "teachers" or "student" over the views and keep what they say, in the place of what is held of them.
 
-        Returns the outputs. Raises UserError for a file of the cache that cannot be read.
+        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache that cannot be read.
         """
         self.forget(who)
         names = self.nets.teacher_names if who == "teachers" else ("student",)
         own = Variables(*({name: part[name] for name in names} for part in variables))
         keys = [self._key(view) for view in views]
         outputs = list(self._cached(own, keys) if who == "teachers" and self._cache else self._run(who, own, keys))
-        self._held |= {(who, view): self._place(**{who: found}) for view, found in zip(views, outputs, strict=True)}
+        held = _narrowed(outputs) if self._narrow else outputs
+        self._held |= {(who, view): self._place(**{who: found}) for view, found in zip(views, held, strict=True)}
         return outputs
 
     def forget(self, who: str) -> None:
@@ -76,7 +81,7 @@ class Bank:
                 bank_files.store(paths[place], self.nets, view)
         return views
 
-    def _run(self, who: str, variables: Variables, keys: list[jax.Array]) -> Iterator[Outputs]:
+    def _run(self, who: str, variables: Variables, keys: list[jax.Array]) -> Iterator[Any]:
         """What the networks say under each augmentation key."""
         if who == "teachers" and keys:
             logger.info("teachers on %s: %d images, %d view(s)", self.name, len(self.split.label), len(keys))
@@ -87,13 +92,18 @@ class Bank:
         images = on_host(image=self.split.image, index=self.split.index)  # one shape and one program for all splits
         rows = evaluation_rows(len(self.split.label), self._feed.eval_batch_size)
         for key in keys:
-            found, pending = [], []
+            found: list[Outputs] = []
+            pending: list[Outputs] = []
             for call in self._feed.calls(step, rows, images):
                 found += jax.device_get(pending)  # of the call before, while this one's images were on their way
                 pending = [step.run((), variables, {"augment_key": key}, call, {})[1]]
             found += jax.device_get(pending)
             yield jax.tree.map(lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
                                                               )[: len(self.split.label)], *found)
+
+
+def _narrowed(outputs: list[Outputs]) -> list[Outputs]:
+    return jax.tree.map(lambda leaf: leaf.astype(np.float16) if leaf.dtype == np.float32 else leaf, outputs)
 
 
 @functools.lru_cache(maxsize=8)  # one compilation for all the splits of a run

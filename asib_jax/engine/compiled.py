@@ -57,15 +57,12 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
         # Gathered before the loop: one exchange between devices, and no copy of all examples for the loop to hold.
         batches = {"row": _own(rows, axis), **jax.tree.map(lambda x: _take(x, rows, axis), resident), **streamed}
 
-        def one(carry, of_step):
-            batch, own = of_step
-            return step(carry, fixed, {**controls, **own}, batch)
-
         with jax.default_matmul_precision(PRECISION):
-            if len(rows) > 1:
-                return jax.lax.scan(one, carry, (batches, each))
-            carry, outputs = one(carry, jax.tree.map(lambda x: x[0], (batches, each)))
-            return carry, jax.tree.map(lambda x: x[None], outputs)
+            if len(rows) == 1:
+                batch, own = jax.tree.map(lambda x: x[0], (batches, each))
+                carry, outputs = step(carry, fixed, {**controls, **own}, batch)
+                return carry, jax.tree.map(lambda x: x[None], outputs)
+            return jax.lax.scan(lambda carry, x: step(carry, fixed, {**controls, **x[1]}, x[0]), carry, (batches, each))
 
     donate = (0,) if donate_carry else ()
     if axis is None:

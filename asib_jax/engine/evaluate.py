@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.data.batches import evaluation_rows
+from asib_jax.data.splits import evaluation_rows
 from asib_jax.data.sources import Split
 from asib_jax.engine import devices
 from asib_jax.engine.banks import Bank
@@ -102,7 +102,7 @@ class Evaluator:
 def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:
     """Correct predictions of every teacher, "teacher1" ..., and of their averaged logits, "average"; and the images on
     which their predictions differ, "disagreement"."""
-    logits = view.logits
+    logits = np.asarray(view.logits)
     predictions = _predictions(logits)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
     counts["average"] = int((_predictions(logits.mean(axis=1)) == labels).sum())

@@ -84,7 +84,7 @@ class Feed:
         size, start = max(1, min(steps.at_once, int(_CALL_BYTES / one_step))), 0
         while start < len(rows):
             count = size if start + size <= len(rows) else 1
-            part = np.int32(rows[start : start + count])
+            part = rows[start : start + count].astype(np.int32)
             yield Call(resident, devices_.place_steps(host, part, self.devices), part)
             start += count
 

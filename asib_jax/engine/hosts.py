@@ -78,12 +78,12 @@ def is_first() -> bool:
 
 def everywhere(found: Sequence[bool]) -> list[bool]:
     """Of each finding, as many on every host, whether all hosts made it."""
-    return list(found) if jax.process_count() == 1 else _of_all(np.array(found, bool)).all(axis=0).tolist()
+    return list(found) if jax.process_count() == 1 else [bool(each) for each in np.all(_of_all(np.array(found)), axis=0)]
 
 
 def anywhere(found: Sequence[bool]) -> list[bool]:
     """Of each finding, as many on every host, whether any host made it."""
-    return list(found) if jax.process_count() == 1 else _of_all(np.array(found, bool)).any(axis=0).tolist()
+    return list(found) if jax.process_count() == 1 else [bool(each) for each in np.any(_of_all(np.array(found)), axis=0)]
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:

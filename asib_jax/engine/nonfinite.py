@@ -15,7 +15,8 @@ class Watch:
 
     def __init__(self, limit: int, in_a_row: int = 0):
         self.limit, self.in_a_row, self.skipped = limit, in_a_row, 0
-        self._began, self._broken = None, ""  # of the present streak: its first step, and what was not finite then
+        self._began: int | None = None  # of the present streak: its first step, and what was not finite then
+        self._broken = ""
 
     def see(self, metrics: Mapping[str, np.ndarray], first_step: int, phase: str = "") -> None:
         """Look at the metrics, [steps] each, of steps in their order from `first_step`.

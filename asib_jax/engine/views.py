@@ -17,9 +17,12 @@ class Reads(Protocol):
     runs_networks: why it runs the networks at every step instead, in a line; "": it does not, or it has none.
     """
 
-    reads: frozenset[str]
-    views: tuple[View, ...]
-    runs_networks: str
+    @property
+    def reads(self) -> frozenset[str]: ...
+    @property
+    def views(self) -> tuple[View, ...]: ...
+    @property
+    def runs_networks(self) -> str: ...
 
 
 class Stored(NamedTuple):
@@ -58,9 +61,9 @@ def choose(phases: Sequence[Reads], nets: Networks, images: int, image_bytes: in
 
 
 def bytes_each(nets: Networks) -> Mapping[str, int]:
-    """Bytes of what "teachers" and "student" say of one image: features in the compute type, logits in float32."""
+    """Bytes of what "teachers" and "student" say of one image, features and logits of as many bits as they compute in."""
     def of(*models):
-        return sum(jnp.dtype(model.dtype).itemsize * model.architecture.feat_dim + 4 * model.num_classes
+        return sum(jnp.dtype(model.dtype).itemsize * (model.architecture.feat_dim + model.num_classes)
                    for model in models)
     return {"teachers": of(*nets.teachers), "student": of(nets.student)}
 

@@ -3,27 +3,23 @@ import re
 from collections.abc import Callable, Sequence
 
 from asib_jax.errors import UserError
-from asib_jax.models.architecture import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
 from asib_jax.models.ib_mbm import IB_MBM, SynergyHead
 from asib_jax.models.kd_model import KDModel, feature_dim
+from asib_jax.models.layers import Architecture
 from asib_jax.models.mobilenet import ROWS as MOBILENET_ROWS, mobilenet_v2
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.models.shufflenet import shufflenet_v2
 from asib_jax.models.vgg import vgg
 from asib_jax.models.wide_resnet import wide_resnet
 
-# Name -> function of `small_input`. The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and
-# read images of any size with it.
+# Name -> function of `small_input`: whether the stem is for images of about 32 pixels, of stride 1 without max-pool.
+# Where that takes another kernel (3x3 in ResNets and ConvNeXt) it starts at random; all other pretrained weights fit.
+# The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and read images of any size with it.
 MODELS: dict[str, Callable[[bool], Architecture]] = {
-    "resnet8": lambda small_input: cifar_resnet(8),
-    "resnet14": lambda small_input: cifar_resnet(14),
-    "resnet20": lambda small_input: cifar_resnet(20),
-    "resnet32": lambda small_input: cifar_resnet(32),
-    "resnet44": lambda small_input: cifar_resnet(44),
-    "resnet56": lambda small_input: cifar_resnet(56),
-    "resnet110": lambda small_input: cifar_resnet(110),
+    **{f"resnet{depth}": lambda small_input, depth=depth: cifar_resnet(depth)  # type: ignore[misc]
+       for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8x4": lambda small_input: cifar_resnet(8, widths=(64, 128, 256), stem=32),
     "resnet32x4": lambda small_input: cifar_resnet(32, widths=(64, 128, 256), stem=32),
     "wrn_16_2": lambda small_input: wide_resnet(16, 2),
@@ -67,10 +63,9 @@ def create_teacher_by_name(name: str, num_classes: int, *, small_input: bool, **
     return KDModel(backbone(name, small_input, "teacherK.name"), num_classes, **fields)
 
 
-def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, num_heads: int, use_ib: bool,
-                               feature_norm: str, logvar_clip: float, min_std: float, residual: bool, dropout: float,
-                               learnable_temperature: bool) -> tuple[IB_MBM, SynergyHead]:
-    """The fusion network and head for these teachers; arguments are the fields of IB_MBM and SynergyHead.
+def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, dropout: float, learnable_temperature: bool,
+                               **fields) -> tuple[IB_MBM, SynergyHead]:
+    """The fusion network and head for these teachers; `fields`: the others of IB_MBM.
 
     Widths of query and teachers are inferred at initialisation; classes are the teachers'.
 
@@ -80,6 +75,4 @@ def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, num_hea
     if len(set(widths)) > 1:
         raise UserError(f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
                          "which gives all of them distill_out_dim")
-    ib_mbm = IB_MBM(dim=dim, num_heads=num_heads, use_ib=use_ib, feature_norm=feature_norm, logvar_clip=logvar_clip,
-                    min_std=min_std, residual=residual)
-    return ib_mbm, SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature)
+    return IB_MBM(dim, **fields), SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature)

@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import Chain, conv, keys_of, stochastic_depth
+from asib_jax.models.layers import Architecture, Chain, Part, conv, keys_of, stochastic_depth
 
 _INIT = nn.initializers.normal(0.02)
 _conv = partial(conv, use_bias=True, kernel_init=_INIT)
@@ -42,13 +41,11 @@ def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
-class Stem(nn.Module):
+class Stem(Part):
     """Patches of 4x4 pixels, or with `small_input` a 3x3 convolution of stride 1, and LayerNorm."""
 
     width: int
     small_input: bool
-    dtype: Any
-    axis_name: str | None  # nothing here averages over the batch
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -57,12 +54,10 @@ class Stem(nn.Module):
         return _layer_norm(self.dtype, "norm")(x)
 
 
-class Block(nn.Module):
+class Block(Part):
     """x + gamma * fc2(gelu(fc1(norm(depthwise 7x7(x))))), with gamma one factor per channel."""
 
     drop_rate: float
-    dtype: Any
-    axis_name: str | None  # nothing here averages over the batch
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -75,12 +70,10 @@ class Block(nn.Module):
         return x + stochastic_depth(y, self.drop_rate, keys_of(self, dropout_keys))
 
 
-class Downsample(nn.Module):
+class Downsample(Part):
     """LayerNorm and a 2x2 convolution of stride 2."""
 
     width: int
-    dtype: Any
-    axis_name: str | None  # nothing here averages over the batch
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -94,8 +87,6 @@ def convnext(widths: tuple[int, ...], counts: tuple[int, ...], drop_rate: float,
 
     drop_rate: stochastic depth of the last block, from 0 at the first linearly over all blocks. For training on
         ImageNet-1k the paper has 0.4 for S and 0.5 for L.
-    small_input: a 3x3 stem of stride 1 with padding, for images of about 32 pixels, in place of the 4x4 patches of
-        stride 4. Of pretrained weights all fit but the stem's kernel, which starts at random.
     """
     last, stages, done = sum(counts) - 1, [], 0
     for i, (width, count) in enumerate(zip(widths, counts, strict=True)):

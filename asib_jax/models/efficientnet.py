@@ -3,6 +3,7 @@
 Convolutions start from He normal over the fan-out of their group, as the original's.
 """
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, Stage
-from asib_jax.models.layers import ConvNorm, chain, conv, conv_norm, keys_of, stochastic_depth
+from asib_jax.models.layers import Architecture, ConvNorm, Part, chain, conv, conv_norm, keys_of, stochastic_depth
 
 # (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -70,11 +70,11 @@ class SqueezeExcite(nn.Module):
         return x * nn.sigmoid(conv(1, x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="expand")(y))
 
 
-class Block(nn.Module):
-    """The inverted residual (Sandler et al. 2018) with squeeze-and-excitation through a quarter of the input's width.
+class Block(Part):
+    """The inverted residual (Sandler et al. 2018), with a shortcut where it leaves the shape as it was.
 
-    1x1 to `expansion` times the input's width, depthwise, squeeze-and-excitation, 1x1 to `width`; with a shortcut where
-    that leaves the shape as it was.
+    1x1 to `expansion` times the input's width (unless 1), depthwise, squeeze-and-excitation through a quarter of the
+    input's width (if `squeeze`), 1x1 to `width`.
     """
 
     expansion: int
@@ -82,19 +82,21 @@ class Block(nn.Module):
     stride: int
     width: int
     drop_rate: float
-    padding: str | None
-    epsilon: float
-    dtype: Any
-    axis_name: str | None
+    depthwise_init: Callable[..., jax.Array]
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
+    squeeze: bool = True
+    padding: str | None = None
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name, epsilon=self.epsilon)
         inputs, hidden = x.shape[-1], x.shape[-1] * self.expansion
-        y = nn.silu(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
-        y = nn.silu(layer(y, self.kernel, hidden, self.stride, padding=self.padding, feature_group_count=hidden,
-                          kernel_init=nn.initializers.normal(2 ** 0.5 / self.kernel), name="depthwise_conv"))
-        y = SqueezeExcite(inputs // 4, self.dtype, name="squeeze_excite")(y)
+        y = self.activation(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
+        y = self.activation(layer(y, self.kernel, hidden, self.stride, padding=self.padding, feature_group_count=hidden,
+                                  kernel_init=self.depthwise_init, name="depthwise_conv"))
+        if self.squeeze:
+            y = SqueezeExcite(inputs // 4, self.dtype, name="squeeze_excite")(y)
         y = layer(y, 1, self.width, 1, name="project_conv")
         if self.stride > 1 or inputs != self.width:
             return y
@@ -115,8 +117,6 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
     includes the 1x1 convolution before pooling. Stochastic depth at block i of n has the rate 0.2 i / n (Tan & Le; for
     L2 Xie et al. 2020). BatchNorm's momentum is PyTorch's default in all of them, as in timm and torchvision.
 
-    dropout: before the classifier.
-    small_input: the 3x3 stem has stride 1 in place of 2, for images of about 32 pixels. All pretrained weights fit.
     tensorflow: TensorFlow's padding, at stride 2 of the far side only, and BatchNorm epsilon 1e-3 in place of 1e-5:
         what weights trained there expect. Those are timm's "tf_efficientnet_...", of which L2 has no others. Without
         it weights must be timm's "efficientnet_..." or torchvision's. Names and shapes are the same, so that weights of
@@ -126,11 +126,13 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
     padding, epsilon = ("SAME", 1e-3) if tensorflow else (None, 1e-5)
     unit = partial(ConvNorm, activation=nn.silu, padding=padding, epsilon=epsilon)
     stem = partial(unit, kernel=3, width=_scaled(_STEM * width), stride=1 if small_input else 2)
-    stages: list[Stage] = [("stem", stem)]
+    stages: list[tuple[str, Callable]] = [("stem", stem)]
     for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
         done = sum(counts[:i])
+        init = nn.initializers.normal(2 ** 0.5 / kernel)  # over the fan-out of a group
         blocks = (partial(Block, expansion, kernel, 1 if j else stride, _scaled(base * width),
-                          _DEPTH_DROP * (done + j) / sum(counts), padding, epsilon) for j in range(counts[i]))
+                          _DEPTH_DROP * (done + j) / sum(counts), init, padding=padding, epsilon=epsilon)
+                  for j in range(counts[i]))
         last = i == len(_STAGES) - 1
         head = {"head": partial(unit, kernel=1, width=_scaled(_HEAD * width), stride=1)} if last else {}
         stages.append((f"blocks{i + 1}", chain(blocks, **head)))

@@ -4,7 +4,8 @@ Variables of all networks live in two dicts, parameters and batch statistics, un
 "teacher2", ..., "ib_mbm" and "synergy_head".
 """
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
-from asib_jax.models.kd_model import KDModel, Outputs, in_compute_type
+from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type
 
 
 class Variables(NamedTuple):
@@ -144,3 +145,27 @@ def classify(nets: Networks, variables: Variables, z: jax.Array, dropout_keys: j
     if dropout_keys is not None:
         dropout_keys = streams.branch(dropout_keys, "synergy_head")
     return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, z, dropout_keys=dropout_keys)
+
+
+def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """{"params", "batch_stats"} of one network, the same for a (seed, name) in every configuration."""
+    image = jnp.zeros((1, *image_shape))
+    variables = _drawn(functools.partial(model.init, train=False), streams.key(seed, f"init/{name}"), image)
+    return {"batch_stats": {}, **variables}  # a network without BatchNorm has none
+
+
+def init_fusion(nets: Networks, seed: int) -> dict[str, Any]:
+    """Parameters of "ib_mbm" and "synergy_head"; none without fusion."""
+    if nets.ib_mbm is None:
+        return {}
+    q = jnp.zeros((1, nets.query_dim))
+    kv = jnp.zeros((1, len(nets.teachers), feature_dim(nets.teachers[0])))
+    code = jnp.zeros((1, nets.ib_mbm.dim))
+    return {"ib_mbm": _drawn(nets.ib_mbm.init, streams.key(seed, "init/ib_mbm"), q, kv)["params"],
+            "synergy_head": _drawn(nets.synergy_head.init, streams.key(seed, "init/synergy_head"), code)["params"]}
+
+
+def _drawn(init: Callable, *arguments: Any) -> dict[str, Any]:
+    """Initial values. A CPU's compiler need not optimise what runs once: 2.5 s for a ResNet-8, not 12."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, compiler_options=quick)(*arguments)

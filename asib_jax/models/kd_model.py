@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
-from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import dropout, keys_of, linear
+from asib_jax.models.layers import Architecture, dropout, keys_of, linear
 
 
 class Outputs(NamedTuple):

@@ -1,14 +1,50 @@
-"""Layers that several families share. A part of a network, from one block to a whole stage, has the interface that
-`Architecture.stages` describes."""
+"""What backbones are made of: the layers and parts that several families share, and how one is declared."""
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from asib_jax import streams
+
+# From our module's path to PyTorch's name for it: pairs of a regular expression of the whole path and a template for
+# `Match.expand`, or a function of the match. The first that matches counts.
+Names = tuple[tuple[str, str | Callable], ...]
+
+Stage = tuple[str, Callable[..., nn.Module]]  # name, factory
+
+HE_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Architecture(NamedTuple):
+    """A backbone as data. The order of `stages` is the declaration that partial freezing works by (SPEC 6).
+
+    stages: `factory(name=..., dtype=..., axis_name=...)` gives a `Part`.
+    feat_dim: F, the number of channels the last stage gives.
+    names: naming conventions of PyTorch weights that fit, most common first; export writes the first.
+    pooled_norm: a factory (name=...) of the float32 normalisation between pooling and `feat_2d`; None: there is none.
+    dropout: rate before the classifier.
+    """
+
+    stages: tuple[Stage, ...]
+    feat_dim: int
+    names: tuple[Names, ...] = ()
+    pooled_norm: Callable[..., nn.Module] | None = None
+    dropout: float = 0.0
+
+
+class Part(nn.Module, kw_only=True):  # type: ignore[call-arg]  # an argument of flax
+    """A part of a backbone, from one block to a whole stage, of that compute type.
+
+    Its `__call__(x, *, train, dropout_keys)` maps [B, h, w, c] to the next part's input. train: BatchNorm uses and
+    updates batch statistics, over `axis_name` if it is given; dropout_keys: [B] keys, one per example, or None for no
+    dropout of any kind.
+    """
+
+    dtype: Any
+    axis_name: str | None
 
 
 def symmetric_uniform(bound: float) -> Callable[..., jax.Array]:
@@ -36,7 +72,7 @@ def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, padding
     padding: None is kernel // 2 on both sides. At stride 2 XLA's "SAME" pads only the far side, PyTorch and its weights
         do not. An even kernel is for patches and takes 0.
     """
-    options = {"use_bias": False, "kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal")} | options
+    options = {"use_bias": False, "kernel_init": HE_NORMAL} | options
     padding = kernel // 2 if padding is None else padding
     return nn.Conv(width, (kernel, kernel), stride, padding, dtype=dtype, name=name, **options)
 
@@ -83,17 +119,12 @@ def keys_of(module: nn.Module, keys: jax.Array | None) -> jax.Array | None:
     return None if keys is None else streams.branch(keys, "/".join(module.path))
 
 
-class ConvNorm(nn.Module):
-    """A convolution, BatchNorm, an activation and, if `pool`, a 3x3 max-pool of stride 2: a stem, or a 1x1 head.
-
-    padding: as of `conv`; epsilon: BatchNorm's.
-    """
+class ConvNorm(Part):
+    """A convolution, BatchNorm, an activation and, if `pool`, a 3x3 max-pool of stride 2: a stem, or a 1x1 head."""
 
     kernel: int
     width: int
     stride: int
-    dtype: Any
-    axis_name: str | None
     pool: bool = False
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     padding: str | None = None
@@ -107,12 +138,10 @@ class ConvNorm(nn.Module):
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
 
 
-class Chain(nn.Module):
+class Chain(Part):
     """Parts (name, factory) one after another."""
 
-    parts: tuple[tuple[str, Callable[..., nn.Module]], ...]
-    dtype: Any
-    axis_name: str | None
+    parts: tuple[Stage, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:

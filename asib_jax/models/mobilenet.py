@@ -1,13 +1,11 @@
 """MobileNetV2 (Sandler et al. 2018) as torchvision's `mobilenet_v2` and timm's `mobilenetv2_100` have it."""
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 
-from asib_jax.models.architecture import Architecture, Names, Stage
-from asib_jax.models.efficientnet import TIMM
-from asib_jax.models.layers import ConvNorm, chain, conv_norm
+from asib_jax.models.efficientnet import TIMM, Block
+from asib_jax.models.layers import HE_NORMAL, Architecture, ConvNorm, Names, Stage, chain
 
 
 class Row(NamedTuple):
@@ -28,28 +26,6 @@ _OTHERS = {"expand_conv": "0.0", "expand_bn": "0.1", "depthwise_conv": "1.0", "d
            "project_conv": "2", "project_bn": "3"}
 
 
-class Block(nn.Module):
-    """The inverted residual: 1x1 to `expansion` times the channels (unless 1), 3x3 depthwise, linear 1x1 to `width`.
-
-    The input is added at stride 1 where it has as many channels.
-    """
-
-    expansion: int
-    width: int
-    stride: int
-    dtype: Any
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
-        hidden = self.expansion * x.shape[-1]
-        y = nn.relu6(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
-        y = nn.relu6(layer(y, 3, hidden, self.stride, feature_group_count=hidden, name="depthwise_conv"))
-        y = layer(y, 1, self.width, 1, name="project_conv")
-        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
-
-
 def _torchvision(rows: tuple[Row, ...]) -> Names:
     """torchvision's names, which number the blocks through all rows."""
     blocks = [(i, j) for i, row in enumerate(rows, start=1) for j in range(row.count)]
@@ -68,16 +44,15 @@ def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
     """MobileNetV2 of width 1: a stem of 32 channels, stages "layer1", "layer2", ... of one row each, 1280 features.
 
     The 1x1 convolution to 1280 channels belongs to the last stage. Dropout before the classifier is at torchvision's
-    rate of 0.2. Convolutions start from He normal over fan-out, as torchvision's.
+    rate of 0.2.
 
     rows: the first must have expansion 1 and the others a larger one, as PyTorch's names suppose.
-    small_input: the stem's convolution has stride 1 instead of 2, for images of about 32 pixels. All pretrained
-        weights fit.
     """
     unit = partial(ConvNorm, activation=nn.relu6)
+    block = partial(Block, drop_rate=0.0, depthwise_init=HE_NORMAL, activation=nn.relu6, squeeze=False)
     stages: list[Stage] = [("stem", partial(unit, kernel=3, width=32, stride=1 if small_input else 2))]
     for i, (expansion, width, count, stride) in enumerate(rows, start=1):
-        blocks = (partial(Block, expansion, width, 1 if j else stride) for j in range(count))
+        blocks = (partial(block, expansion, 3, 1 if j else stride, width) for j in range(count))
         head = {"head": partial(unit, kernel=1, width=1280, stride=1)} if i == len(rows) else {}
         stages.append((f"layer{i}", chain(blocks, **head)))
     return Architecture(

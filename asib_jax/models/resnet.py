@@ -1,17 +1,14 @@
 """ResNets: He et al. (2016) for small images, with Tian et al.'s (2020) wider variants, and the ImageNet bottlenecks.
 
-Where a block changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B). There is no
-dropout of any kind.
+Where a block changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B).
 """
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture, Names
-from asib_jax.models.layers import ConvNorm, chain, conv_norm
+from asib_jax.models.layers import Architecture, ConvNorm, Names, Part, chain, conv_norm
 
 Convolutions = tuple[tuple[int, int, int], ...]  # (kernel, width, stride) of a block's convolutions in order
 
@@ -30,12 +27,10 @@ def _names(shortcut: str, classifier: str) -> Names:
 NAMES = (_names("downsample", "fc"), _names("shortcut", "linear"))
 
 
-class Block(nn.Module):
+class Block(Part):
     """relu(shortcut(x) + conv-bn[-relu-conv-bn ...](x)): the basic block and the bottleneck alike."""
 
     convolutions: Convolutions
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -80,11 +75,7 @@ def cifar_resnet(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int =
 
 
 def imagenet_resnet(counts: tuple[int, ...], small_input: bool) -> Architecture:
-    """torchvision's bottleneck ResNet with `counts` blocks in its four stages.
-
-    small_input: a 3x3 stem of stride 1 without max-pool, for images of about 32 pixels, in place of the 7x7 stem of
-        stride 2 with max-pool. Of pretrained weights all fit but the stem's kernel, which starts at random.
-    """
+    """torchvision's bottleneck ResNet with `counts` blocks in its four stages."""
     stem = dict(kernel=3, stride=1, pool=False) if small_input else dict(kernel=7, stride=2, pool=True)
     return Architecture(
         stages=(("stem", partial(ConvNorm, width=64, **stem)), *_layers(_bottleneck, (64, 128, 256, 512), counts)),

@@ -1,13 +1,11 @@
 """ShuffleNetV2 (Ma et al. 2018) as torchvision has it."""
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asib_jax.models.architecture import Architecture, Stage
-from asib_jax.models.layers import ConvNorm, chain, conv_norm
+from asib_jax.models.layers import Architecture, ConvNorm, Part, Stage, chain, conv_norm
 
 _PLACES = {
     "shortcut_depthwise_conv": "branch1.0", "shortcut_depthwise_bn": "branch1.1",
@@ -29,7 +27,7 @@ def shuffle(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.stack((left, right), axis=-1).reshape(*left.shape[:-1], -1)
 
 
-class Block(nn.Module):
+class Block(Part):
     """Half of the output comes from 1x1, 3x3 depthwise, 1x1; the other half passes by. Both halves are shuffled.
 
     At stride 1 each half of the output has its half of the input; at stride 2 both have all of it, and a 3x3 depthwise
@@ -38,8 +36,6 @@ class Block(nn.Module):
 
     width: int
     stride: int
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -63,10 +59,8 @@ def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input:
     """ShuffleNetV2 with a stem of 24 channels, stages "stage2", "stage3", "stage4", and 1024 features.
 
     counts, widths: blocks and channels of these stages; (4, 8, 4) and (116, 232, 464) are the paper's "1x". The 1x1
-        convolution to 1024 channels belongs to the last stage. There is no dropout of any kind. Convolutions start
-        from He normal over fan-out, where torchvision leaves PyTorch's default.
-    small_input: the stem's convolution has stride 1 instead of 2 and its max-pool is left out, for images of about 32
-        pixels. All pretrained weights fit.
+        convolution to 1024 channels belongs to the last stage. Convolutions start from He normal over fan-out, where
+        torchvision leaves PyTorch's default.
     """
     stem = partial(ConvNorm, kernel=3, width=24, stride=1 if small_input else 2, pool=not small_input)
     stages: list[Stage] = [("stem", stem)]

@@ -1,15 +1,13 @@
 """VGG (Simonyan & Zisserman 2015) with BatchNorm for small images, in the form that Tian et al. (2020) distil."""
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import conv_norm
+from asib_jax.models.layers import Architecture, Part, conv_norm
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """3x3 convolutions with bias, each followed by BatchNorm and relu: conv0, bn0, conv1, ...
 
     With `pool` a 2x2 max-pool of stride 2 comes first where the map has more than 4 pixels on both sides.
@@ -17,8 +15,6 @@ class Stage(nn.Module):
 
     widths: tuple[int, ...]
     pool: bool
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -36,8 +32,7 @@ def vgg(widths: tuple[tuple[int, ...], ...]) -> Architecture:
     All stages but the first halve the resolution while both sides are above 4 pixels, so that no image size gives
     empty maps. Tian et al. halve three times, and four times on exactly 64 pixels: that is the same on 20 to 39 and on
     64 pixels. Below 20 they halve more often than this, on all other sizes less often. feat_4d is what the last relu
-    gives, feat_2d its mean over positions. Convolutions start from He normal over fan-out, as theirs, with bias 0.
-    There is no dropout and no other stem for other images.
+    gives.
     """
     stages = ["stem", *(f"layer{i}" for i in range(1, len(widths)))]
     names = [("classifier", "classifier")]

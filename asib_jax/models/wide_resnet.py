@@ -1,12 +1,10 @@
 """Wide ResNets for small images (Zagoruyko & Komodakis 2016), in the form that Tian et al. (2020) distil."""
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
-from asib_jax.models.architecture import Architecture
-from asib_jax.models.layers import batch_norm, chain, conv
+from asib_jax.models.layers import Architecture, Part, batch_norm, chain, conv
 
 # Of the weights of Tian et al. (2020).
 NAMES = (
@@ -18,19 +16,17 @@ NAMES = (
 )
 
 
-class Stem(nn.Module):
+class Stem(Part):
     """A 3x3 convolution; the first block normalises it."""
 
     width: int
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
         return conv(3, self.width, 1, dtype=self.dtype, name="conv")(x)
 
 
-class Block(nn.Module):
+class Block(Part):
     """shortcut + conv(relu(bn(conv(relu(bn(x)))))), with 3x3 convolutions of which the first has the stride.
 
     The shortcut is x itself, or, where the number of channels changes, a 1x1 convolution of relu(bn(x)).
@@ -38,8 +34,6 @@ class Block(nn.Module):
 
     width: int
     stride: int
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -52,11 +46,8 @@ class Block(nn.Module):
         return x + conv(3, self.width, 1, dtype=self.dtype, name="conv2")(y)
 
 
-class Norm(nn.Module):
+class Norm(Part):
     """BatchNorm and relu, after the last block."""
-
-    dtype: Any
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -66,9 +57,7 @@ class Norm(nn.Module):
 def wide_resnet(depth: int, widen: int) -> Architecture:
     """WRN-depth-widen, of 6n + 4 layers: a 3x3 stem and stages "layer1" to "layer3" of n blocks, without dropout.
 
-    feat_4d is what the final BatchNorm and relu give, which belong to the last stage; feat_2d is its mean over
-    positions, whatever their number. Convolutions start from He normal over fan-out, as theirs. There is no other stem
-    for other images.
+    feat_4d is what the final BatchNorm and relu give, which belong to the last stage.
     """
     def stage(i: int):
         blocks = (partial(Block, 2 ** (i + 3) * widen, 1 if j else min(i, 2)) for j in range((depth - 4) // 6))

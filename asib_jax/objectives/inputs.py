@@ -5,6 +5,7 @@ It holds image [B, H, W, ch] uint8, label and index [B], and, where networks wer
 """
 
 import jax
+import jax.numpy as jnp
 
 from asib_jax.data.augment import augment
 from asib_jax.models.ensemble import Mode, Networks, TeacherOutputs, Variables, run_teachers
@@ -25,5 +26,6 @@ def teacher_outputs(
 ) -> tuple[TeacherOutputs, dict]:
     """The teachers' outputs on the batch and their batch statistics: stored outputs if it brings them, else run now."""
     if "teachers" in batch:
-        return batch["teachers"], {}
+        stored = batch["teachers"]
+        return stored._replace(logits=stored.logits.astype(jnp.float32)), {}
     return run_teachers(nets, variables, pixels, modes, dropout_keys)

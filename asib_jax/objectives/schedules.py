@@ -99,12 +99,6 @@ def view_of(lengths: Sequence[int], stage: int, epoch: int, views: int) -> tuple
     return stage, number
 
 
-def views_of(lengths: Sequence[int], views: int, stage: int | None = None) -> list[tuple[int, int]]:
-    """Every (stage, epoch) that `view_of` gives over the run, or over one stage, in order, each once."""
-    stages = range(len(lengths)) if stage is None else (stage,)
-    return sorted({view_of(lengths, stage, epoch, views) for stage in stages for epoch in range(lengths[stage])})
-
-
 def views_of_stage(lengths: Sequence[int], stage: int, views: int) -> tuple[tuple[int, int], ...]:
     """`view_of` of each epoch of a stage."""
     return tuple(view_of(lengths, stage, epoch, views) for epoch in range(lengths[stage]))

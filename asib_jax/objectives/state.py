@@ -40,7 +40,7 @@ def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
 
 def begin(
     variables: Variables,
-    mask: Any,
+    mask: Mapping[str, Any],
     trained_stats: tuple[str, ...],
     tx: optax.GradientTransformation,
     opt_state: Any = None,
@@ -48,11 +48,12 @@ def begin(
 ) -> tuple[TrainState, Variables]:
     """Split the variables into what a step trains and what stands still.
 
-    mask: over the parameters, True where a leaf trains (may stop at whole branches); trained_stats: the networks whose
-    batch statistics the step updates; opt_state: of the step before, whose moments carry over to leaves that still
-    train; compute_dtype: that gradients pass through, for `first_loss_scale`.
+    mask: over the parameters, True where a leaf trains (may stop at whole branches; a network without a mask stands
+    still); trained_stats: the networks whose batch statistics the step updates; opt_state: of the step before, whose
+    moments carry over to leaves that still train; compute_dtype: that gradients pass through, for `first_loss_scale`.
     """
-    params, frozen_params = freezing.split(variables.params, mask)
+    whole_mask = {name: mask.get(name, False) for name in variables.params}
+    params, frozen_params = freezing.split(variables.params, whole_mask)
     stats = {name: variables.batch_stats[name] for name in trained_stats}
     frozen_stats = {name: value for name, value in variables.batch_stats.items() if name not in trained_stats}
     fresh = tx.init(params)

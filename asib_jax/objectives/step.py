@@ -22,8 +22,8 @@ Loss = Callable[[Variables, dict, dict], tuple[jax.Array, tuple[dict, dict]]]
 
 
 class Training(NamedTuple):
-    """What a training step is made of. mask: what it trains, over all parameters; trained_stats: the networks whose
-    batch statistics it updates; tx: from gradients to directions."""
+    """What a training step is made of. mask and trained_stats: the parameters that it trains and the networks whose
+    batch statistics it updates, as `state.begin` takes them; tx: from gradients to directions."""
 
     loss: Loss
     mask: dict[str, Any]

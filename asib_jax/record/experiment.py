@@ -2,7 +2,6 @@
 import csv
 import fcntl
 import io
-import itertools
 import json
 import logging
 import math
@@ -28,7 +27,8 @@ class Record:
     """One run: `folder` holds config.json, about.json, metrics.json, log.txt and checkpoints/; `metrics` maps keys to
     scalars, `about` says what the run is and how far it came (its "status").
 
-    The folder is locked as long as the process lives: a second one that would go on with the same run is refused.
+    The folder is locked as long as the process lives: a second one that would go on with the same run is refused. Of
+    several hosts the first alone writes: for the others the folder is only a name.
     """
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]):
@@ -43,13 +43,13 @@ class Record:
         """Make the folder `results_dir/exp_id` with the resolved config, a dict of plain values that has a `seed`.
 
         `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
-        within the same second get different ones. Of several hosts the first alone has a record that is written.
+        within the same second get different ones.
 
         Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
         in it.
         """
         if not hosts.is_first():
-            return _Unwritten(Path(results_dir) / (exp_id or name), name, config)
+            return cls(Path(results_dir) / (exp_id or name), name, config)
         check_exp_id(results_dir, exp_id)
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = None
@@ -72,7 +72,7 @@ class Record:
 
         Raises UserError while another process has the run, or if it has finished.
         """
-        record = (cls if hosts.is_first() else _Unwritten)(folder, "", config)
+        record = cls(folder, "", config)
         if hosts.is_first():
             record._lock_folder()
         about = read_about(folder)  # once no other process can change it
@@ -117,8 +117,9 @@ class Record:
 
     def save(self) -> None:
         """Write metrics.json and about.json; a reader finds the old or the new file, never a part of one."""
-        write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
-        write(self.folder / "about.json", json.dumps(self.about, indent=2))
+        if hosts.is_first():
+            write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
+            write(self.folder / "about.json", json.dumps(self.about, indent=2))
 
     def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
         """Write the metrics, put the run's row into `results_dir/summary.csv`, point `latest` at its folder, unlock it.
@@ -128,6 +129,8 @@ class Record:
         """
         if status not in STATUSES:
             raise ValueError(f"status={status!r}: choose one of {', '.join(STATUSES)}")
+        if not hosts.is_first():
+            return
         self.about |= {"status": status, "ended": time.time()}
         self.save()
         row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
@@ -136,16 +139,6 @@ class Record:
         _point_latest(self.folder)
         _add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
         self._lock.close()
-
-
-class _Unwritten(Record):
-    """That of a host which is not the first; its `folder` is only a name."""
-
-    def save(self) -> None:
-        """Nothing."""
-
-    def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
-        """Nothing."""
 
 
 def check_exp_id(results_dir: str | os.PathLike, exp_id: str) -> None:
@@ -167,14 +160,16 @@ def _taken(folder: Path) -> str:
 
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:
     stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in itertools.count(1):
-        folder = results / (stem if attempt == 1 else f"{stem}-{attempt}")
+    folder, attempt = results / stem, 1
+    while True:
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             if exp_id:  # of two that start at once
                 raise UserError(_taken(folder)) from None
+        attempt += 1
+        folder = results / f"{stem}-{attempt}"
 
 
 def _plain(value: Any) -> Any:
@@ -184,14 +179,25 @@ def _plain(value: Any) -> Any:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What about.json says of the run in `folder`. UserError if that is no run folder, or the file is damaged."""
+    """What about.json says of the run in `folder`. The errors of `read_json`."""
+    about = read_json(folder / "about.json")
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         return {"name": str(about["name"]), "status": str(about["status"]), "begun": float(about["begun"]), **about}
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no run folder: about.json is missing") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run's folder. UserError if it is missing, as where that is no run's, or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent} is no run folder: {path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def write(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """What a finished run leaves, on disk and read back: all that evaluation needs (SPEC 7)."""
 import collections
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -10,9 +9,8 @@ import jax
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import read_weights
 from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record
-from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.initial import init_network
+from asib_jax.record.experiment import Record, read_json
+from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.recipe import Recipe, TeacherRecipe, read_stored
 
 
@@ -57,24 +55,12 @@ def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
 def read_recipe(folder: pathlib.Path) -> Recipe:
     """The recipe of the run in `folder`. UserError if there is none, or one of a version with other keys."""
     path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} is no run folder: {path.name} is missing")
-    config = _read_json(path)
+    config = read_json(path)
     try:
         return read_stored(config)
     except UserError as error:
         raise UserError(f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
                         "has its revision") from error
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
-    return content
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
@@ -84,7 +70,7 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     that the run used.
     """
     stored = checkpoint.restore(folder / "checkpoints" / "final")
-    metrics = _read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     params, stats = {}, {}
     for name, model, options in zip(nets.teacher_names, nets.teachers, recipe.teachers):
         if changed_here(recipe, options):

@@ -1,11 +1,11 @@
-"""What a person sees of a run: log lines, a progress bar, curves and the table at the end."""
+"""What a person sees of a run: log lines, a progress bar, curves and tables."""
+import contextlib
 import logging
-import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -31,31 +31,28 @@ def setup_logging(folder: str | os.PathLike) -> logging.Logger:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
+    console = _Console(logging.INFO if hosts.is_first() else logging.WARNING)
+    logger.addHandler(console)
     if hosts.is_first():
         file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
-        handlers = file, _Console(logging.INFO)
+        logger.addHandler(file)
     else:
-        console = _Console(logging.WARNING)
         console.setFormatter(logging.Formatter(f"host {jax.process_index()}: %(message)s"))
-        handlers = (console,)
-    for handler in handlers:
-        logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False  # absl installs a root handler that would print everything twice
     return logger
 
 
-class Reporter:
-    """Progress bars and curves of one run; a context manager.
+class Reporter(contextlib.AbstractContextManager):
+    """Progress bars and curves of one run; leaving it ends a trace that is still open and flushes the curves.
 
     `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
     in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
     profiler trace of the calls with those B-steps to `folder/profile`. purge_from: in a run that goes on, the step from
     which TensorBoard forgets what was drawn before. Of several hosts the first alone does any of it.
 
-    Raises:
-        UserError: `wandb` is asked for but not installed.
+    Raises UserError where `wandb` is asked for but not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
@@ -65,7 +62,11 @@ class Reporter:
         self._profile_folder, self._profiling = folder / "profile", False
         self._profile_steps = profile_steps if first else ()
         self._wandb = _start_wandb(folder, wandb, config) if wandb and first else None
-        self._tensorboard = _start_tensorboard(folder, purge_from) if tensorboard and first else None
+        self._tensorboard = None
+        if tensorboard and first:
+            import tensorboardX  # imports PyTorch where that is installed, which takes a second
+
+            self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_from)
 
     @staticmethod
     def epoch_bar(images: int, description: str) -> tqdm:
@@ -101,25 +102,13 @@ class Reporter:
         jax.profiler.stop_trace()
         self._profiling, self._profile_steps = False, ()  # once: the control's steps count from 0 again
 
-    def close(self) -> None:
-        """End a trace that is still open and flush the curves."""
+    def __exit__(self, *exception) -> None:
         if self._profiling:
             self._stop_profile()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-    def __enter__(self) -> "Reporter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-
-def _start_tensorboard(folder: Path, purge_from: int | None) -> Any:
-    import tensorboardX  # imports PyTorch where that is installed, which takes a second
-    return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_from)
 
 
 def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
@@ -131,32 +120,8 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
     return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
 
 
-class Result(NamedTuple):
-    """One line of the final table: `correct` of `count` examples of a split; which of its parameters gave them."""
-    name: str
-    split: str
-    parameters: str
-    correct: int
-    count: int
-    note: str = ""
-
-
-def binomial_interval(correct: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, by inverting the score test (Wilson, 1927): it stays within [0, 1]."""
-    z2 = 1.959963984540054**2
-    centre = (correct + z2 / 2) / (count + z2)
-    half = math.sqrt(z2 * (correct * (count - correct) / count + z2 / 4)) / (count + z2)
-    return centre - half, centre + half
-
-
-def results_table(rows: Iterable[Result]) -> str:
-    """The results as aligned plain text, accuracies and their 95 % intervals in per cent."""
-    lines = [("name", "split", "parameters", "correct/count", "accuracy %", "95 % interval", "note")]
-    for name, split, parameters, correct, count, note in rows:
-        low, high = binomial_interval(correct, count)
-        lines.append((name, split, parameters, f"{correct}/{count}", f"{100 * correct / count:.2f}",
-                      f"{100 * low:.2f} to {100 * high:.2f}", note))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
-    return "\n".join("  ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)).rstrip()
-                     for line in lines)
+def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """Aligned lines; `align` has "<" for a column of text, ">" for one of numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip()
+            for row in rows]

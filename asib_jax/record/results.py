@@ -5,7 +5,7 @@ from asib_jax.engine.evaluate import Evaluator
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
 from asib_jax.record.finished import Finished
-from asib_jax.record.reporting import Result, results_table
+from asib_jax.record.reporting import table
 
 _TITLES = {  # of the table's rows, in their order; the teachers come first
     "average": "teachers' average",
@@ -77,42 +77,41 @@ def moving_parameters(recipe: Recipe) -> dict[str, str]:
     ended_with = "best" if recipe.restore_best else "last"
     moving = {"synergy": ended_with, "without_teachers": ended_with}
     if recipe.trains_teachers and not recipe.teachers_only:
-        names = [f"teacher{k}" for k in range(1, len(recipe.teachers) + 1)]
-        moving |= dict.fromkeys([*names, "average", "disagreement"], "last")
+        moving |= dict.fromkeys([*_teachers(recipe), "average", "disagreement"], "last")
     return moving
 
 
+def _teachers(recipe: Recipe) -> dict[str, TeacherRecipe]:
+    return {f"teacher{k}": teacher for k, teacher in enumerate(recipe.teachers, 1)}
+
+
 def render(recipe: Recipe, results: Results) -> str:
-    """The table and what belongs below it, as plain text."""
-    test, validation = results.counts["test"], results.counts["validation"]
-    rows, inflated = [], False
-    for name in sorted((name for name in test if name != "disagreement"), key=_position):
+    """The table, with 95 % intervals that invert the score test (Wilson, 1927), and what belongs below it."""
+    from scipy.stats import binomtest  # takes a second
+
+    test, validation, count = results.counts["test"], results.counts["validation"], results.sizes["test"]
+    titles = {name: f"{name} ({teacher.name})" for name, teacher in _teachers(recipe).items()} | _TITLES
+    rows = [("name", "split", "parameters", "correct/count", "accuracy %", "95 % interval", "note")]
+    inflated = False
+    for name, title in titles.items():
+        if name not in test:
+            continue
+        low, high = binomtest(test[name], count).proportion_ci(method="wilson")
         share = validation[name] / results.sizes["validation"]
         marked = _saw_validation(recipe, name)
         inflated = inflated or marked
-        rows.append(Result(_title(recipe, name), "test", _parameters(recipe, results, name), test[name],
-                           results.sizes["test"], f"validation {100 * share:.2f} % of {results.sizes['validation']}"
-                                                  f"{'*' if marked else ''}"))
-    lines = [results_table(rows), ""]
+        rows.append((title, "test", _parameters(recipe, results, name), f"{test[name]}/{count}",
+                     f"{100 * test[name] / count:.2f}", f"{100 * low:.2f} to {100 * high:.2f}",
+                     f"validation {100 * share:.2f} % of {results.sizes['validation']}{'*' if marked else ''}"))
+    lines = [*table(rows, "<<<>>><"), ""]
     if inflated:
         lines.append("* inflated: the teachers' or the student's weights were fitted on these images too")
     if results.shares:
         lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
                                                     for name, share in results.shares.items()))
     if "disagreement" in test:
-        lines.append(f"teachers disagree on {100 * test['disagreement'] / results.sizes['test']:.2f} % of test images")
+        lines.append(f"teachers disagree on {100 * test['disagreement'] / count:.2f} % of test images")
     return "\n".join(lines)
-
-
-def _position(name: str) -> int:
-    order = list(_TITLES)
-    return order.index(name) + 1 if name in order else 0  # the sort is stable: teachers stay in their order
-
-
-def _title(recipe: Recipe, name: str) -> str:
-    if name in _TITLES:
-        return _TITLES[name]
-    return f"{name} ({recipe.teachers[int(name.removeprefix('teacher')) - 1].name})"
 
 
 def _parameters(recipe: Recipe, results: Results, name: str) -> str:
@@ -123,20 +122,16 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
         return "as the A-Steps left them"
     if name == "average":
         return "as above"
-    if name.startswith("teacher"):
-        return "best epoch" if recipe.teachers[int(name.removeprefix("teacher")) - 1].epochs else "as given"
+    if teacher := _teachers(recipe).get(name):
+        return "best epoch" if teacher.epochs else "as given"
     return f"{name.removeprefix('control_')} epoch"
 
 
 def _saw_validation(recipe: Recipe, name: str) -> bool:
     """Whether validation flatters this row: a network behind it began with weights that were fitted on the images."""
-    teachers, student = recipe.teachers, recipe.model.student
-    if name.startswith("teacher"):
-        behind = (teachers[int(name.removeprefix("teacher")) - 1],)
-    else:
-        behind = {"average": teachers, "synergy": (*teachers, student)}.get(name, (student,))
-    return any(map(_flattered, behind))
+    def saw(network: StudentRecipe | TeacherRecipe) -> bool:
+        return bool(network.weights) and network.saw_val
 
-
-def _flattered(network: StudentRecipe | TeacherRecipe) -> bool:
-    return bool(network.weights) and network.saw_val
+    teachers, student = {k: saw(teacher) for k, teacher in _teachers(recipe).items()}, saw(recipe.model.student)
+    average = any(teachers.values())
+    return (teachers | {"average": average, "synergy": average or student}).get(name, student)

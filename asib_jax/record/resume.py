@@ -1,12 +1,11 @@
 """Which run a command goes on with, and whether it may: the configuration has to be the same where it matters."""
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from asib_jax.errors import UserError
 from asib_jax.recipe import RETIRED, Recipe, keys, read_stored
-from asib_jax.record.experiment import read_about
+from asib_jax.record.experiment import read_about, read_json
 
 logger = logging.getLogger("asib_jax")
 
@@ -60,9 +59,9 @@ def _readable(run: Path) -> dict[str, Any] | None:
 def differences(folder: Path, recipe: Recipe) -> list[str]:
     """Lines "key: there, here" for every key that matters and differs between the run in `folder` and the recipe."""
     try:
-        there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        there = read_json(folder / "config.json")
         theirs, ours = _that_matters(read_stored(there)), _that_matters(recipe)
-    except (OSError, ValueError) as error:  # of a version with other keys, or damaged
+    except ValueError as error:  # damaged, or of a version with other keys
         return [f"{folder / 'config.json'} cannot be read: {error}"]
     ours |= {key: now for key, now in RETIRED.items() if now is not None}
     theirs |= {key: there.get(key, now) for key, now in RETIRED.items() if now is not None}

@@ -2,10 +2,10 @@
 
 Where a start comes from, the first of these that applies:
   1. `--resume` or `resume`: the run that `resume.find` names, from
-     a. its last snapshot that is whole: the parts before (`take`) are over and are not done again; what they left is in
-        the snapshot, in `teacher_store` (teachers) or in the run's checkpoints (a finished student, for its control);
+     a. its last snapshot that is whole: the parts before are `over` and are not done again; what they left is in the
+        snapshot or, of teachers, in `teacher_store`;
      b. its very beginning, where it had not come to a snapshot;
-  2. the beginning of a new run: teachers as `teachers.ready` finds them, the student from `model.student.weights` or
+  2. the beginning of a new run: teachers as `teachers.collect` finds them, the student from `model.student.weights` or
      drawn at random, fusion network and adapters drawn at random.
 Everything random derives from the seed and a position, so that a snapshot needs nothing but arrays, the position, the
 sums of the epoch under way and what was best so far.
@@ -36,7 +36,7 @@ _KEPT = 2  # the last, and one before it should that be damaged
 
 class Snapshot(NamedTuple):
     """arrays: nested dicts of numpy arrays, without empty ones; values: plain values of the part of the run; epoch: of
-    the part, from 0; tally: what its steps have come to, as `loop` counts them. The rest is the whole run's: its
+    the part, from 0; tally: what its steps have come to, as `Tally` has it. The rest is the whole run's: its
     metrics, the teachers that it trains itself, the seconds it has taken; number: of the snapshot."""
 
     part: str
@@ -181,8 +181,8 @@ def last_whole(run: Path) -> Snapshot | None:
         except UserError as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            logger.warning("%s; going on from the one before, %s", error, path)
+        for one in damaged:
+            logger.warning("%s; going on from the one before, %s", one, path)
         return Snapshot(**json.loads(about), number=int(path.name), arrays=arrays)
     if damaged:
         raise UserError(f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; teachers that "

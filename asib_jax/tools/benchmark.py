@@ -6,6 +6,7 @@ The clock is read when the devices have finished.
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -19,13 +20,16 @@ from typing import Any
 
 import jax
 
-from asib_jax import build
+from asib_jax import build, train
 from asib_jax.context import Context
-from asib_jax.objectives import schedules
 from asib_jax.tools import device_check, workloads
 from asib_jax.data.parts import Data
 from asib_jax.errors import UserError
+from asib_jax.engine import views
+from asib_jax.engine.banks import View
+from asib_jax.engine.feed import tree_bytes
 from asib_jax.models.ensemble import Variables
+from asib_jax.phases import Phase
 from asib_jax.record import provenance
 from asib_jax.record.experiment import Record
 from asib_jax.recipe import Recipe
@@ -116,21 +120,20 @@ def matmul_rate(devices: Sequence[jax.Device], dtype: str) -> float:
                                     for _ in range(ROUNDS))
 
 
-def project(rates: Mapping[str, float], *, images: int, epoch_images: int, a_epochs: int, b_epochs: Sequence[int],
-            a_views: int, b_views: int) -> float:
-    """Seconds of reading and training in stages of `a_epochs` A-epochs and each of `b_epochs`, from images per second.
+def project(rates: Mapping[str, float], phases: Sequence[Phase], stored: frozenset[View], *, images: int,
+            epoch_images: int) -> float:
+    """Seconds of reading and training, from images per second.
 
-    a_views, b_views: how many views a step's outputs are stored of; 0: none, every network runs in each of its steps.
-    images: of the training split, which reading a view runs through; epoch_images: of an epoch's whole batches.
+    stored: the views whose outputs are held; in epochs of others every network runs in each step. images: of the
+    training split, which reading a view runs through; epoch_images: of an epoch's whole batches.
     """
-    a_lengths = (a_epochs,) * len(b_epochs)
-    stored = [(lengths, views) for lengths, views in ((a_lengths, a_views), (b_epochs, b_views)) if views]
-    teachers_views = set().union(*(schedules.views_of(lengths, views) for lengths, views in stored))
-    student_views = sum(len(schedules.views_of(a_lengths, a_views, stage)) for stage in range(len(b_epochs))
-                        ) if a_views else 0
-    amounts = {"read_teachers": images * len(teachers_views), "read_student": images * student_views,
-               "a_stored" if a_views else "a_streaming": epoch_images * sum(a_lengths),
-               "b_stored" if b_views else "b_streaming": epoch_images * sum(b_epochs)}
+    amounts: collections.Counter[str] = collections.Counter()
+    read = [stored.intersection(phase.views) if phase.reads else frozenset() for phase in phases]
+    for phase, held in zip(phases, read, strict=True):
+        for view in phase.views:
+            amounts[f"{phase.optimizer}_{'stored' if view in held else 'streaming'}"] += epoch_images
+        amounts["read_student"] += images * len(held) * ("student" in phase.reads)
+    amounts["read_teachers"] = images * len(frozenset().union(*read))
     return sum(amount / rates[name] for name, amount in amounts.items() if amount)
 
 
@@ -139,22 +142,22 @@ def projections(rates: Mapping[str, float], run: Context, variables: Variables, 
 
     Without evaluations, BatchNorm calibration and compilation, and with teachers given.
     """
-    sizes = {"images": len(run.data.train.label), "a_epochs": recipe.a_epochs if recipe.uses_fusion else 0,
-             "epoch_images": len(run.data.train.label) // recipe.dataset.batch_size * recipe.dataset.batch_size}
-    theirs = {"a_streaming": rates.get("torch_a"), "b_streaming": rates.get("torch_b")}
-    parts = {"whole run": recipe.b_epochs}
-    if recipe.uses_fusion:
-        parts = {f"A-Step of {recipe.a_epochs} epochs": (0,)} | parts
-    rows = []
-    for a_views, b_views in dict.fromkeys([(recipe.a_step_views, recipe.b_step_views), (1, 1)]):
-        wanted = dataclasses.replace(run, recipe=dataclasses.replace(recipe, a_step_views=a_views, b_step_views=b_views))
-        stored = {kind for kind in workloads.kinds_of(recipe) if workloads.phase_of(wanted, variables, kind).reads}
-        for part, b_epochs in parts.items():
-            views = {"a_views": a_views if "a" in stored else 0,
-                     "b_views": b_views if "b" in stored and sum(b_epochs) else 0}
-            row = {"part": part, **views, "seconds": project(rates, b_epochs=b_epochs, **sizes, **views)}
-            if theirs["a_streaming"]:
-                row["torch_seconds"] = project(theirs, b_epochs=b_epochs, **sizes, a_views=0, b_views=0)
+    images = len(run.data.train.label)
+    sizes = {"images": images, "epoch_images": images // recipe.dataset.batch_size * recipe.dataset.batch_size}
+    theirs = {f"{kind}_streaming": rates[f"torch_{kind}"] for kind in ("a", "b") if f"torch_{kind}" in rates}
+    rows: list[dict[str, Any]] = []
+    for counts in dict.fromkeys([(recipe.a_step_views, recipe.b_step_views), (1, 1)]):
+        wanted = dataclasses.replace(recipe, a_step_views=counts[0], b_step_views=counts[1], train_control=False)
+        phases = train.phases_of(wanted, run.nets, variables.params, {"train": images}, {})
+        stored = views.choose(phases, run.nets, images, tree_bytes(run.data.train), run.feed).views
+        parts = {f"A-Step of {recipe.a_epochs} epochs": phases[:1]} if recipe.uses_fusion else {}
+        for part, some in (parts | {"whole run": phases}).items():
+            row: dict[str, Any] = {"part": part, **{f"{kind}_views": count * any(phase.optimizer == kind and bool(phase.reads)
+                                                                 for phase in some)
+                                    for kind, count in zip("ab", counts, strict=True)},
+                   "seconds": project(rates, some, stored, **sizes)}
+            if theirs:
+                row["torch_seconds"] = project(theirs, some, frozenset(), **sizes)
                 row["ratio"] = row["torch_seconds"] / row["seconds"]
             rows += [row] if row not in rows else []
     return rows
@@ -183,16 +186,16 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
                  if name[:2] in ("a_", "b_")}
         if rival:
             works |= (theirs := rival(recipe, data, devices[0].platform))
-            warm |= warm_up({name: lambda work=work: work for name, work in theirs.items()}, devices)[1]
+            warm |= warm_up({name: functools.partial(dict.get, theirs, name) for name in theirs}, devices)[1]
         rounds = rates_of({name: works[name] for name in TITLES if name in works}, seconds)
     rates = {name: statistics.median(values) for name, values in rounds.items()}
     matmul = matmul_rate(devices, recipe.compute_dtype)
-    views = {name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates}
+    view_seconds = {name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates}
     achieved = {name: rates[name] * count for name, count in flops.items()}
     paired = {name: paired_ratio(rounds[name], rounds[f"torch_{name[0]}"]) for name in flops} if rival else {}
     return {
         **environment(recipe, run, random, rival is not None), "rounds": ROUNDS, "seconds_each": seconds,
-        "images_per_second": rates, "images_per_second_of_each_round": rounds, "warm_up": warm, "view_seconds": views,
+        "images_per_second": rates, "images_per_second_of_each_round": rounds, "warm_up": warm, "view_seconds": view_seconds,
         "first_step_seconds": before + next(iter(warm.values()))["first_call_seconds"],
         "matmul_flops_per_second": matmul, "flops_per_image": flops,
         "flops_per_second": achieved,
@@ -204,13 +207,13 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
 def environment(recipe: Recipe, run: Context, random: bool, with_torch: bool) -> dict[str, Any]:
     """What the figures are of."""
     devices = run.feed.devices
-    networks = (recipe.model.student, *(recipe.teachers if run.nets.teachers else ()))
+    names = [recipe.model.student.name, *(teacher.name for teacher in recipe.teachers if run.nets.teachers)]
     versions = provenance.versions()
     if with_torch and importlib.util.find_spec("torch"):
         versions["torch"] = importlib.metadata.version("torch")
     return {"synthetic": random, "versions": versions, "platform": devices[0].platform,
             "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
-            "cores": len(os.sched_getaffinity(0)), "networks": [network.name for network in networks],
+            "cores": len(os.sched_getaffinity(0)), "networks": names,
             "compute_dtype": recipe.compute_dtype, "batch_size": recipe.dataset.batch_size,
             "classes": run.data.num_classes, "image_shape": list(run.data.image_shape),
             "images": {"train": len(run.data.train.label), "validation": len(run.data.validation.label)}}

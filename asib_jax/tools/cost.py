@@ -66,8 +66,8 @@ def activations(function: Callable, params: Any, *others: Any) -> Activations:
 def of_step(training: Training, variables: Variables, controls: Any, batch: Any, compute_dtype: str) -> StepCost:
     """Of one training step of these networks; arrays or their shapes."""
     current, frozen = jax.eval_shape(functools.partial(
-        state.begin, mask={name: training.mask.get(name, False) for name in variables.params},
-        trained_stats=training.trained_stats, tx=training.tx, compute_dtype=compute_dtype), variables)
+        state.begin, mask=training.mask, trained_stats=training.trained_stats, tx=training.tx,
+        compute_dtype=compute_dtype), variables)
 
     def objective(params, current, frozen, controls, batch):
         return training.loss(state.join(current._replace(params=params), frozen), controls, batch)[0]

@@ -7,6 +7,7 @@ from asib_jax.engine import hosts
 from asib_jax.engine.feed import GIB
 from asib_jax.recipe import Recipe
 from asib_jax.record import resume
+from asib_jax.record.reporting import table
 from asib_jax.tools import plan as plans
 from asib_jax.tools.plan import Plan, Step
 
@@ -44,7 +45,7 @@ def text(recipe: Recipe, plan: Plan) -> str:
 
 def _network_table(plan: Plan) -> list[str]:
     rows = [(row.role, row.name, f"{row.parameters:,}", f"{row.flops / 1e9:.3f}", row.origin) for row in plan.networks]
-    return _table([("network", "name", "parameters", "GFLOPs", "from"), *rows], "<<>><")
+    return table([("network", "name", "parameters", "GFLOPs", "from"), *rows], "<<>><")
 
 
 def _step_table(plan: Plan) -> list[str]:
@@ -56,7 +57,7 @@ def _step_table(plan: Plan) -> list[str]:
         trained = ", ".join(f"{name} {count:,}/{whole:,}" for name, (count, whole) in step.trained.items())
         rows.append((step.title, f"{step.epochs:,}", f"{step.steps:,}",
                      *(f"{part / GIB:.3f}" for part in (*parts, sum(parts))), trained))
-    return _table([header, *rows], "<>>>>>>>><")
+    return table([header, *rows], "<>>>>>>>><")
 
 
 def _totals(steps: Sequence[Step]) -> str:
@@ -66,10 +67,3 @@ def _totals(steps: Sequence[Step]) -> str:
     parts = [f"{kind} {sum(step.epochs for step in found):,} epochs, {sum(step.steps for step in found):,} steps"
              for kind, found in kinds.items()]
     return f"in all {sum(step.steps for step in steps):,} steps: {'; '.join(parts)}"
-
-
-def _table(rows: list[tuple[str, ...]], align: str) -> list[str]:
-    """Aligned lines; `align` has "<" for a column of text, ">" for one of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip()
-            for row in rows]

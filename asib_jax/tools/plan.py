@@ -13,6 +13,7 @@ from clu.parameter_overview import count_parameters
 
 from asib_jax import build, preparation, train
 from asib_jax.data import sources
+from asib_jax.data.parts import Data
 from asib_jax.engine import views
 from asib_jax.engine.banks import View
 from asib_jax.engine.feed import tree_bytes
@@ -73,7 +74,8 @@ def make(recipe: Recipe) -> Plan:
     feed = build.make_feed(recipe)
     batch = options.batch_size // len(feed.devices)
     kept = [teacher_store.kept_folder(recipe, k) for k in range(len(nets.teachers))]
-    to_train = dict.fromkeys(name for k, name in enumerate(nets.teacher_names) if recipe.teachers[k].epochs and not kept[k])
+    to_train = dict.fromkeys(name for name, options, folder in zip(nets.teacher_names, recipe.teachers, kept)
+                             if options.epochs and not folder)
     phases = train.phases_of(recipe, nets, variables.params, images, to_train)
     size = int(np.prod(sizes.image_shape)) + 8  # of an image, its label and its index
     stored = views.choose(phases, nets, images["train"], images["train"] * size, feed)
@@ -87,9 +89,9 @@ def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: 
     """A row for every network that the run has variables of."""
     def row(role, name, module, source, *inputs, **options):
         apply = functools.partial(module.apply, **options)
-        inputs = (jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in inputs)
+        shapes = (jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in inputs)
         return Network(role, name, count_parameters(variables.params[role]),
-                       cost.flops(apply, variables.of(role), *inputs), source)
+                       cost.flops(apply, variables.of(role), *shapes), source)
 
     student, image = recipe.model.student, (image_shape, jnp.uint8)
     rows = []
@@ -131,7 +133,7 @@ def steps(recipe: Recipe, phases: Sequence[Phase], stored: frozenset[View], vari
     """A row for every phase that trains parameters, in order."""
     known: dict[str, cost.StepCost] = {}
     for phase in phases:
-        if not phase.trains:
+        if not any(jax.tree.leaves(phase.training.mask)):  # statistics alone
             continue
         held = phase.reads if stored.issuperset(phase.views) else frozenset()  # else some of its epochs run networks
         own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
@@ -146,19 +148,22 @@ def steps(recipe: Recipe, phases: Sequence[Phase], stored: frozenset[View], vari
         yield Step(phase.title, phase.epochs, number, trained, known[key])
 
 
-def batch_shapes(sizes: sources.Sizes, batch_size: int, nets: Networks, stored: frozenset[str] = frozenset()
+def batch_shapes(sizes: sources.Sizes | Data, batch_size: int, nets: Networks, stored: frozenset[str] = frozenset()
                  ) -> dict[str, Any]:
     """A training batch as shapes, with stored outputs of "teachers" and "student"."""
     def shape(dtype, *dimensions):
         return jax.ShapeDtypeStruct((batch_size, *dimensions), dtype)
+
+    def logits(model):
+        return jnp.float16 if jnp.dtype(model.dtype).itemsize == 2 else jnp.float32
 
     batch = {"label": shape(jnp.int32), "index": shape(jnp.int32)}
     if "student" not in stored:
         batch["image"] = shape(jnp.uint8, *sizes.image_shape)
     else:
         batch["student"] = StudentOutputs(shape(nets.student.dtype, nets.student.architecture.feat_dim),
-                                          shape(jnp.float32, sizes.num_classes))
+                                          shape(logits(nets.student), sizes.num_classes))
     if "teachers" in stored:
         feats = tuple(shape(model.dtype, model.architecture.feat_dim) for model in nets.teachers)
-        batch["teachers"] = TeacherOutputs(feats, shape(jnp.float32, len(feats), sizes.num_classes))
+        batch["teachers"] = TeacherOutputs(feats, shape(logits(nets.teachers[0]), len(feats), sizes.num_classes))
     return batch

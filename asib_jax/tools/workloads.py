@@ -21,8 +21,7 @@ from asib_jax.engine import devices
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Call
 from asib_jax.engine.progress import Progress, Tally
-from asib_jax.models.ensemble import Variables
-from asib_jax.models.initial import init_network
+from asib_jax.models.ensemble import Variables, init_network
 from asib_jax.objectives import state
 from asib_jax.objectives.step import make_train_step
 from asib_jax.phases import Phase, Running
@@ -57,8 +56,8 @@ def synthetic_data(recipe: Recipe) -> Data:
         return Split(images, labels.astype(np.int32), np.arange(len(labels), dtype=np.int32))
 
     whole, test = split(sizes.labels), split(np.arange(sizes.test) % sizes.num_classes)
-    parts = [whole.take(rows) for rows in build.divide(recipe, sizes.labels)]
-    return Data(*parts, test, sizes.num_classes, "random images")
+    train, teacher_train, validation = map(whole.take, build.divide(recipe, sizes.labels))
+    return Data(train, teacher_train, validation, test, sizes.num_classes, "random images")
 
 
 def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Context, Variables]:
@@ -162,7 +161,7 @@ def evaluation(context: Context, variables: Variables) -> Work:
 
 def streaming_works(context: Context, variables: Variables) -> dict[str, Callable[[], Work]]:
     """What a run does that stores nothing: by name, what makes it ready for its first call."""
-    makers = {f"{kind}_streaming": functools.partial(training, context, variables, kind)
+    makers: dict[str, Callable[[], Work]] = {f"{kind}_streaming": functools.partial(training, context, variables, kind)
               for kind in kinds_of(context.recipe)}
     makers["evaluation"] = functools.partial(evaluation, context, variables)
     if context.nets.teachers:

@@ -92,11 +92,7 @@ def restore_with_text(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """The SHA-256 stored with the checkpoint at `path`, over its paths, types, shapes, values and text; reads no
-    arrays.
-
-    Raises UserError if there is none that `save` wrote.
-    """
+    """The SHA-256 that `save` has stored with the checkpoint at `path`; reads no arrays. UserError if there is none."""
     path = os.path.abspath(path)
     with _ALONE, _checkpointer() as checkpointer:
         return _metadata(checkpointer, path)["sha256"]

@@ -8,6 +8,7 @@ What a config calls `weights` is one of
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,8 @@ def locate(weights: str, key: str, sha256: str = "") -> Path:
 
     key: the config key that holds `weights`, for messages. sha256: the `digest` that it must have; "": any.
 
-    Raises:
-        UserError: there is no such file or folder, it is another one, the cached file is damaged, or it cannot be
-            downloaded; then the message tells how to fetch it by hand.
+    Raises UserError where there is no such file or folder, it is another one, the cached file is damaged, or it cannot
+    be downloaded; then the message tells how to fetch it by hand.
     """
     path, reference = cached(weights), _reference(weights)
     if reference is not None:
@@ -115,7 +115,7 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
     try:
         # Asked once first: hf_hub_download asks again for 23 s where no hub is reached, longer where none answers.
         get_hf_file_metadata(url)
-        return Path(hf_hub_download(**reference))
+        return Path(hf_hub_download(**reference))  # type: ignore[call-overload]  # its names are the right ones
     except Exception as error:  # mostly of the HTTP library's own kinds, and huggingface_hub has changed libraries
         repo, revision, file = (reference[name] for name in ("repo_id", "revision", "filename"))
         raise UserError(
@@ -125,5 +125,5 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
             f"or download {url} elsewhere and set {key} to its path") from error
 
 
-_READERS = {".safetensors": load_file, ".npz": read_npz,
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {".safetensors": load_file, ".npz": read_npz,
             ".pth": torch_pickle.read, ".pt": torch_pickle.read, ".bin": torch_pickle.read}

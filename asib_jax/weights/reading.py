@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
-from asib_jax.models.architecture import Architecture
+from asib_jax.models.layers import Architecture
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.weights import checkpoint, origins, torch_names
 from asib_jax.weights.torch_names import ADAPTERS, owner

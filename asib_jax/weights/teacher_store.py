@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import jax
 
 from asib_jax.engine import hosts
-from asib_jax.recipe import keys
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import OTHER_ORDER
 from asib_jax.data.sources import Split, images_digest
 from asib_jax.errors import UserError
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, keys
 
 logger = logging.getLogger("asib_jax")
 
@@ -123,7 +122,7 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
     return checkpoint.restore(place.folder / "checkpoint")
 
 
-def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, float]) -> bool:
+def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, Any]) -> bool:
     """Keep a trained teacher; its folder appears complete or not at all. Whether it is what lies there now.
 
     reference: the `weights` it was given, as the configuration names them. A run that trained the same teacher at the

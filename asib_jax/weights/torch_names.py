@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from asib_jax.errors import UserError
-from asib_jax.models.architecture import Architecture, Names
+from asib_jax.models.layers import Architecture, Names
 
 ADAPTERS = ("distill_adapter", "residual_adapter")  # our own: no foreign weights hold these
 

@@ -78,10 +78,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     Names are as saved, save for the prefix "module." (DataParallel) where every name has it. A checkpoint that holds
     its state dict under exactly one of the keys "state_dict" and "model" gives that, and its other entries are ignored.
 
-    Raises:
-        OSError: the file cannot be opened.
-        UserError: it is damaged, holds something else than tensors, or names a function or class that weights do
-            not need; the message tells how to convert it.
+    Raises OSError where the file cannot be opened, UserError where it is damaged, holds something else than tensors, or
+    names a function or class that weights do not need; the message tells how to convert it.
     """
     path = Path(path)
     with open(path, "rb") as file:

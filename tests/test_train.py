@@ -1,0 +1,115 @@
+"""A whole run of tiny networks: what it runs is what was planned, and what it leaves is enough to evaluate it."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from networks import make_feed
+from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
+
+from asib_jax import build, phases, recipe as recipes, train
+from asib_jax.context import Context
+from asib_jax.models.ensemble import init_network
+from asib_jax.recipe import checks
+from asib_jax.record import finished
+from asib_jax.record.experiment import Record
+from asib_jax.record.reporting import Reporter
+from asib_jax.record.snapshots import Snapshots
+from asib_jax.tools import plan
+from asib_jax.weights import checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+    with tiny_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data_file, tmp_path_factory):
+    """A run whose control breaks after its training: its folder, what was planned, and each phase that it ran, with the
+    epochs of the log and the steps of its optimizer."""
+    results = tmp_path_factory.mktemp("results")
+    config = read_config("l1_ib", data_file, results_dir=str(results), exp_id="run", tensorboard=False,
+                         student_epochs_per_stage=(2,), train_control=True,
+                         **{f"teacher{k}.warmup_epochs": 0 for k in (1, 2)},
+                         **{"teacher1.train_epochs": 2, "teacher2.train_epochs": 1})
+    recipe, ran, whole = recipes.read(config), [], phases.run_phase
+    checks.check(recipe)
+    planned = plan.make(recipe)
+    record = Record.create(results, "test", "run", config.to_dict())
+
+    def spy(context, phase, variables, progress, begun):
+        before = progress.steps[phase.optimizer]
+        variables = whole(context, phase, variables, progress, begun)
+        epochs = len({key.split("/epoch")[1][:2] for key in record.metrics if key.startswith(f"{phase.name}/epoch")})
+        ran.append((phase.title, epochs, progress.steps[phase.optimizer] - before))
+        if phase.network == "control":
+            raise RuntimeError("out of memory")
+        return variables
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "run_phase", spy)
+        with pytest.raises(RuntimeError):
+            train.recorded(recipe, build.make_inputs(recipe), record)
+    return SimpleNamespace(folder=record.folder, planned=planned, ran=ran)
+
+
+def test_the_phases_of_a_run_are_those_of_the_plan(run):
+    """The plan has a row for each that trains parameters; calibration, of 50 steps, is none and logs no epoch."""
+    assert run.ran == [("teacher1", 2, 2 * STEPS), ("teacher2", 1, STEPS), ("BatchNorm statistics", 0, 5 * STEPS),
+                       ("A-Step, stage 1", 2, 2 * STEPS), ("B-Step, stage 1", 2, 2 * STEPS),
+                       ("control, stage 1", 2, 2 * STEPS)]
+    trains = [phase for phase in run.ran if phase[0] != "BatchNorm statistics"]
+    assert [step[:3] for step in run.planned.steps] == trains
+
+
+def test_a_control_that_fails_takes_nothing_along(run):
+    """What was finished before it can be read back; the run counts as failed."""
+    assert finished.load_students(run.folder).keys() == {"last", "best"}
+    folders = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    assert {"final", "stage1_last", "stage1_best", "snapshots"} <= folders and "control" not in folders
+    assert "student, last" in train.evaluate_run(run.folder)
+    assert ",failed," in (run.folder.parent / "summary.csv").read_text()
+
+
+def test_a_run_of_the_version_before_evaluates(run):
+    """Whose configuration has keys that are gone, and has not those that came later."""
+    now = run.folder / "config.json"
+    whole, expected = now.read_text(), train.evaluate_run(run.folder)
+    then = json.loads(whole) | {"scale_lr_with_devices": True, "bank_memory_gb": 8.0}
+    del then["dataset"]["eval_batch_size"]
+    now.write_text(json.dumps(then))
+    assert train.evaluate_run(run.folder) == expected
+    now.write_text(whole)
+
+
+@pytest.mark.parametrize("name, given, calibrates", [
+    ("l1_ib", "", True), ("l1_ib", "whole", False), ("l1_ib", "stem of another width", True),
+    ("l0_baseline", "stem of another width", False), ("ce_only", "", False)])
+def test_statistics_are_calibrated_where_they_fit_nothing(data_file, tmp_path, name, given, calibrates):
+    """Before an A-Step, of a student that is new or whose given weights leave its stem at random (SPEC 4)."""
+    recipe = read_recipe(name, data_file)
+    data = build.load_data(recipe)
+    if given:
+        student = init_network(build.build_networks(recipe, 5).student, 7, "student", data.image_shape)
+        if given != "whole":
+            student["params"]["stage0"]["conv"]["kernel"] = np.ones((5, 5, 3, 8), np.float32)
+        checkpoint.save(tmp_path / "given", student)
+        recipe = read_recipe(name, data_file, **{"model.student.weights": str(tmp_path / "given"),
+                                                 "model.student.name": "tiny"})
+    record = Record.create(tmp_path, "test", "", {"seed": 0})
+    context = Context(recipe, data, build.build_networks(recipe, 5), make_feed(), record,
+                      Reporter(tmp_path, tensorboard=False, wandb="", config={}), Snapshots(record))
+    variables, todo = train.begin(context)
+    assert ("calibration" in [phase.name for phase in todo]) == calibrates
+    if given:
+        assert np.array_equal(variables.params["student"]["stage1"]["conv"]["kernel"],
+                              student["params"]["stage1"]["conv"]["kernel"])
