@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from asib_jax import a_step, b_step, build, phases, preparation, teachers
+from asib_jax import a_step, b_step, build, runner, preparation, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
 from asib_jax.data.parts import Data
@@ -140,7 +140,7 @@ def train(context: Context) -> dict[str, object]:
             variables = overlay(variables, begun.arrays["variables"])
         if phase.nets.teachers and not context.validation.teacher_counts:
             _read_teachers(context, todo, variables)
-        variables = phases.run_phase(context, phase, variables, progress, begun)
+        variables = runner.run_phase(context, phase, variables, progress, begun)
         if main and phase is main[-1]:  # before the control: it is on disk whatever becomes of that
             finished.save(context.record, recipe, context.nets, _finished(variables, progress))
     done = _finished(variables, progress)
@@ -163,7 +163,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
                                           "the kind of devices": jax.local_devices()[0].device_kind})
     hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
                            for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images
-    describe(recipe, data, context.feed.devices)
+    reporting.describe(recipe, data, context.feed.devices)
     for key, count in overlap.check(data).items():
         record.log(key, count)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
@@ -200,28 +200,6 @@ def _finished(variables: Variables, progress: Progress) -> Finished:
                          f"{prefix}best": of_network(progress.best[network].held, network)}
     main = Variables(*({name: own for name, own in part.items() if name != "control"} for part in variables))
     return Finished(main, students, progress.distilled_steps)
-
-
-def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
-    """Log lines by which a reader verifies an ablation: data, and the active KD, IB/CCCP and freezing settings."""
-    logger.info("data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
-                data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
-                len(data.test.label), data.num_classes)
-    logger.info("devices: %d x %s%s, %s", len(devices), devices[0].device_kind,
-                f" on {jax.process_count()} hosts" if jax.process_count() > 1 else "", recipe.compute_dtype)
-    if recipe.teachers_only:
-        return
-    logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
-                recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
-                recipe.feat_kd_alpha)
-    logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' "
-                "adapters %s, teachers %s", recipe.a_epochs,
-                f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
-                f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
-                recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
-                "trained" if recipe.trains_teachers else "frozen")
-    levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
-    logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
 
 
 def evaluate_finished(recipe: Recipe, nets: Networks, data: Data, feed: Feed, done: Finished,

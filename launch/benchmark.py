@@ -20,7 +20,7 @@ from asib_jax import preparation
 from asib_jax.engine import compiled, devices
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, checks, read
-from asib_jax.tools import benchmark, command_line, workloads
+from asib_jax.tools import benchmark, benchmark_report, command_line, workloads
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 SYNTHETIC = flags.DEFINE_boolean("synthetic", False, "Random images of the data set's size and random weights.")
@@ -46,7 +46,7 @@ def main() -> None:
     compiled.keep_compiled(recipe.compilation_cache)
     report = benchmark.measure(recipe, random=SYNTHETIC.value, seconds=SECONDS.value, rival=rival)
     report["config"] = ":".join(filter(None, (pathlib.Path(path).stem, profile)))
-    print(benchmark.text(report))
+    print(benchmark_report.text(report))
     if JSON.value:
         out.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ import pytest
 from asib_jax import build
 from asib_jax import recipe as recipes
 from asib_jax.recipe import checks
-from asib_jax.tools import benchmark, cost, device_check, workloads
+from asib_jax.tools import benchmark, benchmark_report, cost, device_check, workloads
 from asib_jax.models import MODELS
 from configs import l2_cccp, l4_full
 from launching import launch
@@ -160,7 +160,7 @@ def test_projections_are_of_the_rates(report):
 
 def test_the_text_shows_the_figures(report):
     report = report[0]
-    lines = benchmark.text(report).splitlines()
+    lines = benchmark_report.text(report).splitlines()
     assert lines[0].startswith("tiny, random images and weights: tiny, tiny_teacher, tiny_teacher; 70 training and ")
     (line,) = [line for line in lines if line.startswith("B-Step, stored outputs")]
     cells = line.removeprefix("B-Step, stored outputs").split()

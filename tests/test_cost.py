@@ -4,14 +4,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from networks import CLASSES, SHALLOW, make_batch
 
+from asib_jax.models.ensemble import Mode, Networks, Variables
+from asib_jax.models.kd_model import KDModel
 from asib_jax.objectives import optimizers
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import Training
 from asib_jax.tools import cost
-from asib_jax.models.ensemble import Mode, Networks, Variables
-from asib_jax.models.kd_model import KDModel
-from networks import CLASSES, SHALLOW, make_batch
 
 X, W1, W2 = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5), (5, 2)))
 

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from networks import SHALLOW, make_feed, make_networks, make_split, one_step, random_variables
 
 from asib_jax import streams
 from asib_jax.engine import devices as placing
-from asib_jax.objectives import optimizers, state
 from asib_jax.models.ensemble import Mode
+from asib_jax.objectives import optimizers, state
 from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import make_train_step
-from networks import SHALLOW, make_feed, make_networks, one_step, make_split, random_variables
 
 SPLIT = make_split(40)
 STEPS = 4

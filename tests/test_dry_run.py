@@ -5,14 +5,13 @@ import socket
 
 import pytest
 from huggingface_hub import constants
+from launching import ROOT, launch
 
-from asib_jax import build
-from asib_jax import recipe as recipes
+from asib_jax import build, recipe as recipes
+from asib_jax.data import sources
 from asib_jax.recipe import checks
 from asib_jax.tools import dry_run, plan as plans
 from asib_jax.weights import teacher_store
-from asib_jax.data import sources
-from launching import ROOT, launch
 
 LADDER = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
 FINETUNE = sorted(path.stem for path in (ROOT / "configs").glob("finetune_*.py"))

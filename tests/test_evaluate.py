@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 from asib_jax.data.splits import evaluation_rows
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.models.ensemble import Networks, Variables
-from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)  # batches of 8 leave three empty places
 pytestmark = pytest.mark.usefixtures("quick_compilation")

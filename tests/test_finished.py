@@ -8,14 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from asib_jax import build, teachers
-from asib_jax import recipe
-from asib_jax.record import finished
-from asib_jax.weights import origins
+from asib_jax import build, recipe, teachers
 from asib_jax.errors import UserError
+from asib_jax.models.ensemble import Variables, init_network
+from asib_jax.record import finished
 from asib_jax.record.experiment import Record
 from asib_jax.record.snapshots import Snapshots
-from asib_jax.models.ensemble import Variables, init_network
+from asib_jax.weights import origins
 from asib_jax.weights.reading import read_weights
 from configs import l1_ib
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from networks import make_split
 
 from asib_jax.engine import devices as placing, hosts
 from asib_jax.record import signals, snapshots
 from asib_jax.weights import checkpoint
-from networks import make_split
 
 TESTS = pathlib.Path(__file__).resolve().parent
 FLAGS = {

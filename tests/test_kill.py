@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-
-from asib_jax.record import experiment, signals, snapshots
 from launching import ROOT
 from run_contents import assert_same
 from tiny_runs import SMALL, write_data
+
+from asib_jax.record import experiment, signals, snapshots
 
 TESTS = pathlib.Path(__file__).resolve().parent
 TINY = SMALL | {"teacher_adapt_epochs": 4, "student_epochs_per_stage": (1, 16), "train_control": False,

@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from epochs import BEGUN, calls_of, make_running
+from networks import CLASSES, SHALLOW, make_batch, make_networks, random_variables
 
 from asib_jax import streams
-from asib_jax.objectives import losses, optimizers, state
-from asib_jax.models.ensemble import TeacherOutputs, Variables
 from asib_jax.engine.nonfinite import Watch
+from asib_jax.models.ensemble import TeacherOutputs, Variables
+from asib_jax.objectives import losses, optimizers, state
 from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import TERMS, make_train_step
-from epochs import BEGUN, calls_of, make_running
-from networks import CLASSES, SHALLOW, make_batch, make_networks, random_variables
 
 A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
                  feat_kd_alpha=0.3, reg_lambda=0.1, ib_mbm_reg_lambda=0.1, label_smoothing=0.0, min_cw=0.1, data_aug=0)
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def same(a, b):
-    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
 
 
 # A step --------------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def begin(devices, limit=20, **options):
     """Of SGD with momentum on two examples a step; NaN lies on the last device alone."""
     tx = optimizers.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
     return make_running(functools.partial(product, axis_name="devices" if devices > 1 else None), tx, [1.0, 1.0],
-                        rate=0.25, devices=devices, limit=limit, **options)
+                        rate=lambda step: 0.25, devices=devices, limit=limit, **options)
 
 
 GOOD = [(1, 2), (0.5, -1), (3, 1), (-2, 0.25)]
@@ -155,8 +156,8 @@ def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
     """Steps 8, and 10 to 12: the third in a row of these is one too many, wherever a compiled call ends."""
     batches = [(1, 2), (1, np.nan), (1, 2), (1, np.nan), (1, np.nan), (1, np.nan), (1, 2)]
     running = begin(devices, limit=3, steps_a_call=steps_a_call)
-    with pytest.raises(FloatingPointError, match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* broke "
-                                                 r"in ce\. .*grad_clip_norm.*max_nonfinite_steps"):
+    with pytest.raises(FloatingPointError, match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* "
+                                                 r"broke in ce\. .*grad_clip_norm.*max_nonfinite_steps"):
         running.run_epoch(calls_of(running, batches), {})
     assert running.watch.in_a_row == 3 and running.watch.skipped == 4
     running = begin(devices, limit=4, steps_a_call=steps_a_call)
@@ -177,8 +178,10 @@ def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():
         assert current.batch_stats["w"]["mean"] == mean and metrics["skipped"] == skipped
 
 
-def test_a_loss_that_is_not_finite_counts_though_its_gradient_is():
-    """x is no factor of w: the gradient is 1 whatever x."""
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(devices):
+    """x is no factor of w: the gradient is 1 whatever x. Of two devices x is the second one's, and both skip the step.
+    """
     def loss(variables, controls, batch):
         value = variables.params["w"]["kernel"][0] + jnp.mean(batch["x"])
         return value, ({}, {"loss": value})
@@ -186,10 +189,16 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is():
     tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {})
     current, frozen = state.begin(variables, {"w": True}, (), tx)
-    step = jax.jit(make_train_step(loss, tx))
+    axis = "devices" if devices > 1 else None
+    step = jax.vmap(make_train_step(loss, tx, axis_name=axis), (None, None, None, 0), axis_name=axis,
+                    axis_size=devices)
     for x, w, skipped in ((2.0, 0.5, 0), (np.inf, 0.5, 1), (3.0, 0.0, 0)):
-        current, metrics = step(current, frozen, {"lr": jnp.float32(0.5)}, {"x": jnp.float32([x])})
-        assert current.params["w"]["kernel"] == w and metrics["skipped"] == skipped and metrics["lr"] == 0.5
+        examples = np.float32([[1.0], [x]])[-devices:]
+        after, metrics = jax.jit(step)(current, frozen, {"lr": jnp.float32(0.5)}, {"x": examples})
+        np.testing.assert_array_equal(after.params["w"]["kernel"], np.full((devices, 1), w))
+        np.testing.assert_array_equal(metrics["skipped"], np.full(devices, skipped))
+        np.testing.assert_array_equal(metrics["lr"], np.full(devices, 0.5))
+        current = jax.tree.map(lambda leaf: leaf[0], after)
 
 
 # The watch -----------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-
-from asib_jax.engine import devices
-from asib_jax import recipe
-from asib_jax.record import provenance
-from asib_jax.data.parts import Data
-from configs import l1_ib
 from networks import make_split
+
+from asib_jax import recipe
+from asib_jax.data.parts import Data
+from asib_jax.engine import devices
+from asib_jax.record import provenance
+from configs import l1_ib
 
 
 def test_the_record_is_plain_and_true():

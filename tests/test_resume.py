@@ -15,7 +15,7 @@ import pytest
 from run_contents import assert_same
 from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, phases, recipe as recipes, train
+from asib_jax import build, recipe as recipes, runner, train
 from asib_jax.errors import UserError
 from asib_jax.record import experiment, resume, snapshots
 from asib_jax.record.experiment import Record
@@ -106,7 +106,7 @@ CASES = {
         {"teacher1": AT_THE_END, "teacher2": OVER, "stage2/b": WITHIN, "control/stage1/b": WITHIN}),
     "float16": ("l4_full", {
         "use_amp": True, "amp_dtype": "float16", "use_partial_freeze": True, "student_freeze_level": (1, -1),
-        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2},
+        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2, "train_control": False},
         {"calibration": WITHIN, "stage1/a": LATER, "stage1/b": AT_THE_END, "stage2/a": WITHIN}),
 }
 
@@ -401,7 +401,7 @@ def test_a_run_that_dies_between_its_teachers_keeps_the_figures_of_the_first(dat
     """With no snapshot by time or steps."""
     recipe = read_recipe("l0_baseline", data_file, **RUN | {"train_control": False, "student_epochs_per_stage": (1,)})
     assert run_to_the_end(*begin(recipe, tmp_path / "untouched")) == 0
-    whole, run_phase = (tmp_path / "dies"), phases.run_phase
+    whole, run_phase = (tmp_path / "dies"), runner.run_phase
     recipe, record = begin(recipe, whole)
     with monkeypatch.context() as patch:
         def dies_in_the_second(context, phase, *rest):
@@ -409,7 +409,7 @@ def test_a_run_that_dies_between_its_teachers_keeps_the_figures_of_the_first(dat
                 raise ZeroDivisionError
             return run_phase(context, phase, *rest)
 
-        patch.setattr(phases, "run_phase", dies_in_the_second)
+        patch.setattr(runner, "run_phase", dies_in_the_second)
         with pytest.raises(ZeroDivisionError):
             train.recorded(recipe, build.make_inputs(recipe), record)
     assert len(list((whole / "teachers").iterdir())) == 1

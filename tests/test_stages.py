@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from asib_jax import a_step, b_step, build, phases, train
+from asib_jax import a_step, b_step, build, runner, train
 from asib_jax.context import Context
 from asib_jax.data.augment import augment
 from asib_jax.data.splits import training_rows
@@ -91,7 +91,7 @@ def run_all(context, variables, todo):
     """All variables after the phases, and the progress."""
     progress = Progress()
     for phase in todo.values():
-        variables = phases.run_phase(context, phase, variables, progress)
+        variables = runner.run_phase(context, phase, variables, progress)
     return variables, progress
 
 
@@ -120,7 +120,7 @@ def whole(data_file, tmp_path_factory):
     run, variables, todo = start(recipe, folder)
     progress, kept, synergy = Progress(), {"start": jax.device_get(variables)}, {}
     for name, phase in todo.items():
-        variables = phases.run_phase(run, phase, variables, progress)
+        variables = runner.run_phase(run, phase, variables, progress)
         kept[name] = jax.tree.map(np.copy, jax.device_get(variables))
         synergy[name] = progress.synergy_acc
     return SimpleNamespace(run=run, variables=variables, progress=progress, kept=kept, synergy=synergy, todo=todo,
@@ -190,7 +190,7 @@ def test_steps_are_counted_by_the_target_they_used(whole, tmp_path):
     assert whole.progress.distilled_steps == {"synergy mixed with avg": 2 * STEPS, "synergy": 2 * STEPS}
     shut, todo = variant(whole, tmp_path, same_program=True, enable_kd_after_syn_acc=1.0)
     progress = Progress(synergy_acc=0.9)
-    phases.run_phase(shut, todo["stage1/b"], whole.variables, progress)
+    runner.run_phase(shut, todo["stage1/b"], whole.variables, progress)
     assert progress.distilled_steps == {"avg (gate shut)": 2 * STEPS}
     assert shut.record.metrics["stage1/b/epoch01/gate"] == 0
     for name, expected in {"gate": [1] * 4, "tau": [2, 6] * 2}.items():
@@ -232,7 +232,7 @@ def test_the_rate_of_every_step_moves_the_parameters(whole, tmp_path):
                         optimizer="sgd", momentum=0.0, grad_clip_norm=0.0, restore_best=False)
     progress, variables = Progress(), whole.variables
     for name in ("stage1/b", "stage2/b"):
-        variables = phases.run_phase(run, todo[name], variables, progress)
+        variables = runner.run_phase(run, todo[name], variables, progress)
     params, stats, number = *whole.kept["stage2/b"], 0
     fixed = {"tau": 4.0, "gate": 0.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0}
     for stage in (0, 1):
@@ -341,7 +341,7 @@ def test_a_step_that_only_ruins_returns_what_came_in(whole, tmp_path):
     incoming = run.validation.accuracies(run.nets, whole.variables)["synergy"]
     progress = Progress(synergy_acc=0.123)
     progress.epochs["b"] = 2
-    after = phases.run_phase(run, todo["stage1/a"], whole.variables, progress)
+    after = runner.run_phase(run, todo["stage1/a"], whole.variables, progress)
     assert max(run.record.metrics[f"stage1/a/epoch0{epoch}/val_synergy"] for epoch in (1, 2)) < incoming
     assert same(after, whole.kept["stage2/b"])
     assert progress.synergy_acc == incoming == run.validation.accuracies(run.nets, after)["synergy"]
@@ -355,7 +355,7 @@ def test_b_step_continues_from_the_best_epoch_of_the_run(whole, tmp_path, restor
     schedule = dataclasses.replace(whole.run.recipe.schedule, type="multistep", gamma=1e3, milestones=(1,))
     run, todo = variant(whole, tmp_path, same_program=True, schedule=schedule, restore_best=restore_best)
     progress = Progress(synergy_acc=0.9)
-    after = jax.device_get(phases.run_phase(run, todo["stage1/b"], whole.variables, progress))
+    after = jax.device_get(runner.run_phase(run, todo["stage1/b"], whole.variables, progress))
     logged = {name: [run.record.metrics[f"stage1/b/epoch0{epoch}/{name}"] for epoch in (1, 2)]
               for name in ("val_student", "lr")}
     np.testing.assert_allclose(logged["lr"], [0.01, 10.0], rtol=1e-6)
@@ -376,7 +376,7 @@ def test_best_epoch_of_an_earlier_stage_still_counts(whole, tmp_path):
     own = jax.device_get(whole.variables.of("student"))
     best = Best(1.1, "an earlier one", {part: {"student": leaves} for part, leaves in own.items()})
     progress = Progress(synergy_acc=0.9, best={"student": best})
-    after = phases.run_phase(run, todo["stage1/b"], whole.variables, progress)
+    after = runner.run_phase(run, todo["stage1/b"], whole.variables, progress)
     assert same(after, whole.kept["stage2/b"]) and progress.best["student"].when == "an earlier one"
     assert not same(progress.last["student"]["params"]["student"]["stage0"], own["params"]["stage0"])
 
@@ -389,7 +389,7 @@ def test_frozen_stages_stand_still_and_the_others_do_not(whole, tmp_path, level,
     run, todo = variant(whole, tmp_path, use_partial_freeze=True, student_freeze_level=(level,), restore_best=False,
                         student_freeze_bn=freeze_bn, student_epochs_per_stage=(1,), **LABELS_ALONE)
     before = whole.kept["stage2/b"]
-    after = jax.device_get(phases.run_phase(run, todo["stage1/b"], whole.variables, progress := Progress()))
+    after = jax.device_get(runner.run_phase(run, todo["stage1/b"], whole.variables, progress := Progress()))
     trains = ("stage0", "stage1", "stage2")[0 if level == -1 else 3 - level:]
     for stage in ("stage0", "stage1", "stage2"):
         old, new = before.params["student"][stage], after.params["student"][stage]
@@ -409,7 +409,7 @@ def test_levels_by_stage_carry_the_moments(whole, tmp_path):
                "student_epochs_per_stage": (1, 1), **LABELS_ALONE}
     run, todo = variant(whole, tmp_path, **changes)
     progress = Progress()
-    middle = phases.run_phase(run, todo["stage1/b"], whole.variables, progress)
+    middle = runner.run_phase(run, todo["stage1/b"], whole.variables, progress)
     first = progress.opt_states["b"]
     assert optax.tree.get(first, "mu")["student"].keys() == {"stage0", "stage1", "stage2", "classifier"}
     kept_first = jax.tree.map(np.copy, jax.device_get(first))
@@ -419,7 +419,7 @@ def test_levels_by_stage_carry_the_moments(whole, tmp_path):
     for moments in (first, None):
         another, others = variant(whole, tmp_path, **still)
         with_or_without = Progress(opt_states={"b": moments}, best={"student": Best()})
-        phases.run_phase(another, others["stage2/b"], middle, with_or_without)
+        runner.run_phase(another, others["stage2/b"], middle, with_or_without)
         states.append(with_or_without.opt_states["b"])
     carried, without = (optax.tree.get(state, "mu")["student"] for state in states)
     assert carried.keys() == {"stage2", "classifier"}
@@ -439,7 +439,7 @@ def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers
                         teachers=teachers, use_partial_freeze=True, a_step_weight_decay=0.1, reg_lambda=0.1,
                         student_epochs_per_stage=(1,), variables=before)
     progress = Progress()
-    after = jax.device_get(phases.run_phase(run, todo["stage1/a"], before, progress))
+    after = jax.device_get(runner.run_phase(run, todo["stage1/a"], before, progress))
 
     def changes(name):
         tree = {part: (getattr(before, part)[name], getattr(after, part)[name]) for part in ("params", "batch_stats")}

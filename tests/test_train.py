@@ -7,7 +7,7 @@ import pytest
 from networks import make_feed
 from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, phases, recipe as recipes, train
+from asib_jax import build, runner, recipe as recipes, train
 from asib_jax.context import Context
 from asib_jax.models.ensemble import init_network
 from asib_jax.recipe import checks
@@ -41,7 +41,7 @@ def run(data_file, tmp_path_factory):
                          student_epochs_per_stage=(2,), train_control=True,
                          **{f"teacher{k}.warmup_epochs": 0 for k in (1, 2)},
                          **{"teacher1.train_epochs": 2, "teacher2.train_epochs": 1})
-    recipe, ran, whole = recipes.read(config), [], phases.run_phase
+    recipe, ran, whole = recipes.read(config), [], runner.run_phase
     checks.check(recipe)
     planned = plan.make(recipe)
     record = Record.create(results, "test", "run", config.to_dict())
@@ -56,7 +56,7 @@ def run(data_file, tmp_path_factory):
         return variables
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "run_phase", spy)
+        patch.setattr(runner, "run_phase", spy)
         with pytest.raises(RuntimeError):
             train.recorded(recipe, build.make_inputs(recipe), record)
     return SimpleNamespace(folder=record.folder, planned=planned, ran=ran)

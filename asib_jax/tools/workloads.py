@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import a_step, b_step, build, phases, streams, train
+from asib_jax import a_step, b_step, build, runner, streams, train
 from asib_jax.context import Context
 from asib_jax.data import sources
 from asib_jax.data.parts import Data
@@ -24,7 +24,8 @@ from asib_jax.engine.progress import Progress, Tally
 from asib_jax.models.ensemble import Variables, init_network
 from asib_jax.objectives import state
 from asib_jax.objectives.step import make_train_step
-from asib_jax.phases import Phase, Running
+from asib_jax.phases import Phase
+from asib_jax.runner import Running
 from asib_jax.recipe import Recipe
 from asib_jax.record.experiment import Record
 from asib_jax.record.reporting import Reporter
@@ -78,7 +79,7 @@ def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random
         variables, todo = train.begin(context)
         for phase in todo:
             if phase.network in nets.teacher_names:
-                variables = phases.run_phase(context, phase, variables, Progress())
+                variables = runner.run_phase(context, phase, variables, Progress())
     context.read_teachers(variables, [])
     return context, variables
 
