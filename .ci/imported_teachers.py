@@ -4,6 +4,7 @@
 
 The counts were found with PyTorch once, from the same files; on all 10,000 images the teachers score 72.63 and 71.63 %.
 """
+
 import pathlib
 import sys
 
@@ -27,8 +28,13 @@ def main(data: str, weights: str) -> None:
     nets, params, stats = [], {}, {}
     for k, name in enumerate(EXPECTED, 1):
         model = models.create_teacher_by_name(name, 100, small_input=True, mean=MEAN, std=STD)
-        variables, _ = read_weights(f"{weights}/cifar100_{name}.safetensors", "weights", model,
-                                    init_network(model, 0, name, test.image.shape[1:]), sha256="")
+        variables, _ = read_weights(
+            f"{weights}/cifar100_{name}.safetensors",
+            "weights",
+            model,
+            init_network(model, 0, name, test.image.shape[1:]),
+            sha256="",
+        )
         nets.append(model)
         params[f"teacher{k}"], stats[f"teacher{k}"] = variables["params"], variables["batch_stats"]
     evaluator = Evaluator(Networks(nets[0], tuple(nets)), test, Feed(tuple(jax.devices()[:1]), room_gb=1.0), "test")

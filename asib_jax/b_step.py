@@ -1,4 +1,5 @@
 """The B-Step: distil the student while all else stands still (SPEC 5)."""
+
 import functools
 from typing import Any
 
@@ -20,8 +21,15 @@ from asib_jax.recipe import Recipe
 from asib_jax.weights import checkpoint
 
 
-def phase(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, images: int,
-          axis_name: str | None = None, student: str = "student") -> Phase:
+def phase(
+    recipe: Recipe,
+    nets: Networks,
+    params: dict[str, Any],
+    stage: int,
+    images: int,
+    axis_name: str | None = None,
+    student: str = "student",
+) -> Phase:
     """The B-Step of a stage (from 0) over so many training images. params: arrays or their shapes.
 
     student: the network it trains; "control" is the same student in a run of its own beside this one.
@@ -32,17 +40,29 @@ def phase(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, im
     mask, _ = trainable(recipe, nets, params, stage, student)
     chosen = {student: {child: child != "distill_adapter" or adapter_trains(recipe) for child in mask[student]}}
     return Phase(
-        name=f"{prefix}stage{stage + 1}/b", title=f"{student if prefix else 'B-Step'}, stage {stage + 1}",
-        epochs=recipe.b_epochs[stage], network=student, nets=nets, split="train", optimizer=f"{prefix}b",
-        curve=f"{prefix}b", training=make_training(recipe, nets, params, stage, axis_name, student),
+        name=f"{prefix}stage{stage + 1}/b",
+        title=f"{student if prefix else 'B-Step'}, stage {stage + 1}",
+        epochs=recipe.b_epochs[stage],
+        network=student,
+        nets=nets,
+        split="train",
+        optimizer=f"{prefix}b",
+        curve=f"{prefix}b",
+        training=make_training(recipe, nets, params, stage, axis_name, student),
         rate=learning_rate(recipe, recipe.student_lr, images, sum(recipe.b_epochs), recipe.schedule.lr_warmup_epochs),
         controls=functools.partial(controls_of, recipe, stage),
         order=lambda epoch: streams.rng(recipe.seed, "order/b", stage, epoch),
-        views=schedules.views_of_stage(recipe.b_epochs, stage, recipe.b_step_views), reads=reads,
+        views=schedules.views_of_stage(recipe.b_epochs, stage, recipe.b_step_views),
+        reads=reads,
         runs_networks=f"the B-Step runs the teachers at every step: {runs}" if runs else "",
-        score=student, best=student, chosen=chosen, restore=recipe.restore_best, watch=nets.ib_mbm is not None,
+        score=student,
+        best=student,
+        chosen=chosen,
+        restore=recipe.restore_best,
+        watch=nets.ib_mbm is not None,
         counts=functools.partial(_count, recipe) if not prefix else Phase.counts,
-        finish=functools.partial(_save_students, f"{prefix.replace('/', '_')}stage{stage + 1}", student))
+        finish=functools.partial(_save_students, f"{prefix.replace('/', '_')}stage{stage + 1}", student),
+    )
 
 
 def _runs_networks(recipe: Recipe) -> str:
@@ -56,18 +76,29 @@ def _runs_networks(recipe: Recipe) -> str:
     return ""
 
 
-def make_training(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, axis_name: str | None = None,
-                  student: str = "student") -> Training:
+def make_training(
+    recipe: Recipe,
+    nets: Networks,
+    params: dict[str, Any],
+    stage: int,
+    axis_name: str | None = None,
+    student: str = "student",
+) -> Training:
     """What the B-Step of a stage (from 0) trains, by which loss and optimizer."""
     mask, mode = trainable(recipe, nets, params, stage, student)
-    tx = make_optimizer(recipe.optimizer, weight_decay=recipe.student_weight_decay,
-                        grad_clip_norm=recipe.grad_clip_norm, momentum=recipe.momentum)
+    tx = make_optimizer(
+        recipe.optimizer,
+        weight_decay=recipe.student_weight_decay,
+        grad_clip_norm=recipe.grad_clip_norm,
+        momentum=recipe.momentum,
+    )
     loss = functools.partial(b_loss, nets=nets, terms=terms_of(recipe), mode=mode, axis_name=axis_name, student=student)
     return Training(loss, mask, (student,), tx)
 
 
-def trainable(recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, student: str = "student"
-              ) -> tuple[dict[str, Any], Mode]:
+def trainable(
+    recipe: Recipe, nets: Networks, params: dict[str, Any], stage: int, student: str = "student"
+) -> tuple[dict[str, Any], Mode]:
     """What the B-Step trains, as a mask over the parameters, and how the student runs."""
     names = stage_names(nets.student)
     level = freezing.level_for_stage(recipe.student_freeze_level, stage) if recipe.use_partial_freeze else -1
@@ -87,13 +118,22 @@ def terms_of(recipe: Recipe) -> BTerms:
     """The static weights of the loss."""
     ce_alpha, kd_alpha = losses.renormalise_alphas(recipe.ce_alpha, recipe.kd_alpha)
     return BTerms(
-        data_aug=recipe.dataset.data_aug, ce_alpha=ce_alpha, kd_alpha=kd_alpha, kd_target=recipe.kd_target,
-        kd_teacher_index=recipe.kd_teacher_index, kd_max_ratio=recipe.kd_max_ratio, feat_kd_alpha=recipe.feat_kd_alpha,
+        data_aug=recipe.dataset.data_aug,
+        ce_alpha=ce_alpha,
+        kd_alpha=kd_alpha,
+        kd_target=recipe.kd_target,
+        kd_teacher_index=recipe.kd_teacher_index,
+        kd_max_ratio=recipe.kd_max_ratio,
+        feat_kd_alpha=recipe.feat_kd_alpha,
         label_smoothing=recipe.ce_label_smoothing,
         loss_clamp_max=recipe.loss_clamp_max if recipe.use_loss_clamp else 0.0,
         disagree_mode=recipe.disagree_mode if recipe.use_disagree_weight else "",
-        disagree_lambda_high=recipe.disagree_lambda_high, disagree_lambda_low=recipe.disagree_lambda_low,
-        mixup_alpha=recipe.mixup_alpha, cutmix_alpha=recipe.cutmix_alpha_distill, min_cw=recipe.min_cw)
+        disagree_lambda_high=recipe.disagree_lambda_high,
+        disagree_lambda_low=recipe.disagree_lambda_low,
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha_distill,
+        min_cw=recipe.min_cw,
+    )
 
 
 def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> dict[str, Any]:
@@ -105,15 +145,20 @@ def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> d
     gate = progress.gate(recipe.enable_kd_after_syn_acc)
     mixing = epoch < recipe.teacher_adapt_kd_warmup
     ramp, ratio_on = schedules.kd_ramp(epoch, stage, recipe.kd_warmup_epochs)
-    tau = schedules.temperature(epoch, recipe.b_epochs[stage], tau=recipe.tau, schedule=recipe.tau_schedule,
-                                power=recipe.tau_decay_power)
+    tau = schedules.temperature(
+        epoch, recipe.b_epochs[stage], tau=recipe.tau, schedule=recipe.tau_schedule, power=recipe.tau_decay_power
+    )
     view = schedules.view_of(recipe.b_epochs, stage, epoch, recipe.b_step_views)
-    return {"tau": np.float32(tau), "gate": np.float32(gate),
-            "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0), "ramp": np.float32(ramp),
-            "ratio_on": np.float32(ratio_on),
-            "augment_key": streams.key(recipe.seed, "augment", *view),
-            "mix_key": streams.key(recipe.seed, "mix", stage, epoch),
-            "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch)}
+    return {
+        "tau": np.float32(tau),
+        "gate": np.float32(gate),
+        "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0),
+        "ramp": np.float32(ramp),
+        "ratio_on": np.float32(ratio_on),
+        "augment_key": streams.key(recipe.seed, "augment", *view),
+        "mix_key": streams.key(recipe.seed, "mix", stage, epoch),
+        "dropout_key": streams.key(recipe.seed, "dropout/b", stage, epoch),
+    }
 
 
 def _count(recipe: Recipe, progress: Progress, controls: dict[str, Any], steps: int) -> None:

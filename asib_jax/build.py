@@ -1,4 +1,5 @@
 """A recipe's data and networks, as they are before anything is trained."""
+
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -9,24 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from asib_jax import models
-from asib_jax.engine import devices
-from asib_jax.objectives import freezing, schedules
-from asib_jax.weights.reading import Imported, read_weights
 from asib_jax.data import sources, splits
 from asib_jax.data.parts import Data, Rows
-from asib_jax.errors import UserError
+from asib_jax.engine import devices
 from asib_jax.engine.feed import Feed
+from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_fusion, init_network
 from asib_jax.models.kd_model import KDModel
+from asib_jax.objectives import freezing, schedules
 from asib_jax.recipe import Recipe
+from asib_jax.weights.reading import Imported, read_weights
 
 logger = logging.getLogger("asib_jax")
 
 
 def make_feed(recipe: Recipe) -> Feed:
     """What brings examples to the recipe's devices. UserError for devices that are not here."""
-    return Feed(tuple(devices.run_devices(recipe.num_devices)), recipe.device_data_gb, recipe.steps_per_call,
-                recipe.dataset.eval_batch_size)
+    return Feed(
+        tuple(devices.run_devices(recipe.num_devices)),
+        recipe.device_data_gb,
+        recipe.steps_per_call,
+        recipe.dataset.eval_batch_size,
+    )
 
 
 class Inputs(NamedTuple):
@@ -44,8 +49,10 @@ def load_data(recipe: Recipe) -> Data:
         dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
     except (UserError, OSError) as error:  # OSError: of a file that cannot be opened or read
         told = UserError(str(error))
-        told.add_note(f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
-                      f"dataset.data_dir={options.data_dir!r}")
+        told.add_note(
+            f"the images are those of dataset.name={options.name!r}, dataset.path={options.path!r}, "
+            f"dataset.data_dir={options.data_dir!r}"
+        )
         raise told from error
     train, teacher_train, validation = map(dataset.train.take, divide(recipe, dataset.train.label))
     return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
@@ -68,30 +75,55 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
 
     axis_name: over which training-mode BatchNorm takes its statistics, see `KDModel`.
     """
-    shared: dict[str, Any] = {"small_input": recipe.dataset.small_input, "dtype": jnp.dtype(recipe.compute_dtype),
-              "axis_name": axis_name}
+    shared: dict[str, Any] = {
+        "small_input": recipe.dataset.small_input,
+        "dtype": jnp.dtype(recipe.compute_dtype),
+        "axis_name": axis_name,
+    }
     adapter: dict[str, Any] = {"adapter_dim": recipe.distill_out_dim, "adapter_hidden": recipe.distill_hidden_dim}
     student = recipe.model.student
-    model = models.create_student_by_name(student.name, num_classes, mean=student.mean, std=student.std,
-                                          residual_adapter=student.use_adapter, **shared,
-                                          **(adapter if recipe.student_feature == "distill_feat" else {}))
+    model = models.create_student_by_name(
+        student.name,
+        num_classes,
+        mean=student.mean,
+        std=student.std,
+        residual_adapter=student.use_adapter,
+        **shared,
+        **(adapter if recipe.student_feature == "distill_feat" else {}),
+    )
     if not recipe.uses_teachers:
         return Networks(model)
     teachers = tuple(
-        models.create_teacher_by_name(teacher.name, num_classes, mean=teacher.mean, std=teacher.std, **shared,
-                                      **(adapter if recipe.uses_adapters else {}))
-        for teacher in recipe.teachers)
+        models.create_teacher_by_name(
+            teacher.name,
+            num_classes,
+            mean=teacher.mean,
+            std=teacher.std,
+            **shared,
+            **(adapter if recipe.uses_adapters else {}),
+        )
+        for teacher in recipe.teachers
+    )
     if not recipe.uses_fusion:
         return Networks(model, teachers)
     ib_mbm, head = models.build_ib_mbm_from_teachers(
-        teachers, dim=recipe.ib_mbm_out_dim, num_heads=recipe.ib_mbm_n_head, use_ib=recipe.use_ib,
-        feature_norm=recipe.ib_mbm_feature_norm, residual=recipe.ib_mbm_residual,
-        logvar_clip=recipe.ib_mbm_logvar_clip, min_std=recipe.ib_mbm_min_std, dropout=recipe.synergy_head_dropout,
-        learnable_temperature=recipe.synergy_temp_learnable)
+        teachers,
+        dim=recipe.ib_mbm_out_dim,
+        num_heads=recipe.ib_mbm_n_head,
+        use_ib=recipe.use_ib,
+        feature_norm=recipe.ib_mbm_feature_norm,
+        residual=recipe.ib_mbm_residual,
+        logvar_clip=recipe.ib_mbm_logvar_clip,
+        min_std=recipe.ib_mbm_min_std,
+        dropout=recipe.synergy_head_dropout,
+        learnable_temperature=recipe.synergy_temp_learnable,
+    )
     networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
     if recipe.feat_kd_alpha and networks.query_dim != recipe.ib_mbm_out_dim:
-        raise UserError(f"feature KD compares {recipe.student_feature} of width {networks.query_dim} with "
-                         f"ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0")
+        raise UserError(
+            f"feature KD compares {recipe.student_feature} of width {networks.query_dim} with "
+            f"ib_mbm_out_dim={recipe.ib_mbm_out_dim}; make them equal or set feat_kd_alpha=0"
+        )
     return networks
 
 
@@ -103,8 +135,15 @@ def make_inputs(recipe: Recipe) -> Inputs:
 
 def without_teachers(recipe: Recipe) -> Recipe:
     """The same student, data and epochs, learning from labels alone."""
-    return dataclasses.replace(recipe, ce_alpha=1.0, kd_alpha=0.0, feat_kd_alpha=0.0, kd_target="avg",
-                               teacher_adapt_epochs=0, train_control=False)
+    return dataclasses.replace(
+        recipe,
+        ce_alpha=1.0,
+        kd_alpha=0.0,
+        feat_kd_alpha=0.0,
+        kd_target="avg",
+        teacher_adapt_epochs=0,
+        train_control=False,
+    )
 
 
 class Initial(NamedTuple):
@@ -121,27 +160,45 @@ def initial(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Ini
         return Initial(Variables({}, {}), "")
     models_ = {"student": nets.student}
     if recipe.trains_control:
-        models_["control"] = build_networks(without_teachers(recipe), nets.student.num_classes,
-                                            nets.student.axis_name).student
+        models_["control"] = build_networks(
+            without_teachers(recipe), nets.student.num_classes, nets.student.axis_name
+        ).student
     found, stem = {}, ""
     for name, model in models_.items():
         found[name] = init_network(model, recipe.seed, "student", image_shape)
         if recipe.model.student.weights:
             imported = read_student(recipe, model, found[name])
             found[name], stem = imported.variables, imported.random_stem(model)
-            logger.info("%s: %s from %s%s", name, recipe.model.student.name, recipe.model.student.weights,
-                        f"; at random: {'; '.join(imported.fresh.values())}" if imported.fresh else "")
+            logger.info(
+                "%s: %s from %s%s",
+                name,
+                recipe.model.student.name,
+                recipe.model.student.weights,
+                f"; at random: {'; '.join(imported.fresh.values())}" if imported.fresh else "",
+            )
     params = {name: variables["params"] for name, variables in found.items()}
-    return Initial(Variables(params | init_fusion(nets, recipe.seed),
-                             {name: variables["batch_stats"] for name, variables in found.items()}), stem)
+    return Initial(
+        Variables(
+            params | init_fusion(nets, recipe.seed),
+            {name: variables["batch_stats"] for name, variables in found.items()},
+        ),
+        stem,
+    )
 
 
 def read_student(recipe: Recipe, model: KDModel, variables: dict[str, Any]) -> Imported:
-    """The student's given weights in the place of its variables, arrays or their shapes. The errors of `read_weights`."""
+    """The student's given weights in the place of its variables, arrays or their shapes. Errors: of `read_weights`."""
     student = recipe.model.student
     level = freezing.level_for_stage(recipe.student_freeze_level, 0) if recipe.use_partial_freeze else -1
-    return read_weights(student.weights, "model.student.weights", model, variables, level,
-                        sha256=student.weights_sha256, dataset=recipe.dataset.name)
+    return read_weights(
+        student.weights,
+        "model.student.weights",
+        model,
+        variables,
+        level,
+        sha256=student.weights_sha256,
+        dataset=recipe.dataset.name,
+    )
 
 
 def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Variables:
@@ -154,10 +211,14 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
 
     def drawn() -> Variables:
         own = initial(fresh, nets, image_shape).variables
-        teachers = {name: init_network(model, recipe.seed, name, image_shape)
-                    for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
-        return Variables(own.params | {name: teacher["params"] for name, teacher in teachers.items()},
-                         own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()})
+        teachers = {
+            name: init_network(model, recipe.seed, name, image_shape)
+            for name, model in zip(nets.teacher_names, nets.teachers, strict=True)
+        }
+        return Variables(
+            own.params | {name: teacher["params"] for name, teacher in teachers.items()},
+            own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()},
+        )
 
     with jax.disable_jit():  # initialisers name options for a compiler, which jit takes outside a trace only
         return jax.eval_shape(drawn)
@@ -167,6 +228,14 @@ def learning_rate(recipe: Recipe, base: float, images: int, epochs: int, warmup_
     """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs of so many images over the run."""
     schedule = recipe.schedule
     return lambda step: schedules.learning_rate(
-        step, base=base, steps_per_epoch=images // recipe.dataset.batch_size, epochs=epochs,
-        warmup_epochs=warmup_epochs, kind=schedule.type, min_lr=schedule.min_lr, step_size=schedule.step_size,
-        gamma=schedule.gamma, milestones=schedule.milestones)
+        step,
+        base=base,
+        steps_per_epoch=images // recipe.dataset.batch_size,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        kind=schedule.type,
+        min_lr=schedule.min_lr,
+        step_size=schedule.step_size,
+        gamma=schedule.gamma,
+        milestones=schedule.milestones,
+    )

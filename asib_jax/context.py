@@ -1,4 +1,5 @@
 """What all phases of a run share, made before the first of them."""
+
 import dataclasses
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -41,9 +42,17 @@ class Context:
 
     def __post_init__(self):
         recipe = self.recipe
-        self.bank = Bank(self.nets, self.data.train, self.feed, name="the training images",
-                         key=lambda view: streams.key(recipe.seed, "augment", *view), data_aug=recipe.dataset.data_aug,
-                         place=self.feed.place, cache=recipe.teacher_cache, narrow=True)
+        self.bank = Bank(
+            self.nets,
+            self.data.train,
+            self.feed,
+            name="the training images",
+            key=lambda view: streams.key(recipe.seed, "augment", *view),
+            data_aug=recipe.dataset.data_aug,
+            place=self.feed.place,
+            cache=recipe.teacher_cache,
+            narrow=True,
+        )
         self.validation = self.evaluator("validation")
 
     def evaluator(self, split: str) -> Evaluator:
@@ -54,8 +63,7 @@ class Context:
     def compiled(self, key: Hashable, make_step: Callable[[], Callable], *, trains_convolutions: bool) -> Steps:
         """The compiled training step under `key`, made and compiled once in a run."""
         if key not in self.steps:
-            self.steps[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions,
-                                                    donate_carry=True)
+            self.steps[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions, donate_carry=True)
         return self.steps[key]
 
     def examples(self, split: str) -> tuple[Examples, Examples]:
@@ -64,8 +72,13 @@ class Context:
             self._placed.clear()
             part = getattr(self.data, split)
             images = self.feed.place(image=part.image)
-            logger.info("training images: %s", "on the devices" if images.resident else "on the host, sent ahead of "
-                        f"each call: more than the room of device_data_gb={self.feed.room_gb:g}")
+            logger.info(
+                "training images: %s",
+                "on the devices"
+                if images.resident
+                else "on the host, sent ahead of "
+                f"each call: more than the room of device_data_gb={self.feed.room_gb:g}",
+            )
             self._placed[split] = images, self.feed.place(label=part.label, index=part.index)
         return self._placed[split]
 

@@ -2,6 +2,7 @@
 
 `teachers.py`, `a_step.py` and `b_step.py` describe phases, `train.py` lists them, `runner.py` runs them.
 """
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +20,13 @@ from asib_jax.objectives.step import Training
 class Phase:
     """Some epochs of one training step.
 
-    What it is. name: for snapshots and metrics, "teacher1", "stage1/a", "control/stage1/b"; title: for a person; epochs.
+    What it is. name: for snapshots and metrics, "teacher1", "stage1/a", "control/stage1/b"; title: for a person.
     What it trains. network: the variables that `nets.student` has; training: loss, mask, statistics, directions;
-    optimizer: whose steps, rate and moments go on over phases; rate: of a step of that optimizer; controls: of an epoch,
-    arrays that are constant over it.
+    optimizer: whose steps, rate and moments go on over phases; rate: of a step of that optimizer; controls: of an
+    epoch, arrays that are constant over it.
     What it reads. split: a field of `Data`; order: of an epoch; views: the augmentation of each epoch; reads: whose
-    outputs it takes from a bank where that holds the epoch's view, of "teachers" and "student"; runs_networks: why none.
+    outputs it takes from a bank where that holds the epoch's view, of "teachers" and "student"; runs_networks: why it
+    takes none.
     What is measured and chosen. score: what of the validation accuracies names the best state, "" for no measurement;
     best: under which name it is kept; chosen: the leaves that are kept and restored as one, None for those that train;
     holds_moments: these, too; restore: whether the phase ends with them; watch: measure before the first epoch, too;

@@ -1,4 +1,5 @@
 """What can be known to go wrong before a run leaves a trace: nothing here is compiled or written."""
+
 import dataclasses
 import importlib.util
 import os
@@ -6,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from asib_jax import build, teachers
+from asib_jax.build import Inputs
+from asib_jax.data.paths import expanded
 from asib_jax.engine import compiled, devices
+from asib_jax.errors import UserError
+from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, checks, keys, read
 from asib_jax.record import experiment
 from asib_jax.weights import origins, teacher_store
-from asib_jax.build import Inputs
-from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.data.paths import expanded
-from asib_jax.errors import UserError
 
 
 def checked(config: Mapping[str, Any]) -> Recipe:
@@ -23,8 +24,11 @@ def checked(config: Mapping[str, Any]) -> Recipe:
     Raises UserError for a key or a value that cannot be, for devices that are not here, or for a run that exists.
     """
     recipe = read(config)
-    homes: dict[str, Any] = {key: str(expanded(path, key)) for key in ("results_dir", "resume")
-                             if (path := getattr(recipe, key)).startswith("~")}
+    homes: dict[str, Any] = {
+        key: str(expanded(path, key))
+        for key in ("results_dir", "resume")
+        if (path := getattr(recipe, key)).startswith("~")
+    }
     recipe = dataclasses.replace(recipe, **homes)
     if recipe.deterministic:
         compiled.be_deterministic()  # before the checks, which ask for devices
@@ -46,12 +50,13 @@ def check_machine(recipe: Recipe) -> None:
     devices.check_platform(devices.all_devices(), recipe.platform, "platform")
     devices.check_batch(recipe.dataset.batch_size, devices.run_devices(recipe.num_devices))
     if recipe.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to \"\"")
+        raise UserError(f'wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to ""')
     cache = expanded(recipe.teacher_cache, "teacher_cache")
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if recipe.teacher_cache and not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name "
-                        "another, or none")
+        raise UserError(
+            f"teacher_cache={recipe.teacher_cache!r}: {there} is no folder that can be written; name another, or none"
+        )
     given = {"model.student.weights": recipe.model.student.weights}
     if recipe.uses_teachers:
         given |= {f"teacher{k}.weights": teacher.weights for k, teacher in enumerate(recipe.teachers, 1)}

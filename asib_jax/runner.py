@@ -1,4 +1,5 @@
 """One function runs every phase: its epochs, snapshots, the watch for what is not finite, the log, the best state."""
+
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,18 +31,27 @@ _HOSTS_WINDOW = 64  # steps between two questions to the other hosts, where no c
 class Running:
     """A phase on its way: what trains, what stands still of the networks it uses, the compiled step, how far it is."""
 
-    def __init__(self, context: Context, phase: Phase, variables: Variables, progress: Progress,
-                 begun: Snapshot | None = None):
+    def __init__(
+        self, context: Context, phase: Phase, variables: Variables, progress: Progress, begun: Snapshot | None = None
+    ):
         self.context, self.phase, self.progress, self._others = context, phase, progress, variables
         training, own = phase.training, _used(phase, variables)
-        current, frozen = state.begin(own, {name: training.mask.get(name, False) for name in own.params},
-                                      training.trained_stats, training.tx, progress.opt_states.get(phase.optimizer),
-                                      context.recipe.compute_dtype)
+        current, frozen = state.begin(
+            own,
+            {name: training.mask.get(name, False) for name in own.params},
+            training.trained_stats,
+            training.tx,
+            progress.opt_states.get(phase.optimizer),
+            context.recipe.compute_dtype,
+        )
         self.frozen = devices.share(frozen, context.feed.devices)
         current = state.with_loss_scale(current, begun and begun.arrays)
         self.current = devices.replicate(current, context.feed.devices)  # moments, too, or the step compiles twice
-        self.step = context.compiled((phase.optimizer, str(training.mask)), lambda: make_train_step(
-            training.loss, training.tx, axis_name=context.feed.axis_name), trains_convolutions=bool(training.trained_stats))
+        self.step = context.compiled(
+            (phase.optimizer, str(training.mask)),
+            lambda: make_train_step(training.loss, training.tx, axis_name=context.feed.axis_name),
+            trains_convolutions=bool(training.trained_stats),
+        )
         self.epoch, self.tally, self.watch = 0, Tally(), Watch(context.recipe.max_nonfinite_steps)
         if begun:
             self.epoch, self.watch.in_a_row = begun.epoch, begun.tally["in_a_row"]
@@ -69,8 +79,11 @@ class Running:
         on_images: told how many images have been done. Raises FloatingPointError as `Watch` does.
         """
         before, several = self.progress.steps[self.phase.optimizer], jax.process_count() > 1
-        most = min(most_in_flight(self.context.feed.devices), self.context.snapshots.steps or 1024,
-                   _HOSTS_WINDOW if several else 1024)
+        most = min(
+            most_in_flight(self.context.feed.devices),
+            self.context.snapshots.steps or 1024,
+            _HOSTS_WINDOW if several else 1024,
+        )
         pending: list[tuple[dict[str, jax.Array], Call]] = []
         steps, offered, window, since = self.tally.steps, self.tally.steps, 1, time.monotonic()
 
@@ -92,8 +105,10 @@ class Running:
                 offered = self.tally.steps
             numbers = range(before + steps, before + steps + len(call.rows))
             self.context.reporter.on_steps(self.phase.curve, numbers[0], numbers[-1])
-            each = {"lr": np.array([self.phase.rate(number) for number in numbers], np.float32),
-                    "step": np.arange(steps, steps + len(numbers), dtype=np.int32)}
+            each = {
+                "lr": np.array([self.phase.rate(number) for number in numbers], np.float32),
+                "step": np.arange(steps, steps + len(numbers), dtype=np.int32),
+            }
             self.current, metrics = self.step.run(self.current, self.frozen, controls, call, each)
             pending.append((metrics, call))
             steps += len(numbers)
@@ -112,10 +127,16 @@ class Running:
         """Of a snapshot, its arrays and values: how far the run has come, and what of its variables is nowhere else."""
         arrays, values = self.progress.content()
         arrays["opt_states"] = {**arrays["opt_states"], self.phase.optimizer: self.current.opt_state}
-        frozen = () if self.context.recipe.trains_teachers else set(self.context.nets.teacher_names) - {self.phase.network}
+        frozen = (
+            () if self.context.recipe.trains_teachers else set(self.context.nets.teacher_names) - {self.phase.network}
+        )
         params, stats = overlay(self._others, self.current._asdict())  # not `whole`, whose teachers may be narrow
-        own = {name: {child: leaves for child, leaves in branch.items() if child == "distill_adapter"}
-               if name in frozen else branch for name, branch in params.items()}
+        own = {
+            name: {child: leaves for child, leaves in branch.items() if child == "distill_adapter"}
+            if name in frozen
+            else branch
+            for name, branch in params.items()
+        }
         variables = {"params": own, "batch_stats": {name: part for name, part in stats.items() if name not in frozen}}
         return {**arrays, "variables": variables, "loss_scale": self.current.loss_scale}, values
 
@@ -123,11 +144,17 @@ class Running:
         """On the host, what is kept and restored as one."""
         params, stats = self.whole
         chosen = self.phase.chosen
-        kept = self.current.params if chosen is None else freezing.split({name: params[name] for name in chosen}, chosen)[0]
+        kept = (
+            self.current.params
+            if chosen is None
+            else freezing.split({name: params[name] for name in chosen}, chosen)[0]
+        )
         held = {"params": kept, "batch_stats": {name: stats[name] for name in self.phase.training.trained_stats}}
         if self.phase.holds_moments:
             held["opt_state"] = to_state_dict(self.current.opt_state)
-        return jax.tree.map(np.array, jax.device_get(held))  # copied: the next step takes the memory of what it is given
+        return jax.tree.map(
+            np.array, jax.device_get(held)
+        )  # copied: the next step takes the memory of what it is given
 
     def measure(self) -> dict[str, float]:
         """Validation accuracies of all that the phase can tell; teachers that it trains are read anew."""
@@ -142,16 +169,20 @@ def _used(phase: Phase, variables: Variables) -> Variables:
     return own if phase.changes_teachers else with_narrow_teachers(phase.nets, own)
 
 
-def run_phase(context: Context, phase: Phase, variables: Variables, progress: Progress, begun: Snapshot | None = None
-              ) -> Variables:
+def run_phase(
+    context: Context, phase: Phase, variables: Variables, progress: Progress, begun: Snapshot | None = None
+) -> Variables:
     """All epochs of a phase, or those that a snapshot leaves to do, to which `variables` and `progress` have been set.
 
     Returns all variables, with the best state in place where the phase says so. Raises FloatingPointError where steps
     break as `Watch` says, naming the last snapshot.
     """
     running = Running(context, phase, variables, progress, begun)
-    counts = [f"{name} {count_parameters(running.current.params.get(name, {})):,}/"
-              f"{count_parameters(variables.params[name]):,}" for name in phase.uses]
+    counts = [
+        f"{name} {count_parameters(running.current.params.get(name, {})):,}/"
+        f"{count_parameters(variables.params[name]):,}"
+        for name in phase.uses
+    ]
     logger.info("%s: trainable/total parameters: %s", phase.title, ", ".join(counts))
     if phase.score == "synergy":  # the fusion network trains, the student stands still
         context.read_student(variables, phase.views)

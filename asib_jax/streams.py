@@ -3,6 +3,7 @@
 Nothing random is ever carried from step to step: what is drawn at (seed, name, position) is the same in every
 configuration and on any number of devices (SPEC 7).
 """
+
 import zlib
 
 import jax

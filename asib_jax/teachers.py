@@ -1,4 +1,5 @@
 """Teachers: kept from an earlier run, imported, or to be fine-tuned or trained from scratch, each in a phase."""
+
 import functools
 import logging
 import pathlib
@@ -65,19 +66,32 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
             logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, place.folder)
             continue
         if options.epochs and snapshots.resumed and name not in train:
-            raise UserError(f"{name} is no longer in {place.folder}, where this run found or left it: put it back, or set "
-                            "the results_dir that it is in")
+            raise UserError(
+                f"{name} is no longer in {place.folder}, where this run found or left it: put it back, or set "
+                "the results_dir that it is in"
+            )
         found[name] = start
         if options.weights:
             found[name], fresh = given(recipe, k, model, start)
-            logger.info("%s: %s from %s%s", name, options.name, options.weights,
-                        f"; at random: {'; '.join(fresh.values())}" if fresh else "")
+            logger.info(
+                "%s: %s from %s%s",
+                name,
+                options.name,
+                options.weights,
+                f"; at random: {'; '.join(fresh.values())}" if fresh else "",
+            )
         if options.epochs:
             places[name] = place
     if not snapshots.resumed:
         snapshots.trained = train = list(places)
-    return Collected(Variables({name: variables["params"] for name, variables in found.items()},
-                               {name: variables["batch_stats"] for name, variables in found.items()}), places, train)
+    return Collected(
+        Variables(
+            {name: variables["params"] for name, variables in found.items()},
+            {name: variables["batch_stats"] for name, variables in found.items()},
+        ),
+        places,
+        train,
+    )
 
 
 def _still_to_train(snapshots: Snapshots) -> list[str]:
@@ -109,13 +123,21 @@ def given(recipe: Recipe, k: int, model: KDModel, variables: dict[str, Any]) -> 
     Raises UserError for weights that do not fit, or fit only once fine-tuned.
     """
     options, name = recipe.teachers[k], f"teacher{k + 1}"
-    imported = read_weights(options.weights, f"{name}.weights", model, variables,
-                            options.finetune_freeze_level if options.finetune_epochs else -1,
-                            sha256=options.weights_sha256, dataset=recipe.dataset.name)
+    imported = read_weights(
+        options.weights,
+        f"{name}.weights",
+        model,
+        variables,
+        options.finetune_freeze_level if options.finetune_epochs else -1,
+        sha256=options.weights_sha256,
+        dataset=recipe.dataset.name,
+    )
     if imported.fresh and not options.finetune_epochs:
-        raise UserError(f"{name}.weights={options.weights!r} fit {options.name} only in part; at random: "
-                        f"{'; '.join(imported.fresh.values())}. Set {name}.finetune_epochs, or take weights fitted to "
-                        "the classes and the size of these images")
+        raise UserError(
+            f"{name}.weights={options.weights!r} fit {options.name} only in part; at random: "
+            f"{'; '.join(imported.fresh.values())}. Set {name}.finetune_epochs, or take weights fitted to "
+            "the classes and the size of these images"
+        )
     return imported
 
 
@@ -125,8 +147,15 @@ def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
     return imported.variables
 
 
-def phase(recipe: Recipe, nets: Networks, name: str, params: dict[str, Any], images: int, axis_name: str | None = None,
-          place: Place | None = None) -> Phase:
+def phase(
+    recipe: Recipe,
+    nets: Networks,
+    name: str,
+    params: dict[str, Any],
+    images: int,
+    axis_name: str | None = None,
+    place: Place | None = None,
+) -> Phase:
     """Supervised training of the teacher `name` with AdamW over so many images, never those of validation.
 
     It ends at its best epoch on validation, early after `early_stopping_patience` epochs of which none was better by
@@ -136,30 +165,47 @@ def phase(recipe: Recipe, nets: Networks, name: str, params: dict[str, Any], ima
     options, stream = recipe.teachers[k], teacher_store.streams_name(recipe, k)
 
     def controls(progress: Progress, epoch: int) -> dict[str, Any]:
-        return {f"{draw}_key": streams.key(recipe.seed, f"{draw}/{stream}", epoch)
-                for draw in ("augment", "mix", "dropout")}
+        return {
+            f"{draw}_key": streams.key(recipe.seed, f"{draw}/{stream}", epoch) for draw in ("augment", "mix", "dropout")
+        }
 
     return Phase(
-        name=name, title=name, epochs=options.epochs, network=name, nets=Networks(nets.teachers[k].clone(adapter_dim=0)),
-        training=make_training(recipe, nets, k, params, axis_name), optimizer=name, controls=controls,
+        name=name,
+        title=name,
+        epochs=options.epochs,
+        network=name,
+        nets=Networks(nets.teachers[k].clone(adapter_dim=0)),
+        training=make_training(recipe, nets, k, params, axis_name),
+        optimizer=name,
+        controls=controls,
         rate=learning_rate(recipe, options.lr, images, options.epochs, options.warmup_epochs),
-        split="teacher_train", order=lambda epoch: streams.rng(recipe.seed, f"order/{stream}", epoch),
-        score=name, best=name, chosen={name: True}, patience=options.early_stopping_patience,
-        margin=options.early_stopping_min_delta, snapshot_at_end=True,
-        finish=functools.partial(_keep, k, name, place) if place else Phase.finish)
+        split="teacher_train",
+        order=lambda epoch: streams.rng(recipe.seed, f"order/{stream}", epoch),
+        score=name,
+        best=name,
+        chosen={name: True},
+        patience=options.early_stopping_patience,
+        margin=options.early_stopping_min_delta,
+        snapshot_at_end=True,
+        finish=functools.partial(_keep, k, name, place) if place else Phase.finish,
+    )
 
 
-def make_training(recipe: Recipe, nets: Networks, k: int, params: dict[str, Any], axis_name: str | None = None
-                  ) -> Training:
-    """What the training of teacher `k` (from 0) trains, by which loss and optimizer: it is a student of labels alone."""
+def make_training(
+    recipe: Recipe, nets: Networks, k: int, params: dict[str, Any], axis_name: str | None = None
+) -> Training:
+    """What the training of teacher `k` (from 0) trains, by which loss and optimizer: a student of labels alone."""
     options, model, teacher = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
     names, level = stage_names(model), options.finetune_freeze_level if options.weights else -1
     mode = Mode(train=True, frozen_stages=freezing.frozen_stages(level, len(names), "finetune_freeze_level"))
     mask = freezing.trainable(params[teacher], names, level)
     if "distill_adapter" in mask:  # no label reaches it
         mask["distill_adapter"] = False
-    terms = BTerms(recipe.dataset.data_aug, label_smoothing=options.label_smoothing,
-                   cutmix_alpha=options.finetune_cutmix_alpha if options.finetune_use_cutmix else 0.0)
+    terms = BTerms(
+        recipe.dataset.data_aug,
+        label_smoothing=options.label_smoothing,
+        cutmix_alpha=options.finetune_cutmix_alpha if options.finetune_use_cutmix else 0.0,
+    )
     tx = make_optimizer("adamw", weight_decay=options.weight_decay, grad_clip_norm=recipe.grad_clip_norm)
     loss = functools.partial(b_loss, nets=Networks(model), terms=terms, mode=mode, axis_name=axis_name, student=teacher)
     return Training(loss, {teacher: mask}, (teacher,), tx)

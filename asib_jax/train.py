@@ -1,4 +1,5 @@
 """A whole run: what its phases are, in order, and what comes of them (SPEC 7)."""
+
 import dataclasses
 import logging
 import pathlib
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 
-from asib_jax import a_step, b_step, build, runner, preparation, teachers
+from asib_jax import a_step, b_step, build, preparation, runner, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
 from asib_jax.data.parts import Data
@@ -33,16 +34,24 @@ from asib_jax.weights import origins
 logger = logging.getLogger("asib_jax")
 
 
-def phases_of(recipe: Recipe, nets: Networks, params: dict[str, Any], images: Mapping[str, int],
-              train: Mapping[str, Any], calibrate: bool = False) -> list[Phase]:
+def phases_of(
+    recipe: Recipe,
+    nets: Networks,
+    params: dict[str, Any],
+    images: Mapping[str, int],
+    train: Mapping[str, Any],
+    calibrate: bool = False,
+) -> list[Phase]:
     """Everything that is trained, in order.
 
     params: of every network, arrays or their shapes; images: of each split; train: the teachers to be trained here, and
     where each is kept then (None where that does not matter); calibrate: whether the student's statistics fit nothing.
     """
     axis, count = nets.student.axis_name, images["train"]
-    found = [teachers.phase(recipe, nets, name, params, images["teacher_train"], axis, place)
-             for name, place in train.items()]
+    found = [
+        teachers.phase(recipe, nets, name, params, images["teacher_train"], axis, place)
+        for name, place in train.items()
+    ]
     if recipe.teachers_only:
         return found
     if calibrate:
@@ -54,8 +63,9 @@ def phases_of(recipe: Recipe, nets: Networks, params: dict[str, Any], images: Ma
     if recipe.trains_control:
         alone = build.without_teachers(recipe)
         control = build.build_networks(alone, nets.student.num_classes, axis)
-        found += [b_step.phase(alone, control, params, stage, count, axis, "control")
-                  for stage in range(len(recipe.b_epochs))]
+        found += [
+            b_step.phase(alone, control, params, stage, count, axis, "control") for stage in range(len(recipe.b_epochs))
+        ]
     return found
 
 
@@ -74,8 +84,11 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
         return
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    record = Record.reopen(found, plain) if found else Record.create(
-        recipe.results_dir, f"{name}_{recipe.seed}", recipe.exp_id, plain)
+    record = (
+        Record.reopen(found, plain)
+        if found
+        else Record.create(recipe.results_dir, f"{name}_{recipe.seed}", recipe.exp_id, plain)
+    )
     reporting.setup_logging(record.folder)
     last = last_whole(found) if found else None
     if warning := preparation.warning(recipe, defaults):
@@ -99,11 +112,17 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
         try:
             record.go_on_from(last.metrics if last else {})
             hosts.same_everywhere({"the snapshot to go on from": last.number if last else 0})
-            with Reporter(record.folder, tensorboard=recipe.tensorboard, wandb=recipe.wandb,
-                          profile_steps=recipe.profile_steps, config=record.config,
-                          purge_from=last.values["drawn"] + 1 if last else 0) as reporter:
-                taken = Snapshots(record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps,
-                                  last=last)
+            with Reporter(
+                record.folder,
+                tensorboard=recipe.tensorboard,
+                wandb=recipe.wandb,
+                profile_steps=recipe.profile_steps,
+                config=record.config,
+                purge_from=last.values["drawn"] + 1 if last else 0,
+            ) as reporter:
+                taken = Snapshots(
+                    record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps, last=last
+                )
                 try:
                     summary = train(Context(recipe, inputs.data, inputs.nets, inputs.feed, record, reporter, taken))
                 finally:
@@ -159,10 +178,17 @@ def train(context: Context) -> dict[str, object]:
 def begin(context: Context) -> tuple[Variables, list[Phase]]:
     """All variables, which wait on the host for who uses them, and what is to be trained; the log says of what."""
     recipe, data, nets, record = context.recipe, context.data, context.nets, context.record
-    hosts.same_everywhere(vars(recipe) | {"the versions": str(provenance.versions()),
-                                          "the kind of devices": jax.local_devices()[0].device_kind})
-    hosts.same_everywhere({f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
-                           for name, split in data._asdict().items() if isinstance(split, Split)})  # some of the images
+    hosts.same_everywhere(
+        vars(recipe)
+        | {"the versions": str(provenance.versions()), "the kind of devices": jax.local_devices()[0].device_kind}
+    )
+    hosts.same_everywhere(
+        {
+            f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
+            for name, split in data._asdict().items()
+            if isinstance(split, Split)
+        }
+    )  # some of the images
     reporting.describe(recipe, data, context.feed.devices)
     for key, count in overlap.check(data).items():
         record.log(key, count)
@@ -176,8 +202,14 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
     variables = Variables(own.params | collected.variables.params, own.batch_stats | collected.variables.batch_stats)
     hosts.same_everywhere({"the networks' initial values": variables})
     images = {name: len(split.label) for name, split in data._asdict().items() if isinstance(split, Split)}
-    todo = phases_of(recipe, nets, variables.params, images, {name: collected.places[name] for name in collected.train},
-                     calibrate=recipe.uses_fusion and (not given or bool(random_stem)))
+    todo = phases_of(
+        recipe,
+        nets,
+        variables.params,
+        images,
+        {name: collected.places[name] for name in collected.train},
+        calibrate=recipe.uses_fusion and (not given or bool(random_stem)),
+    )
     return jax.device_get(variables), todo
 
 
@@ -186,8 +218,10 @@ def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables
     if context.recipe.trains_teachers and "before/test_acc_teacher1" not in context.record.metrics:
         test = context.evaluator("test")
         test.read_teachers(variables)
-        context.log("before", {f"test_acc_{name}": test.teacher_counts[name] / test.count
-                               for name in context.nets.teacher_names})
+        context.log(
+            "before",
+            {f"test_acc_{name}": test.teacher_counts[name] / test.count for name in context.nets.teacher_names},
+        )
     context.read_teachers(variables, todo)
 
 
@@ -196,22 +230,27 @@ def _finished(variables: Variables, progress: Progress) -> Finished:
     students: dict[str, dict[str, Any]] = {}
     for network, prefix in (("student", ""), ("control", "control_")):
         if network in progress.last:
-            students |= {f"{prefix}last": of_network(progress.last[network], network),
-                         f"{prefix}best": of_network(progress.best[network].held, network)}
+            students |= {
+                f"{prefix}last": of_network(progress.last[network], network),
+                f"{prefix}best": of_network(progress.best[network].held, network),
+            }
     main = Variables(*({name: own for name, own in part.items() if name != "control"} for part in variables))
     return Finished(main, students, progress.distilled_steps)
 
 
-def evaluate_finished(recipe: Recipe, nets: Networks, data: Data, feed: Feed, done: Finished,
-                      validation: Evaluator | None = None) -> Results:
+def evaluate_finished(
+    recipe: Recipe, nets: Networks, data: Data, feed: Feed, done: Finished, validation: Evaluator | None = None
+) -> Results:
     """Count correct predictions of everything on validation and, the only time, on test.
 
     validation: an evaluator that has read the teachers as they are now.
     """
     variables = devices.share(done.variables, feed.devices)
     cache = "" if recipe.trains_teachers else recipe.teacher_cache
-    evaluators = [validation or Evaluator(nets, data.validation, feed, "validation", cache),
-                  Evaluator(nets, data.test, feed, "test", cache)]
+    evaluators = [
+        validation or Evaluator(nets, data.validation, feed, "validation", cache),
+        Evaluator(nets, data.test, feed, "test", cache),
+    ]
     for evaluator in evaluators:
         if not evaluator.teacher_counts:
             evaluator.read_teachers(variables)
@@ -228,8 +267,10 @@ def evaluate_run(folder: pathlib.Path) -> str:
     data = build.load_data(recipe)
     theirs, ours = read_about(folder).get("data_sha256", {}), provenance.data_digests(data)
     if changed := [split for split in ours if theirs.get(split) != ours[split]]:
-        raise UserError(f"{data.origin} is not the data of the run in {folder}: about.json there has another SHA-256 "
-                        f"of {', '.join(changed)}, or none; dataset.path in its config.json says where they were")
+        raise UserError(
+            f"{data.origin} is not the data of the run in {folder}: about.json there has another SHA-256 "
+            f"of {', '.join(changed)}, or none; dataset.path in its config.json says where they were"
+        )
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
     return results.render(recipe, evaluate_finished(recipe, nets, data, feed, done))

@@ -4,6 +4,7 @@ Keys are declared and described in `asib_jax/recipe/`; docs/configuration.md lis
 of this configuration, e.g. `configs/l1_ib.py`; what a profile (`:digits`, `:small`; at full scale the teachers'
 weights) changes stands in `configs/profiles.py`.
 """
+
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
@@ -20,6 +21,8 @@ def get_config(profile: str = "") -> ConfigDict:
 
 def defaults() -> ConfigDict:
     """Every key, before any profile."""
-    values = {name: config_dict.placeholder(float) if value is None else value  # what may be empty is a number
-              for name, value in keys.flat(Recipe()).items()}
+    values = {
+        name: config_dict.placeholder(float) if value is None else value  # what may be empty is a number
+        for name, value in keys.flat(Recipe()).items()
+    }
     return ConfigDict(unflatten_dict(values, sep="."))

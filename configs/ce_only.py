@@ -6,6 +6,7 @@
 
 Expect the accuracy every other config has to beat; no teacher is loaded or trained.
 """
+
 from configs import base
 
 

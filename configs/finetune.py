@@ -1,4 +1,5 @@
 """What the configs called finetune_<teacher>_<dataset> share: one teacher, no student."""
+
 from ml_collections import ConfigDict
 
 from configs import base, imagenet_teachers

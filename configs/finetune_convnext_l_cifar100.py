@@ -1,7 +1,8 @@
 """Fine-tune ConvNeXt-L to CIFAR-100 and measure it; `configs/imagenet_teachers.py` has the recipe.
 
-    python launch/main.py --config=configs/finetune_convnext_l_cifar100.py
+python launch/main.py --config=configs/finetune_convnext_l_cifar100.py
 """
+
 from configs.finetune import finetune
 
 

@@ -1,7 +1,8 @@
 """Fine-tune ConvNeXt-L to ImageNet at 32x32 and measure it; `configs/imagenet_teachers.py` has the recipe.
 
-    python launch/main.py --config=configs/finetune_convnext_l_imagenet32.py --config.dataset.path=FOLDER
+python launch/main.py --config=configs/finetune_convnext_l_imagenet32.py --config.dataset.path=FOLDER
 """
+
 from configs.finetune import finetune
 
 

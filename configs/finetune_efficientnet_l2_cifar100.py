@@ -1,7 +1,8 @@
 """Fine-tune EfficientNet-L2 to CIFAR-100 and measure it; `configs/imagenet_teachers.py` has the recipe.
 
-    python launch/main.py --config=configs/finetune_efficientnet_l2_cifar100.py
+python launch/main.py --config=configs/finetune_efficientnet_l2_cifar100.py
 """
+
 from configs.finetune import finetune
 
 

@@ -1,7 +1,8 @@
 """Fine-tune ResNet-152 to CIFAR-100 and measure it; `configs/imagenet_teachers.py` has the recipe.
 
-    python launch/main.py --config=configs/finetune_resnet152_cifar100.py
+python launch/main.py --config=configs/finetune_resnet152_cifar100.py
 """
+
 from configs.finetune import finetune
 
 

@@ -2,6 +2,7 @@
 
 The recipe is a starting point in the manner of Liu et al.'s (2022) fine-tuning; it has not been tuned.
 """
+
 from ml_collections import ConfigDict
 
 WEIGHTS = {

@@ -6,6 +6,7 @@
 
 The parent of the ladder; no fusion network is built.
 """
+
 from configs import base
 
 

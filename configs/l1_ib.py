@@ -6,6 +6,7 @@
 
 Differs from `side_fusion` in use_ib.
 """
+
 from configs import side_fusion
 
 

@@ -6,6 +6,7 @@
 
 Differs from `l1_ib` in use_cccp; cccp_alpha is the default written out.
 """
+
 from configs import l1_ib
 
 

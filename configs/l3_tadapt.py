@@ -6,6 +6,7 @@
 
 Differs from `l2_cccp` in train_distill_adapter_only.
 """
+
 from configs import l2_cccp
 
 

@@ -6,6 +6,7 @@
 
 Differs from `l3_tadapt` in use_partial_freeze and student_freeze_level.
 """
+
 from configs import l3_tadapt
 
 

@@ -1,4 +1,5 @@
 """What a profile changes: the same experiment on other data, smaller networks and fewer epochs."""
+
 from ml_collections import ConfigDict
 
 from configs import imagenet_teachers

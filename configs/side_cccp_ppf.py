@@ -6,6 +6,7 @@
 
 Differs from `side_fusion` in use_cccp, use_partial_freeze and student_freeze_level.
 """
+
 from configs import side_fusion
 
 

@@ -6,6 +6,7 @@
 
 Differs from `l0_baseline` in kd_target and teacher_adapt_epochs.
 """
+
 from configs import base
 
 

@@ -3,6 +3,7 @@
 --synthetic needs neither data nor weights. --vs_torch times the same steps in PyTorch, in turn with ours; it needs
 torch and, for ConvNeXt, timm.
 """
+
 import json
 import logging
 import os
@@ -25,8 +26,9 @@ from asib_jax.tools import benchmark, benchmark_report, command_line, workloads
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 SYNTHETIC = flags.DEFINE_boolean("synthetic", False, "Random images of the data set's size and random weights.")
 VS_TORCH = flags.DEFINE_boolean("vs_torch", False, "Measure tests/torch_asib.py, too.")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "For all rounds of a measurement; a round is a call at least.",
-                             lower_bound=0.0)
+SECONDS = flags.DEFINE_float(
+    "seconds", 10.0, "For all rounds of a measurement; a round is a call at least.", lower_bound=0.0
+)
 JSON = flags.DEFINE_string("json", "", "A file for everything measured.")
 
 

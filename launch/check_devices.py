@@ -2,6 +2,7 @@
 
 With several hosts, on each: --coordinator=HOST:PORT --processes=2 --process=0, and 1 on the other.
 """
+
 import pathlib
 import sys
 
@@ -38,8 +39,10 @@ def check() -> None:
     for device, matmul in zip(local, measured):
         device_check.check_matmul(device, matmul)
     for i in device_check.slow([matmul.rate for matmul in measured]):
-        print(f"warning: device {local[i].id} has less than half of the median rate: see with nvidia-smi what else "
-              "runs on it, its clocks and its temperature")
+        print(
+            f"warning: device {local[i].id} has less than half of the median rate: see with nvidia-smi what else "
+            "runs on it, its clocks and its temperature"
+        )
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """Print the final table of a finished run from disk: python launch/evaluate.py --run=results/latest"""
+
 import pathlib
 import sys
 

@@ -1,4 +1,5 @@
 """Write a finished run's student under PyTorch's names: python launch/export.py --run=results/latest"""
+
 import pathlib
 import sys
 

@@ -2,6 +2,7 @@
 
 On several hosts the same, each with --coordinator=HOST:PORT --processes=2 --process=0, or 1 on the other.
 """
+
 import pathlib
 import sys
 

@@ -3,6 +3,7 @@
 What is unpacked takes at most `_ANYWAY` bytes, or `_RATIO` times those of the file: images and weights are not packed
 so well, and a bomb is.
 """
+
 import gzip
 import io
 import math
@@ -57,8 +58,9 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
     return archive
 
 
-def read_npz(path: Path, required: Sequence[str] | None = None, optional: Sequence[str] = (), *, mapped: bool = False
-             ) -> Arrays:
+def read_npz(
+    path: Path, required: Sequence[str] | None = None, optional: Sequence[str] = (), *, mapped: bool = False
+) -> Arrays:
     """The named arrays of an .npz file, all without names; optional ones only if they are there. Pickled (object)
     arrays are refused.
 
@@ -96,8 +98,13 @@ def _read_member(file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipIn
             raise ValueError(f"an array of type {dtype}; allow_pickle=False")
         if header + math.prod(shape) * dtype.itemsize != member.file_size:
             raise ValueError(f"its shape {list(shape)} does not fit the {member.file_size - header} bytes it has")
-        if (mapped and dtype == np.uint8 and not fortran_order and member.compress_type == zipfile.ZIP_STORED
-                and member.file_size >= _MAP_BYTES):
+        if (
+            mapped
+            and dtype == np.uint8
+            and not fortran_order
+            and member.compress_type == zipfile.ZIP_STORED
+            and member.file_size >= _MAP_BYTES
+        ):
             return _map(file, member.header_offset, header, shape)
         values = np.frombuffer(stream.read(), dtype)  # to the end, where the checksum is compared
     return values.reshape(shape, order="F" if fortran_order else "C")
@@ -138,7 +145,8 @@ class _Array:
 
 
 _CIFAR_PICKLES = {("numpy", "ndarray"): "numpy.ndarray", ("numpy", "dtype"): _Type} | {
-    (f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")}  # of numpy 1 and 2
+    (f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")
+}  # of numpy 1 and 2
 
 
 def read_cifar100(path: Path) -> Arrays:
@@ -211,8 +219,11 @@ def _labels(values: Any) -> np.ndarray:
 
 def _names(values: Any) -> np.ndarray:
     """[C] text; the longest name decides how much memory each takes."""
-    if not isinstance(values, list) or len(values) > _CIFAR_CLASSES or not all(
-            isinstance(value, str) and len(value) <= _CIFAR_NAME for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) > _CIFAR_CLASSES
+        or not all(isinstance(value, str) and len(value) <= _CIFAR_NAME for value in values)
+    ):
         raise UserError(f"fine_label_names must be a list of {_CIFAR_CLASSES} names")
     return np.asarray(values, str)
 
@@ -231,8 +242,9 @@ def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
     part = read_npz(path, ("data", "labels"), mapped=True)
     images, labels = channels_last(part["data"], f"{path}: data"), part["labels"]
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise UserError(f"{path}: labels must be integers [{len(images)}], one per image; "
-                        f"found {labels.dtype} {list(labels.shape)}")
+        raise UserError(
+            f"{path}: labels must be integers [{len(images)}], one per image; found {labels.dtype} {list(labels.shape)}"
+        )
     if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
         raise UserError(f"{path}: labels must lie in 1..1000; found {labels.min()}..{labels.max()}")
     return images, labels.astype(np.int32) - 1
@@ -249,8 +261,10 @@ def read_pictures(files: list[Path]) -> np.ndarray:
     packed, images = sum(file.stat().st_size for file in files), np.empty((0, 0, 0, 3), np.uint8)
     for row, file in enumerate(files):
         try:
-            with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                  Image.open(file, formats=("PNG", "JPEG")) as picture):
+            with (
+                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                Image.open(file, formats=("PNG", "JPEG")) as picture,
+            ):
                 width, height = picture.size
                 if row == 0:
                     check_unpacked(len(files) * height * width * 3, packed)
@@ -260,8 +274,10 @@ def read_pictures(files: list[Path]) -> np.ndarray:
         except Exception as error:  # damaged pictures raise nearly anything
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
         if (height, width) != images.shape[1:3]:
-            raise UserError(f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
-                            f"but {file} is {width}x{height}")
+            raise UserError(
+                f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
+                f"but {file} is {width}x{height}"
+            )
     return images
 
 

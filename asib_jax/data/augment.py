@@ -1,6 +1,7 @@
 """Random changes to training images, inside jit. Each image draws from the key of its data-set index, so that what it
 becomes depends on no batch and no device; mixing draws once for the global batch.
 """
+
 from collections.abc import Callable
 
 import jax

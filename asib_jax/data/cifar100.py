@@ -1,4 +1,5 @@
 """The ways to CIFAR-100 (Krizhevsky 2009): a file of one's own, tfds, or the official archive."""
+
 import hashlib
 import http.client
 import importlib.util
@@ -46,12 +47,17 @@ def find(folder: Path) -> archives.Found:
             return way(folder)
         except Unavailable as why:
             shut.append(f"  {name}: {why}")
-    raise UserError("\n".join([
-        "CIFAR-100 was not found. Looked for:", *shut,
-        f"Set dataset.path to an .npz holding {', '.join(archives.NAMES)}, to cifar-100-python.tar.gz or to its "
-        "unpacked folder; or use the profile `:digits` (--config=configs/l1_ib.py:digits), whose images come with "
-        "scikit-learn.",
-    ]))
+    raise UserError(
+        "\n".join(
+            [
+                "CIFAR-100 was not found. Looked for:",
+                *shut,
+                f"Set dataset.path to an .npz holding {', '.join(archives.NAMES)}, to cifar-100-python.tar.gz or to "
+                "its unpacked folder; or use the profile `:digits` (--config=configs/l1_ib.py:digits), whose images come "
+                "with scikit-learn.",
+            ]
+        )
+    )
 
 
 def prepared_by_tfds(folder: Path) -> archives.Found:
@@ -69,8 +75,10 @@ def prepared_by_tfds(folder: Path) -> archives.Found:
     except Unavailable:
         raise
     except Exception as error:  # damaged files raise nearly anything
-        raise UserError(f"{folder / 'cifar100'}, which tfds prepared, cannot be read: {type(error).__name__}: {error}; "
-                        "move it away, or set dataset.path") from error
+        raise UserError(
+            f"{folder / 'cifar100'}, which tfds prepared, cannot be read: {type(error).__name__}: {error}; "
+            "move it away, or set dataset.path"
+        ) from error
 
 
 def earlier_download(folder: Path) -> archives.Found:

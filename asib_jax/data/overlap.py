@@ -1,4 +1,5 @@
 """Images that occur in several splits: never the same example, and how many copies of one under another index."""
+
 import hashlib
 import itertools
 import logging
@@ -25,13 +26,20 @@ def check(data: Data) -> dict[str, int]:
     _check_examples(data)
     whole, validation, test = map(image_digests, (data.teacher_train, data.validation, data.test))
     chosen = np.isin(data.teacher_train.index, data.train.index)
-    places = {"train": (whole[chosen], data.teacher_train.label[chosen]),
-              "validation": (validation, data.validation.label),
-              "test": (test, data.test.label)}
+    places = {
+        "train": (whole[chosen], data.teacher_train.label[chosen]),
+        "validation": (validation, data.validation.label),
+        "test": (test, data.test.label),
+    }
     if not chosen.all():
         places["teacher_train"] = whole, data.teacher_train.label
-    pairs = [("test", "train"), ("test", "teacher_train"), ("test", "validation"), ("validation", "train"),
-             ("validation", "teacher_train")]
+    pairs = [
+        ("test", "train"),
+        ("test", "teacher_train"),
+        ("test", "validation"),
+        ("validation", "train"),
+        ("validation", "teacher_train"),
+    ]
     counts: dict[str, int] = {}
     told = []
     for part, other in pairs:
@@ -63,8 +71,9 @@ def image_digests(split: Split) -> np.ndarray:
     return np.frombuffer(joined, np.uint64)
 
 
-def duplicates(digests: np.ndarray, labels: np.ndarray, others: np.ndarray, other_labels: np.ndarray
-               ) -> tuple[int, int]:
+def duplicates(
+    digests: np.ndarray, labels: np.ndarray, others: np.ndarray, other_labels: np.ndarray
+) -> tuple[int, int]:
     """How many of the first images are among the others, and how many of these under other labels only."""
     found = np.isin(digests, others)
     alike = np.isin(digests + labels.astype(np.uint64) * _ODD, others + other_labels.astype(np.uint64) * _ODD)

@@ -1,4 +1,5 @@
 """The parts of a data set that a run divides it into."""
+
 from typing import NamedTuple
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Paths as users write them."""
+
 from pathlib import Path
 
 from asib_jax.errors import UserError

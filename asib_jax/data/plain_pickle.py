@@ -1,4 +1,5 @@
 """Pickles as data: plain containers, text and numbers, and the few names of a format. Nothing else is looked up."""
+
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -10,7 +11,8 @@ _OPCODES = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING "
     "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS "
-    "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID").split()
+    "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"
+).split()
 
 
 class Dictionary(dict):
@@ -43,8 +45,9 @@ class _Opcodes(dict):
     """Of the standard library's unpickler, by their byte."""
 
     def __missing__(self, code: int) -> None:
-        raise ValueError(f"it has the opcode {bytes([code])!r}, which is not needed here and may be code; "
-                         "it was not run")
+        raise ValueError(
+            f"it has the opcode {bytes([code])!r}, which is not needed here and may be code; it was not run"
+        )
 
 
 class Unpickler(pickle._Unpickler):
@@ -61,8 +64,9 @@ class Unpickler(pickle._Unpickler):
     pop_mark: Callable[[], list]
     stack: list
 
-    dispatch = _Opcodes({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
-                         for name in _OPCODES})
+    dispatch = _Opcodes(
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES}
+    )
 
     def __init__(self, file: BinaryIO, names: Mapping[tuple[str, str], Any]):
         super().__init__(file, encoding="latin1")  # how numpy reads the bytes in Python 2's pickles
@@ -86,5 +90,6 @@ class Unpickler(pickle._Unpickler):
         state, target = self.stack.pop(), self.stack[-1]
         type(target).__setstate__(target, state)
 
-    dispatch.update({pickle.EMPTY_DICT[0]: _load_empty_dictionary, pickle.DICT[0]: _load_dict,
-                     pickle.BUILD[0]: _load_build})
+    dispatch.update(
+        {pickle.EMPTY_DICT[0]: _load_empty_dictionary, pickle.DICT[0]: _load_dict, pickle.BUILD[0]: _load_build}
+    )

@@ -1,4 +1,5 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
+
 import hashlib
 import logging
 import math
@@ -173,8 +174,10 @@ def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
     if "class_names" not in arrays:
         largest = int(arrays["y_train"].max())
         if largest >= _MOST_CLASSES:
-            raise UserError(f"{origin}: y_train has the label {largest}; more than {_MOST_CLASSES} classes, all of "
-                            "which would have an output, need class_names")
+            raise UserError(
+                f"{origin}: y_train has the label {largest}; more than {_MOST_CLASSES} classes, all of "
+                "which would have an output, need class_names"
+            )
         return tuple(str(label) for label in range(largest + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
@@ -216,8 +219,10 @@ def _imagenet32(path: Path | None, folder: Path) -> Found:
     source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
     batches = list(source.glob("train_data_batch_*.npz"))
     if others := [file.name for file in batches if not re.fullmatch(r"train_data_batch_\d+", file.stem)]:
-        raise UserError(f"dataset.path = {str(source)!r} holds {', '.join(others)}, which is no "
-                        "train_data_batch_NUMBER.npz: move it away")
+        raise UserError(
+            f"dataset.path = {str(source)!r} holds {', '.join(others)}, which is no "
+            "train_data_batch_NUMBER.npz: move it away"
+        )
     batches.sort(key=lambda file: int(file.stem.rpartition("_")[2]))
     if not batches or not (source / "val_data.npz").is_file():
         raise UserError(f"dataset.path = {str(source)!r} must hold train_data_batch_1.npz, ... and val_data.npz")

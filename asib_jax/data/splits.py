@@ -1,4 +1,5 @@
 """Which rows of a data set: stratified choices fixed by a seed, and the batches of an epoch."""
+
 import numpy as np
 
 from asib_jax import streams

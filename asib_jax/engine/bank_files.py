@@ -1,4 +1,5 @@
 """Teachers' outputs kept between runs, each file under a digest of all that they come from."""
+
 import functools
 import hashlib
 import os
@@ -14,8 +15,9 @@ from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, TeacherOutputs, Variables
 
 
-def paths(folder: str, nets: Networks, teachers: Variables, split: Split, data_aug: int, keys: Sequence[jax.Array]
-          ) -> list[pathlib.Path]:
+def paths(
+    folder: str, nets: Networks, teachers: Variables, split: Split, data_aug: int, keys: Sequence[jax.Array]
+) -> list[pathlib.Path]:
     """The file in `folder` of the outputs under each augmentation key: networks, weights, images and view name it."""
     common = _digest(nets, teachers, split, data_aug)
     return [pathlib.Path(folder).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
@@ -26,8 +28,10 @@ def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int) ->
     pixels = jax.ShapeDtypeStruct((1, *split.image.shape[1:]), np.float32)
     for name, model in zip(nets.teacher_names, nets.teachers):
         variables = teachers.of(name)
-        backbone = {part: {child: leaves for child, leaves in branch.items() if child != "distill_adapter"}
-                    for part, branch in variables.items()}
+        backbone = {
+            part: {child: leaves for child, leaves in branch.items() if child != "distill_adapter"}
+            for part, branch in variables.items()
+        }
         apply = functools.partial(model.clone(adapter_dim=0).apply, train=False)
         digest.update(jax.jit(apply).lower(backbone, pixels).as_text().encode())  # what is computed, and in which type
         for leaf in jax.tree.leaves(backbone):
@@ -59,8 +63,9 @@ def load(path: pathlib.Path, nets: Networks) -> TeacherOutputs:
     """What `store` has written. Raises UserError naming a file that cannot be read."""
     try:
         stored = archives.read_npz(path, (*nets.teacher_names, "logits"))
-        feats = tuple(stored[name].view(np.dtype(model.dtype))
-                      for name, model in zip(nets.teacher_names, nets.teachers))
+        feats = tuple(
+            stored[name].view(np.dtype(model.dtype)) for name, model in zip(nets.teacher_names, nets.teachers)
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{path} (in teacher_cache) cannot be read, delete it: {error}") from error
     return TeacherOutputs(feats, stored["logits"])  # type: ignore[arg-type]  # on the host arrays are numpy's

@@ -3,6 +3,7 @@
 Outputs are those before any adapter, so that adapters may go on training. Training and evaluation splits have banks
 alike; an evaluation split has one view, its images as they are.
 """
+
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from asib_jax.data.augment import augment
-from asib_jax.data.splits import evaluation_rows
 from asib_jax.data.sources import Split
+from asib_jax.data.splits import evaluation_rows
 from asib_jax.engine import bank_files, devices, hosts
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Examples, Feed, on_host
-from asib_jax.models.ensemble import (Networks, StudentOutputs, TeacherOutputs, Variables, run_student, run_teachers,
-                                      with_narrow_teachers)
+from asib_jax.models.ensemble import (
+    Networks,
+    StudentOutputs,
+    TeacherOutputs,
+    Variables,
+    run_student,
+    run_teachers,
+    with_narrow_teachers,
+)
 
 logger = logging.getLogger("asib_jax")
 
@@ -33,12 +41,22 @@ class Bank:
 
     name: of the split, in words. key: of a view's augmentation by the policy `data_aug`. place: where examples wait.
     cache: a folder that keeps the teachers' outputs between runs; "": none. narrow: of networks that compute in 16 bits
-    logits are held in 16 bits, too: in float16, whose digits leave the predicted class as it is where bfloat16's do not.
+    logits are held in 16 bits, too: float16 has digits enough to leave the predicted classes as they are, bfloat16 not.
     """
 
-    def __init__(self, nets: Networks, split: Split, feed: Feed, *, name: str,
-                 key: Callable[[View], jax.Array] = lambda view: jax.random.key(0), data_aug: int = 0,
-                 place: Callable[..., Examples] = on_host, cache: str = "", narrow: bool = False):
+    def __init__(
+        self,
+        nets: Networks,
+        split: Split,
+        feed: Feed,
+        *,
+        name: str,
+        key: Callable[[View], jax.Array] = lambda view: jax.random.key(0),
+        data_aug: int = 0,
+        place: Callable[..., Examples] = on_host,
+        cache: str = "",
+        narrow: bool = False,
+    ):
         self.nets, self.split, self.name = nets, split, name
         self._feed, self._key, self._data_aug, self._place, self._cache = feed, key, data_aug, place, cache
         self._narrow = narrow and jnp.dtype(nets.student.dtype).itemsize == 2
@@ -47,7 +65,8 @@ class Bank:
     def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Any]:
         """Run "teachers" or "student" over the views and keep what they say, in the place of what is held of them.
 
-        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache that cannot be read.
+        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache that
+        cannot be read.
         """
         self.forget(who)
         names = self.nets.teacher_names if who == "teachers" else ("student",)
@@ -73,9 +92,16 @@ class Bank:
         views = [bank_files.load(path, self.nets) if there else None for path, there in zip(paths, stored, strict=True)]
         missing = [place for place, view in enumerate(views) if view is None]
         if len(missing) < len(keys):
-            logger.info("teachers on %s: %d of %d view(s) read from %s", self.name, len(keys) - len(missing), len(keys),
-                        self._cache)
-        for place, view in zip(missing, self._run("teachers", teachers, [keys[place] for place in missing]), strict=True):
+            logger.info(
+                "teachers on %s: %d of %d view(s) read from %s",
+                self.name,
+                len(keys) - len(missing),
+                len(keys),
+                self._cache,
+            )
+        for place, view in zip(
+            missing, self._run("teachers", teachers, [keys[place] for place in missing]), strict=True
+        ):
             views[place] = view
             if hosts.is_first():
                 bank_files.store(paths[place], self.nets, view)
@@ -98,8 +124,12 @@ class Bank:
                 found += jax.device_get(pending)  # of the call before, while this one's images were on their way
                 pending = [step.run((), variables, {"augment_key": key}, call, {})[1]]
             found += jax.device_get(pending)
-            yield jax.tree.map(lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
-                                                              )[: len(self.split.label)], *found)
+            yield jax.tree.map(
+                lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])[
+                    : len(self.split.label)
+                ],
+                *found,
+            )
 
 
 def _narrowed(outputs: list[Outputs]) -> list[Outputs]:
@@ -116,9 +146,10 @@ def make_reader(nets: Networks, who: str, data_aug: int, axis_name: str | None =
 
     controls: augment_key.
     """
+
     def read(nothing, variables, controls, batch):
         pixels = augment(controls["augment_key"], batch["index"], batch["image"], data_aug)
-        outputs = (run_student(nets, variables, pixels) if who == "student" else
-                   run_teachers(nets, variables, pixels)[0])
+        outputs = run_student(nets, variables, pixels) if who == "student" else run_teachers(nets, variables, pixels)[0]
         return nothing, outputs if axis_name is None else jax.lax.all_gather(outputs, axis_name, tiled=True)
+
     return read

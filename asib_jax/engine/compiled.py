@@ -4,6 +4,7 @@ pmap is the engine for several devices. The state has no device axis: arguments 
 examples have one, and every output is the same on all devices (`out_axes=None`), which a step guarantees by reducing
 over the axis before anything nonlinear.
 """
+
 import logging
 import os
 import pathlib
@@ -67,8 +68,9 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
     donate = (0,) if donate_carry else ()
     if axis is None:
         return jax.jit(call, donate_argnums=donate)
-    return jax.pmap(call, axis, in_axes=(None, None, None, 0, 0, None, None), out_axes=None, donate_argnums=donate,
-                    devices=devices)
+    return jax.pmap(
+        call, axis, in_axes=(None, None, None, 0, 0, None, None), out_axes=None, donate_argnums=donate, devices=devices
+    )
 
 
 def _take(x: jax.Array, rows: jax.Array, axis: str | None) -> jax.Array:
@@ -118,8 +120,9 @@ def be_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}=true".strip()  # the last one counts
     options = get_compile_options(num_replicas=1, num_partitions=1)  # held: its parts are views of it
     if f"{flag}: true" not in str(options.executable_build_options.debug_options):
-        raise UserError("deterministic=True comes too late, XLA has read its flags: set "
-                        f"XLA_FLAGS=--{flag}=true in the environment")
+        raise UserError(
+            f"deterministic=True comes too late, XLA has read its flags: set XLA_FLAGS=--{flag}=true in the environment"
+        )
 
 
 def keep_compiled(folder: str) -> None:

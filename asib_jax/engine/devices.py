@@ -2,6 +2,7 @@
 
 Of several hosts each gives and gets the arrays of its own devices.
 """
+
 import collections
 import os
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ def run_devices(count: int) -> list[jax.Device]:
     """
     hosts = [jax.local_devices(process_index=host) for host in range(jax.process_count())]
     if len({len(devices) for devices in hosts}) > 1:
-        raise UserError(f"the hosts have {[len(devices) for devices in hosts]} devices: give each as many, with "
-                         "CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"the hosts have {[len(devices) for devices in hosts]} devices: give each as many, with "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if not 0 <= count <= len(hosts[0]):
         raise UserError(f"num_devices={count}, but {len(hosts[0])} are here: {hosts[0]}; 0 takes all")
     return [device for devices in hosts for device in devices[: count or len(devices)]]
@@ -40,8 +43,9 @@ def _places_here(devices: Sequence[jax.Device]) -> slice:
 def check_batch(batch_size: int, devices: Sequence[jax.Device]) -> None:
     """UserError when the batch does not divide by the number of devices."""
     if batch_size % len(devices):
-        raise UserError(f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; "
-                         f"change it or set num_devices")
+        raise UserError(
+            f"dataset.batch_size={batch_size} does not divide by {len(devices)} devices; change it or set num_devices"
+        )
 
 
 def axis_name(devices: Sequence[jax.Device]) -> str | None:
@@ -54,17 +58,21 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"jax cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: unset it, and "
-                         f"for NVIDIA GPUs pip install -r requirements.txt. {error}") from error
+        raise UserError(
+            f"jax cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: unset it, and "
+            f"for NVIDIA GPUs pip install -r requirements.txt. {error}"
+        ) from error
 
 
 def check_platform(devices: Sequence[jax.Device], platform: str, key: str) -> None:
     """UserError unless the devices are of `platform` ("": of any), which the key or flag asks for."""
     if platform and {device.platform for device in devices} != {platform}:
         kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in devices)
-        raise UserError(f"{key}={platform}, but jax uses {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}: "
-                        f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}; for NVIDIA GPUs unset it, pip "
-                        f"install -r requirements.txt and see that nvidia-smi lists them; or change {key}")
+        raise UserError(
+            f"{key}={platform}, but jax uses {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}: "
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}; for NVIDIA GPUs unset it, pip "
+            f"install -r requirements.txt and see that nvidia-smi lists them; or change {key}"
+        )
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

@@ -1,4 +1,5 @@
 """Correct predictions of networks and of the synergy ensemble on a split, every example counted once (SPEC 7)."""
+
 import functools
 from collections.abc import Callable
 
@@ -6,14 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.data.splits import evaluation_rows
 from asib_jax.data.sources import Split
+from asib_jax.data.splits import evaluation_rows
 from asib_jax.engine import devices
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
-from asib_jax.models.ensemble import (Networks, TeacherOutputs, Variables, classify, fuse, keys_and_values, query,
-                                      run_student)
+from asib_jax.models.ensemble import (
+    Networks,
+    TeacherOutputs,
+    Variables,
+    classify,
+    fuse,
+    keys_and_values,
+    query,
+    run_student,
+)
 
 
 def make_eval_step(nets: Networks, student: str = "student", axis_name: str | None = None) -> Callable:
@@ -25,6 +34,7 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
     the batch brings, or are computed. What was looked at is counted, too: "examples", and the sum of their "rows"
     modulo 2^32.
     """
+
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
         outputs = batch["student"] if "student" in batch else run_student(nets, variables, batch["image"], student)
         logits = {student: outputs.logit}
@@ -34,11 +44,16 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
             logits["without_teachers"] = classify(nets, variables, fuse(nets, variables, q, jnp.zeros_like(kv)).mu)
         exists = batch["row"] < controls["size"]
         # Where a logit is not finite argmax still names a class; it counts as wrong.
-        found = {name: jnp.sum(exists & (jnp.argmax(value, axis=-1) == batch["label"])
-                               & jnp.all(jnp.isfinite(value), axis=-1)) for name, value in logits.items()}
+        found = {
+            name: jnp.sum(
+                exists & (jnp.argmax(value, axis=-1) == batch["label"]) & jnp.all(jnp.isfinite(value), axis=-1)
+            )
+            for name, value in logits.items()
+        }
         found |= {"examples": jnp.sum(exists), "rows": jnp.sum(jnp.where(exists, batch["row"], 0).astype(jnp.uint32))}
         found = found if axis_name is None else jax.lax.psum(found, axis_name)
         return {name: counts[name] + found[name] for name in counts}, {}
+
     return step
 
 
@@ -67,8 +82,10 @@ class Evaluator:
         if self.bank.nets.teachers:
             (outputs,) = self.bank.read("teachers", variables)
             if len(outputs.logits) != self.count:
-                raise ValueError(f"the teachers' outputs are of {len(outputs.logits)} examples; the {self.name} split "
-                                 f"has {self.count}")
+                raise ValueError(
+                    f"the teachers' outputs are of {len(outputs.logits)} examples; the {self.name} split "
+                    f"has {self.count}"
+                )
             self.teacher_counts = correct_counts(outputs, self.split.label)
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
@@ -90,8 +107,9 @@ class Evaluator:
         totals = {name: int(count) for name, count in jax.device_get(counts).items()}
         examples, rows = totals.pop("examples"), totals.pop("rows")
         if (examples, rows) != (self.count, self.count * (self.count - 1) // 2 % 2**32):
-            raise ValueError(f"{examples} examples of the {self.name} split were counted, not all of its {self.count} "
-                             "once each")
+            raise ValueError(
+                f"{examples} examples of the {self.name} split were counted, not all of its {self.count} once each"
+            )
         return totals | ({"average": self.teacher_counts["average"]} if nets.teachers else {})
 
     def accuracies(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, float]:

@@ -1,4 +1,5 @@
 """How examples reach compiled steps: from the devices where they fit there, else from the host, one call ahead."""
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 from asib_jax.engine import devices as devices_
 from asib_jax.engine.compiled import Call, Steps, compile_steps, steps_per_call
 
-GIB = 2 ** 30
-_CALL_BYTES = 2 ** 28  # of one call's examples; two calls' are on the devices at a time
+GIB = 2**30
+_CALL_BYTES = 2**28  # of one call's examples; two calls' are on the devices at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ Every host runs the same command and holds the same state. Collectives are match
 compiled programs in different orders mix up their values without an error. So nothing that only one host finds, a file
 or free memory, may decide what is computed.
 """
+
 import contextlib
 import functools
 import hashlib
@@ -23,8 +24,9 @@ from asib_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, processes: int | None, process: int | None, tell: Callable[[BaseException], int]
-           ) -> Iterator[None]:
+def joined(
+    coordinator: str | None, processes: int | None, process: int | None, tell: Callable[[BaseException], int]
+) -> Iterator[None]:
     """Several hosts joined for what is done within. Enter before any device is used; without `coordinator` do nothing.
 
     coordinator: HOST:PORT of process 0, with the number of processes and which of them this is; or "auto": all as jax
@@ -52,12 +54,16 @@ def _join(coordinator: str, processes: int | None, process: int | None) -> None:
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise UserError(f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
-                             "elsewhere give --coordinator=HOST:PORT --processes --process") from error
+            raise UserError(
+                f"--coordinator=auto: {error} It finds SLURM (inside srun), Open MPI and Kubernetes; "
+                "elsewhere give --coordinator=HOST:PORT --processes --process"
+            ) from error
         return
     if not re.fullmatch(r".+:\d+", coordinator) or process not in range(processes or 0):
-        raise UserError(f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
-                         "process 0, how many there are and which this is, from 0; or --coordinator=auto alone")
+        raise UserError(
+            f"--coordinator={coordinator} --processes={processes} --process={process}: give HOST:PORT of "
+            "process 0, how many there are and which this is, from 0; or --coordinator=auto alone"
+        )
     # Without detection, which in an srun would give each process one device instead of all of its host.
     jax.distributed.initialize(coordinator, processes, process, cluster_detection_method="deactivate")
 
@@ -78,12 +84,16 @@ def is_first() -> bool:
 
 def everywhere(found: Sequence[bool]) -> list[bool]:
     """Of each finding, as many on every host, whether all hosts made it."""
-    return list(found) if jax.process_count() == 1 else [bool(each) for each in np.all(_of_all(np.array(found)), axis=0)]
+    return (
+        list(found) if jax.process_count() == 1 else [bool(each) for each in np.all(_of_all(np.array(found)), axis=0)]
+    )
 
 
 def anywhere(found: Sequence[bool]) -> list[bool]:
     """Of each finding, as many on every host, whether any host made it."""
-    return list(found) if jax.process_count() == 1 else [bool(each) for each in np.any(_of_all(np.array(found)), axis=0)]
+    return (
+        list(found) if jax.process_count() == 1 else [bool(each) for each in np.any(_of_all(np.array(found)), axis=0)]
+    )
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
@@ -93,9 +103,12 @@ def same_everywhere(values: Mapping[str, Any]) -> None:
     digests = _of_all(np.stack([_digest(value) for value in values.values()]))  # [hosts, values, 32]
     differ = (digests != digests[0]).any(axis=-1)
     if differ.any():
-        told = [f"{name} is not the same on host {', '.join(map(str, np.flatnonzero(wrong)))} as on host 0"
-                + (f" (here {value!r})" if isinstance(value, str | int | float) else "")
-                for (name, value), wrong in zip(values.items(), differ.T) if wrong.any()]
+        told = [
+            f"{name} is not the same on host {', '.join(map(str, np.flatnonzero(wrong)))} as on host 0"
+            + (f" (here {value!r})" if isinstance(value, str | int | float) else "")
+            for (name, value), wrong in zip(values.items(), differ.T)
+            if wrong.any()
+        ]
         raise UserError("; ".join(told) + ". Every host needs the same command, data and weights")
 
 

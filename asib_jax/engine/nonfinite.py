@@ -1,4 +1,5 @@
 """Steps that were skipped because their loss or gradient is not finite: counted, and an error where they do not end."""
+
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,7 +25,7 @@ class Watch:
         phase: in words, what they are steps of. Raises FloatingPointError, naming the step that the streak began with
         and the terms that were not finite in it, at `limit` in a row.
         """
-        for i, skipped in enumerate(metrics["skipped"] if "skipped" in metrics else ()):
+        for i, skipped in enumerate(metrics.get("skipped", ())):
             if not skipped:
                 self.in_a_row, self._began = 0, None
                 continue
@@ -37,7 +38,8 @@ class Watch:
                     f"{phase + ': ' if phase else ''}{self.in_a_row} steps in a row from step {self._began} are not "
                     f"finite and were skipped; the first one broke in {self._broken}. Lower the learning rate, set "
                     "grad_clip_norm, use amp_dtype='bfloat16' in place of float16, or look at the data; "
-                    "max_nonfinite_steps says how many in a row are allowed")
+                    "max_nonfinite_steps says how many in a row are allowed"
+                )
 
 
 def broken_terms(metrics: Mapping[str, float]) -> str:

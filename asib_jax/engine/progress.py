@@ -1,4 +1,5 @@
 """How far a run has come: all that its schedules and choices depend on, as a snapshot holds it."""
+
 import collections
 import dataclasses
 import typing
@@ -33,8 +34,10 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Of every metric over the steps that were not skipped, NaN if all were; "skipped" is how many were."""
         done = self.steps - self.totals["skipped"]
-        return {name: total if name == "skipped" else total / done if done else float("nan")
-                for name, total in self.totals.items()} | {"lr": self.lr}
+        return {
+            name: total if name == "skipped" else total / done if done else float("nan")
+            for name, total in self.totals.items()
+        } | {"lr": self.lr}
 
 
 Held = dict[str, Any]  # {"params": {network: leaves}, "batch_stats": ..., perhaps "opt_state"}, on the host
@@ -85,28 +88,41 @@ class Progress:
 
     def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All of it for a snapshot: its arrays, by name, and its plain values."""
-        arrays = {"opt_states": self.opt_states, "last": self.last,
-                  "best": {name: best.held for name, best in self.best.items()}}
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays}
+        arrays = {
+            "opt_states": self.opt_states,
+            "last": self.last,
+            "best": {name: best.held for name, best in self.best.items()},
+        }
+        values = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays
+        }
         bests = {name: {**vars(best), "held": None} for name, best in self.best.items()}
         return arrays, {**values, "best": bests}
 
     @classmethod
     def restored(cls, arrays: Mapping[str, Any], values: Mapping[str, Any]) -> "Progress":
         """What `content` told, read back from a snapshot, which holds no empty dicts."""
-        counters = {name: collections.Counter(values[name]) for name, hint in typing.get_type_hints(cls).items()
-                    if typing.get_origin(hint) is collections.Counter}
+        counters = {
+            name: collections.Counter(values[name])
+            for name, hint in typing.get_type_hints(cls).items()
+            if typing.get_origin(hint) is collections.Counter
+        }
         held = arrays.get("best", {})
         bests = {name: Best(**{**best, "held": held.get(name)}) for name, best in values["best"].items()}
-        return cls(**{**values, **counters, "best": bests}, opt_states=arrays.get("opt_states", {}),
-                   last=arrays.get("last", {}))
+        return cls(
+            **{**values, **counters, "best": bests},
+            opt_states=arrays.get("opt_states", {}),
+            last=arrays.get("last", {}),
+        )
 
 
 def overlay(variables: Variables, held: Mapping[str, Any]) -> Variables:
     """The variables with the leaves of a `Held` in their place."""
+
     def laid(tree, part):
         flat = flatten_dict(tree, keep_empty_nodes=True) | flatten_dict(part)
         return unflatten_dict(flat)
+
     return Variables(laid(variables.params, held["params"]), laid(variables.batch_stats, held.get("batch_stats", {})))
 
 

@@ -1,4 +1,5 @@
 """Which views of the training images frozen networks read once, within the room there is, and what that saves."""
+
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -47,24 +48,33 @@ def choose(phases: Sequence[Reads], nets: Networks, images: int, image_bytes: in
             stored.add(view)
     lines = list(dict.fromkeys(phase.runs_networks for phase in phases if phase.runs_networks))
     if len(stored) < len(wanted):
-        lines.insert(0, f"{len(wanted) - len(stored)} of {len(wanted)} views are not stored, in their epochs the networks "
-                        f"run at every step: all would take {images * _bytes(phases, wanted, each) / GIB:.3g} GiB, "
-                        f"device_data_gb={feed.room_gb:g} leaves {room / GIB:.3g} on {len(feed.devices)} device(s)")
+        lines.insert(
+            0,
+            f"{len(wanted) - len(stored)} of {len(wanted)} views are not stored, in their epochs the networks "
+            f"run at every step: all would take {images * _bytes(phases, wanted, each) / GIB:.3g} GiB, "
+            f"device_data_gb={feed.room_gb:g} leaves {room / GIB:.3g} on {len(feed.devices)} device(s)",
+        )
     if stored:
         students = any("student" in phase.reads for phase in phases)
         read = sum(epochs[view] for view in stored)
-        lines.insert(0, f"stored: the teachers' outputs on {len(stored)} view(s) of {images:,} training images"
-                        f"{', and the student' + chr(39) + 's for each A-Step' if students else ''}, "
-                        f"{images * _bytes(phases, stored, each) / GIB:.3g} GiB; teachers read "
-                        f"{len(stored) * images:,} images instead of {read * images:,}")
+        lines.insert(
+            0,
+            f"stored: the teachers' outputs on {len(stored)} view(s) of {images:,} training images"
+            f"{', and the student' + chr(39) + 's for each A-Step' if students else ''}, "
+            f"{images * _bytes(phases, stored, each) / GIB:.3g} GiB; teachers read "
+            f"{len(stored) * images:,} images instead of {read * images:,}",
+        )
     return Stored(frozenset(stored), tuple(lines))
 
 
 def bytes_each(nets: Networks) -> Mapping[str, int]:
-    """Bytes of what "teachers" and "student" say of one image, features and logits of as many bits as they compute in."""
+    """Bytes of what "teachers" and "student" say of one image, features and logits in as many bits as they compute."""
+
     def of(*models):
-        return sum(jnp.dtype(model.dtype).itemsize * (model.architecture.feat_dim + model.num_classes)
-                   for model in models)
+        return sum(
+            jnp.dtype(model.dtype).itemsize * (model.architecture.feat_dim + model.num_classes) for model in models
+        )
+
     return {"teachers": of(*nets.teachers), "student": of(nets.student)}
 
 

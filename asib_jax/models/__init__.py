@@ -1,4 +1,5 @@
 """Every network by name."""
+
 import re
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,10 @@ from asib_jax.models.wide_resnet import wide_resnet
 # Where that takes another kernel (3x3 in ResNets and ConvNeXt) it starts at random; all other pretrained weights fit.
 # The CIFAR networks (resnet8 ... resnet32x4, wrn_*, vgg*) have one stem only and read images of any size with it.
 MODELS: dict[str, Callable[[bool], Architecture]] = {
-    **{f"resnet{depth}": lambda small_input, depth=depth: cifar_resnet(depth)  # type: ignore[misc]
-       for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{
+        f"resnet{depth}": lambda small_input, depth=depth: cifar_resnet(depth)  # type: ignore[misc]
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
     "resnet8x4": lambda small_input: cifar_resnet(8, widths=(64, 128, 256), stem=32),
     "resnet32x4": lambda small_input: cifar_resnet(32, widths=(64, 128, 256), stem=32),
     "wrn_16_2": lambda small_input: wide_resnet(16, 2),
@@ -63,8 +66,9 @@ def create_teacher_by_name(name: str, num_classes: int, *, small_input: bool, **
     return KDModel(backbone(name, small_input, "teacherK.name"), num_classes, **fields)
 
 
-def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, dropout: float, learnable_temperature: bool,
-                               **fields) -> tuple[IB_MBM, SynergyHead]:
+def build_ib_mbm_from_teachers(
+    teachers: Sequence[KDModel], *, dim: int, dropout: float, learnable_temperature: bool, **fields
+) -> tuple[IB_MBM, SynergyHead]:
     """The fusion network and head for these teachers; `fields`: the others of IB_MBM.
 
     Widths of query and teachers are inferred at initialisation; classes are the teachers'.
@@ -73,6 +77,8 @@ def build_ib_mbm_from_teachers(teachers: Sequence[KDModel], *, dim: int, dropout
     """
     widths = [feature_dim(teacher) for teacher in teachers]
     if len(set(widths)) > 1:
-        raise UserError(f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
-                         "which gives all of them distill_out_dim")
+        raise UserError(
+            f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
+            "which gives all of them distill_out_dim"
+        )
     return IB_MBM(dim, **fields), SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature)

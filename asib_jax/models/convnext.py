@@ -4,6 +4,7 @@ Convolutions and dense layers of the stages start from a normal distribution of 
 layer scales at 1e-6, as the original's. (It truncates at +-2, a hundred deviations.) The classifier starts as that of
 every `KDModel`.
 """
+
 from functools import partial
 from typing import Any
 
@@ -22,18 +23,20 @@ def _from_zero(rest: str):
     return lambda match: f"stages.{int(match[1]) - 1}." + match.expand(rest)
 
 
-NAMES = ((  # timm's
-    (r"stem/conv", "stem.0"),
-    (r"stem/norm", "stem.1"),
-    (r"stage(\d)/downsample/norm", _from_zero("downsample.0")),
-    (r"stage(\d)/downsample/conv", _from_zero("downsample.1")),
-    (r"stage(\d)/block(\d+)", _from_zero(r"blocks.\2")),  # gamma
-    (r"stage(\d)/block(\d+)/depthwise", _from_zero(r"blocks.\2.conv_dw")),
-    (r"stage(\d)/block(\d+)/norm", _from_zero(r"blocks.\2.norm")),
-    (r"stage(\d)/block(\d+)/(fc\d)", _from_zero(r"blocks.\2.mlp.\3")),
-    (r"pooled_norm", "head.norm"),
-    (r"classifier", "head.fc"),
-),)
+NAMES = (
+    (  # timm's
+        (r"stem/conv", "stem.0"),
+        (r"stem/norm", "stem.1"),
+        (r"stage(\d)/downsample/norm", _from_zero("downsample.0")),
+        (r"stage(\d)/downsample/conv", _from_zero("downsample.1")),
+        (r"stage(\d)/block(\d+)", _from_zero(r"blocks.\2")),  # gamma
+        (r"stage(\d)/block(\d+)/depthwise", _from_zero(r"blocks.\2.conv_dw")),
+        (r"stage(\d)/block(\d+)/norm", _from_zero(r"blocks.\2.norm")),
+        (r"stage(\d)/block(\d+)/(fc\d)", _from_zero(r"blocks.\2.mlp.\3")),
+        (r"pooled_norm", "head.norm"),
+        (r"classifier", "head.fc"),
+    ),
+)
 
 
 def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:

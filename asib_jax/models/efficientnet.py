@@ -2,6 +2,7 @@
 
 Convolutions start from He normal over the fan-out of their group, as the original's.
 """
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,16 +15,34 @@ import jax.numpy as jnp
 from asib_jax.models.layers import Architecture, ConvNorm, Part, chain, conv, conv_norm, keys_of, stochastic_depth
 
 # (expansion, kernel, stride of the first block, width, blocks) of each stage of B0
-_STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
-           (6, 3, 1, 320, 1))
+_STAGES = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
 _STEM, _HEAD = 32, 1280
 _DEPTH_DROP = 0.2
 
 # PyTorch's names of a block's layers. In the first stage nothing is expanded, which moves the names of what follows.
-_TIMM_FIRST = {"depthwise_conv": "conv_dw", "depthwise_bn": "bn1", "project_conv": "conv_pw", "project_bn": "bn2",
-               "squeeze_excite/reduce": "se.conv_reduce", "squeeze_excite/expand": "se.conv_expand"}
-_TIMM = _TIMM_FIRST | {"expand_conv": "conv_pw", "expand_bn": "bn1", "depthwise_bn": "bn2", "project_conv": "conv_pwl",
-                       "project_bn": "bn3"}
+_TIMM_FIRST = {
+    "depthwise_conv": "conv_dw",
+    "depthwise_bn": "bn1",
+    "project_conv": "conv_pw",
+    "project_bn": "bn2",
+    "squeeze_excite/reduce": "se.conv_reduce",
+    "squeeze_excite/expand": "se.conv_expand",
+}
+_TIMM = _TIMM_FIRST | {
+    "expand_conv": "conv_pw",
+    "expand_bn": "bn1",
+    "depthwise_bn": "bn2",
+    "project_conv": "conv_pwl",
+    "project_bn": "bn3",
+}
 _TORCHVISION_ORDER = ("expand", "depthwise", "squeeze_excite", "project")
 _TORCHVISION_LAYERS = {"conv": "0", "bn": "1", "reduce": "fc1", "expand": "fc2"}
 
@@ -93,8 +112,18 @@ class Block(Part):
         layer = partial(conv_norm, train=train, dtype=self.dtype, axis_name=self.axis_name, epsilon=self.epsilon)
         inputs, hidden = x.shape[-1], x.shape[-1] * self.expansion
         y = self.activation(layer(x, 1, hidden, 1, name="expand_conv")) if self.expansion > 1 else x
-        y = self.activation(layer(y, self.kernel, hidden, self.stride, padding=self.padding, feature_group_count=hidden,
-                                  kernel_init=self.depthwise_init, name="depthwise_conv"))
+        y = self.activation(
+            layer(
+                y,
+                self.kernel,
+                hidden,
+                self.stride,
+                padding=self.padding,
+                feature_group_count=hidden,
+                kernel_init=self.depthwise_init,
+                name="depthwise_conv",
+            )
+        )
         if self.squeeze:
             y = SqueezeExcite(inputs // 4, self.dtype, name="squeeze_excite")(y)
         y = layer(y, 1, self.width, 1, name="project_conv")
@@ -109,8 +138,9 @@ def _scaled(width: float) -> int:
     return nearest + 8 if nearest < 0.9 * width else nearest
 
 
-def efficientnet(width: float, depth: float, dropout: float, small_input: bool, tensorflow: bool = False
-                 ) -> Architecture:
+def efficientnet(
+    width: float, depth: float, dropout: float, small_input: bool, tensorflow: bool = False
+) -> Architecture:
     """B0's widths and numbers of blocks times `width` and `depth`, in stages "stem", "blocks1" ... "blocks7".
 
     B0 is (width 1, depth 1, dropout 0.2), B2 (1.1, 1.2, 0.3), L2 (4.3, 5.3, 0.5) with `tensorflow`. The last stage
@@ -129,10 +159,21 @@ def efficientnet(width: float, depth: float, dropout: float, small_input: bool, 
     stages: list[tuple[str, Callable]] = [("stem", stem)]
     for i, (expansion, kernel, stride, base, _) in enumerate(_STAGES):
         done = sum(counts[:i])
-        init = nn.initializers.normal(2 ** 0.5 / kernel)  # over the fan-out of a group
-        blocks = (partial(Block, expansion, kernel, 1 if j else stride, _scaled(base * width),
-                          _DEPTH_DROP * (done + j) / sum(counts), init, padding=padding, epsilon=epsilon)
-                  for j in range(counts[i]))
+        init = nn.initializers.normal(2**0.5 / kernel)  # over the fan-out of a group
+        blocks = (
+            partial(
+                Block,
+                expansion,
+                kernel,
+                1 if j else stride,
+                _scaled(base * width),
+                _DEPTH_DROP * (done + j) / sum(counts),
+                init,
+                padding=padding,
+                epsilon=epsilon,
+            )
+            for j in range(counts[i])
+        )
         last = i == len(_STAGES) - 1
         head = {"head": partial(unit, kernel=1, width=_scaled(_HEAD * width), stride=1)} if last else {}
         stages.append((f"blocks{i + 1}", chain(blocks, **head)))

@@ -3,6 +3,7 @@
 Variables of all networks live in two dicts, parameters and batch statistics, under the names "student", "teacher1",
 "teacher2", ..., "ib_mbm" and "synergy_head".
 """
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -65,8 +66,10 @@ class Networks:
 
 def with_narrow_teachers(nets: Networks, variables: Variables) -> Variables:
     """The variables with the teachers' as `in_compute_type` holds them, for teachers that stand still."""
-    narrow = {name: in_compute_type(model, variables.of(name))["params"]
-              for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
+    narrow = {
+        name: in_compute_type(model, variables.of(name))["params"]
+        for name, model in zip(nets.teacher_names, nets.teachers, strict=True)
+    }
     return variables._replace(params=variables.params | narrow)
 
 
@@ -86,19 +89,30 @@ class StudentOutputs(NamedTuple):
     logit: jax.Array
 
 
-def run_network(model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode,
-                dropout_keys: jax.Array | None = None) -> tuple[Outputs, Any]:
+def run_network(
+    model: KDModel, variables: Mapping[str, Any], pixels: jax.Array, mode: Mode, dropout_keys: jax.Array | None = None
+) -> tuple[Outputs, Any]:
     """One forward pass: outputs, and batch statistics (the same ones in evaluation).
 
     dropout_keys: [B] keys, one per example; only training takes them.
     """
-    outputs, changed = model.apply(variables, pixels, **dataclasses.asdict(mode), mutable=["batch_stats"],
-                                   dropout_keys=dropout_keys if mode.train else None)
+    outputs, changed = model.apply(
+        variables,
+        pixels,
+        **dataclasses.asdict(mode),
+        mutable=["batch_stats"],
+        dropout_keys=dropout_keys if mode.train else None,
+    )
     return outputs, changed.get("batch_stats", {})  # a network without BatchNorm has none
 
 
-def run_teachers(nets: Networks, variables: Variables, pixels: jax.Array, modes: tuple[Mode, ...] = (),
-                 dropout_keys: jax.Array | None = None) -> tuple[TeacherOutputs, dict[str, Any]]:
+def run_teachers(
+    nets: Networks,
+    variables: Variables,
+    pixels: jax.Array,
+    modes: tuple[Mode, ...] = (),
+    dropout_keys: jax.Array | None = None,
+) -> tuple[TeacherOutputs, dict[str, Any]]:
     """Every teacher on `pixels` [B, H, W, ch], in evaluation unless `modes` says otherwise, and its statistics.
 
     dropout_keys: [B] keys, from which each teacher in training takes its own.
@@ -120,8 +134,13 @@ def run_student(nets: Networks, variables: Variables, pixels: jax.Array, name: s
 
 def keys_and_values(nets: Networks, variables: Variables, feats: tuple[jax.Array, ...]) -> jax.Array:
     """What IB_MBM reads [B, T, Dk]: the teachers' features, through their distillation adapters where they have one."""
-    return jnp.stack([_read(teacher, variables.of(name), feat, bool(teacher.adapter_dim))
-                      for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)], axis=1)
+    return jnp.stack(
+        [
+            _read(teacher, variables.of(name), feat, bool(teacher.adapter_dim))
+            for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)
+        ],
+        axis=1,
+    )
 
 
 def query(nets: Networks, variables: Variables, feat: jax.Array) -> jax.Array:
@@ -161,8 +180,10 @@ def init_fusion(nets: Networks, seed: int) -> dict[str, Any]:
     q = jnp.zeros((1, nets.query_dim))
     kv = jnp.zeros((1, len(nets.teachers), feature_dim(nets.teachers[0])))
     code = jnp.zeros((1, nets.ib_mbm.dim))
-    return {"ib_mbm": _drawn(nets.ib_mbm.init, streams.key(seed, "init/ib_mbm"), q, kv)["params"],
-            "synergy_head": _drawn(nets.synergy_head.init, streams.key(seed, "init/synergy_head"), code)["params"]}
+    return {
+        "ib_mbm": _drawn(nets.ib_mbm.init, streams.key(seed, "init/ib_mbm"), q, kv)["params"],
+        "synergy_head": _drawn(nets.synergy_head.init, streams.key(seed, "init/synergy_head"), code)["params"],
+    }
 
 
 def _drawn(init: Callable, *arguments: Any) -> dict[str, Any]:

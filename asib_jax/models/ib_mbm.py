@@ -1,4 +1,5 @@
 """The fusion network (SPEC 1): IB_MBM reads the teachers' features for the student, SynergyHead classifies the code."""
+
 import math
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class TeacherAttention(nn.Module):
         q, k, v = project(query, "query", True), project(teachers, "key", False), project(teachers, "value", True)
         scores = jnp.einsum("bhe,bthe->bht", q, k) * (dim // self.num_heads) ** -0.5
         read = jnp.einsum("bht,bthe->bhe", jax.nn.softmax(scores), v)
-        return nn.Dense(dim, kernel_init=symmetric_uniform(dim ** -0.5), name="out")(read.reshape(query.shape))
+        return nn.Dense(dim, kernel_init=symmetric_uniform(dim**-0.5), name="out")(read.reshape(query.shape))
 
 
 class IB_MBM(nn.Module):
@@ -101,7 +102,8 @@ class IB_MBM(nn.Module):
         query = linear(_normalise(q, self.feature_norm), self.dim, name="query")
         teachers = linear(_normalise(kv, self.feature_norm), self.dim, name="teachers")
         s = TeacherAttention(self.num_heads, name="attention")(
-            _layer_norm(query, "query_norm"), _layer_norm(teachers, "teachers_norm"))
+            _layer_norm(query, "query_norm"), _layer_norm(teachers, "teachers_norm")
+        )
         if self.residual:
             s = _layer_norm(s + query, "norm")
         mu = linear(s, self.dim, name="mu")

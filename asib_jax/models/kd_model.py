@@ -1,4 +1,5 @@
 """A backbone with its classifier and adapters: the form teachers and students share (SPEC 1)."""
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,8 +70,15 @@ class KDModel(nn.Module):
             self.distill_adapter = DistillationAdapter(hidden, self.adapter_dim)
 
     @nn.compact
-    def __call__(self, pixels: jax.Array, *, train: bool, frozen_stages: int = 0, freeze_bn: bool = False,
-                 dropout_keys: jax.Array | None = None) -> Outputs:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        *,
+        train: bool,
+        frozen_stages: int = 0,
+        freeze_bn: bool = False,
+        dropout_keys: jax.Array | None = None,
+    ) -> Outputs:
         """pixels: [B, H, W, channels], uint8 or float32 in 0..255.
 
         train: BatchNorm uses and updates batch statistics, except in the first `frozen_stages` stages and, with
@@ -84,15 +92,26 @@ class KDModel(nn.Module):
         stages = self.architecture.stages
         for i, (name, factory) in enumerate(stages):
             stage = factory(name=name, dtype=self.dtype, axis_name=self.axis_name)
-            x = stage(x, train=train and not freeze_bn and i >= frozen_stages,
-                      dropout_keys=dropout_keys if i >= frozen_stages else None)
+            x = stage(
+                x,
+                train=train and not freeze_bn and i >= frozen_stages,
+                dropout_keys=dropout_keys if i >= frozen_stages else None,
+            )
             if self.residual_adapter and i == len(stages) - 2:
-                x += nn.Conv(x.shape[-1], (1, 1), use_bias=False, dtype=self.dtype, name="residual_adapter",
-                             kernel_init=nn.initializers.zeros)(x)
+                x += nn.Conv(
+                    x.shape[-1],
+                    (1, 1),
+                    use_bias=False,
+                    dtype=self.dtype,
+                    name="residual_adapter",
+                    kernel_init=nn.initializers.zeros,
+                )(x)
         if 0 in x.shape:  # their mean would be nan
             height, width = pixels.shape[1:3]
-            raise UserError(f"images of {height}x{width} pixels leave a map of {x.shape[1:3]} after the last stage; "
-                             "take larger ones, dataset.small_input=True, or another network")
+            raise UserError(
+                f"images of {height}x{width} pixels leave a map of {x.shape[1:3]} after the last stage; "
+                "take larger ones, dataset.small_input=True, or another network"
+            )
         feat_2d = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if self.architecture.pooled_norm:
             feat_2d = self.architecture.pooled_norm(name="pooled_norm")(feat_2d)
@@ -108,8 +127,10 @@ class KDModel(nn.Module):
         channels = pixels.shape[-1]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
-                raise UserError(f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
-                                 f"set {name} to one value or {channels}")
+                raise UserError(
+                    f"{name} = {values} has {len(values)} values, the images have {channels} channels: "
+                    f"set {name} to one value or {channels}"
+                )
         return (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
 
 
@@ -120,8 +141,11 @@ def in_compute_type(model: KDModel, variables: Mapping[str, Any]) -> dict[str, A
     they are used, are held in it. Normalisations, the classifier and the adapters stay float32.
     """
     params = flatten_dict(variables["params"])
-    narrow = {path: leaf.astype(model.dtype) for path, leaf in params.items()
-              if path[0] in stage_names(model) and (*path[:-1], "kernel") in params}
+    narrow = {
+        path: leaf.astype(model.dtype)
+        for path, leaf in params.items()
+        if path[0] in stage_names(model) and (*path[:-1], "kernel") in params
+    }
     return {**variables, "params": unflatten_dict(params | narrow)}
 
 

@@ -1,4 +1,5 @@
 """What backbones are made of: the layers and parts that several families share, and how one is declared."""
+
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,8 +66,9 @@ def linear(x: jax.Array, features: int, name: str) -> jax.Array:
     return nn.Dense(features, kernel_init=init, bias_init=init, dtype=jnp.float32, name=name)(x)
 
 
-def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, padding: int | str | None = None,
-         **options) -> nn.Conv:
+def conv(
+    kernel: int, width: int, stride: int, *, dtype: Any, name: str, padding: int | str | None = None, **options
+) -> nn.Conv:
     """A square convolution without bias that starts from He normal over fan-out; `options` are those of `nn.Conv`.
 
     padding: None is kernel // 2 on both sides. At stride 2 XLA's "SAME" pads only the far side, PyTorch and its weights
@@ -80,12 +82,24 @@ def conv(kernel: int, width: int, stride: int, *, dtype: Any, name: str, padding
 def batch_norm(train: bool, *, dtype: Any, axis_name: str | None, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """BatchNorm with float32 statistics, from scale 1, bias 0. In training they are of the global batch if `axis_name`
     is given, and the running ones keep 0.9 of what they are (PyTorch's `momentum` of 0.1)."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype,
-                        axis_name=axis_name, name=name)
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype, axis_name=axis_name, name=name
+    )
 
 
-def conv_norm(x: jax.Array, kernel: int, width: int, stride: int, *, train: bool, dtype: Any, axis_name: str | None,
-              name: str, epsilon: float = 1e-5, **options) -> jax.Array:
+def conv_norm(
+    x: jax.Array,
+    kernel: int,
+    width: int,
+    stride: int,
+    *,
+    train: bool,
+    dtype: Any,
+    axis_name: str | None,
+    name: str,
+    epsilon: float = 1e-5,
+    **options,
+) -> jax.Array:
     """A convolution and its BatchNorm, created in the calling compact method; `options` are those of `conv`.
 
     name: the convolution's, e.g. "conv1"; BatchNorm has "bn" there in place of "conv".
@@ -132,9 +146,20 @@ class ConvNorm(Part):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, dropout_keys: jax.Array | None = None) -> jax.Array:
-        x = self.activation(conv_norm(x, self.kernel, self.width, self.stride, train=train, dtype=self.dtype,
-                                      axis_name=self.axis_name, name="conv", padding=self.padding,
-                                      epsilon=self.epsilon))
+        x = self.activation(
+            conv_norm(
+                x,
+                self.kernel,
+                self.width,
+                self.stride,
+                train=train,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                name="conv",
+                padding=self.padding,
+                epsilon=self.epsilon,
+            )
+        )
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
 
 

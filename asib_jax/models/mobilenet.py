@@ -1,4 +1,5 @@
 """MobileNetV2 (Sandler et al. 2018) as torchvision's `mobilenet_v2` and timm's `mobilenetv2_100` have it."""
+
 from functools import partial
 from typing import NamedTuple
 
@@ -17,13 +18,26 @@ class Row(NamedTuple):
     stride: int
 
 
-ROWS = (Row(1, 16, 1, 1), Row(6, 24, 2, 2), Row(6, 32, 3, 2), Row(6, 64, 4, 2), Row(6, 96, 3, 1), Row(6, 160, 3, 2),
-        Row(6, 320, 1, 1))
+ROWS = (
+    Row(1, 16, 1, 1),
+    Row(6, 24, 2, 2),
+    Row(6, 32, 3, 2),
+    Row(6, 64, 4, 2),
+    Row(6, 96, 3, 1),
+    Row(6, 160, 3, 2),
+    Row(6, 320, 1, 1),
+)
 
 # Our layers of a block and their places in torchvision's. In the first row nothing is expanded.
 _FIRST = {"depthwise_conv": "0.0", "depthwise_bn": "0.1", "project_conv": "1", "project_bn": "2"}
-_OTHERS = {"expand_conv": "0.0", "expand_bn": "0.1", "depthwise_conv": "1.0", "depthwise_bn": "1.1",
-           "project_conv": "2", "project_bn": "3"}
+_OTHERS = {
+    "expand_conv": "0.0",
+    "expand_bn": "0.1",
+    "depthwise_conv": "1.0",
+    "depthwise_bn": "1.1",
+    "project_conv": "2",
+    "project_bn": "3",
+}
 
 
 def _torchvision(rows: tuple[Row, ...]) -> Names:
@@ -31,11 +45,15 @@ def _torchvision(rows: tuple[Row, ...]) -> Names:
     blocks = [(i, j) for i, row in enumerate(rows, start=1) for j in range(row.count)]
     head = len(blocks) + 1
     return (
-        ("stem/conv", "features.0.0"), ("stem/bn", "features.0.1"),
-        *((f"layer{i}/block{j}/{layer}", f"features.{position}.conv.{place}")
-          for position, (i, j) in enumerate(blocks, start=1)
-          for layer, place in (_FIRST if i == 1 else _OTHERS).items()),
-        (r"layer\d/head/conv", f"features.{head}.0"), (r"layer\d/head/bn", f"features.{head}.1"),
+        ("stem/conv", "features.0.0"),
+        ("stem/bn", "features.0.1"),
+        *(
+            (f"layer{i}/block{j}/{layer}", f"features.{position}.conv.{place}")
+            for position, (i, j) in enumerate(blocks, start=1)
+            for layer, place in (_FIRST if i == 1 else _OTHERS).items()
+        ),
+        (r"layer\d/head/conv", f"features.{head}.0"),
+        (r"layer\d/head/bn", f"features.{head}.1"),
         ("classifier", "classifier.1"),
     )
 
@@ -55,9 +73,4 @@ def mobilenet_v2(rows: tuple[Row, ...], small_input: bool) -> Architecture:
         blocks = (partial(block, expansion, 3, 1 if j else stride, width) for j in range(count))
         head = {"head": partial(unit, kernel=1, width=1280, stride=1)} if i == len(rows) else {}
         stages.append((f"layer{i}", chain(blocks, **head)))
-    return Architecture(
-        stages=tuple(stages),
-        feat_dim=1280,
-        names=(_torchvision(rows), TIMM),
-        dropout=0.2,
-    )
+    return Architecture(stages=tuple(stages), feat_dim=1280, names=(_torchvision(rows), TIMM), dropout=0.2)

@@ -2,6 +2,7 @@
 
 Where a block changes the shape its shortcut is a 1x1 convolution with BatchNorm (He et al.'s option B).
 """
+
 from collections.abc import Callable
 from functools import partial
 
@@ -67,8 +68,10 @@ def cifar_resnet(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int =
     widths (64, 128, 256) with stem 32 are the "x4" networks of Tian et al. (2020).
     """
     return Architecture(
-        stages=(("stem", partial(ConvNorm, kernel=3, width=stem, stride=1)),
-                *_layers(_basic, widths, (depth // 6,) * 3)),
+        stages=(
+            ("stem", partial(ConvNorm, kernel=3, width=stem, stride=1)),
+            *_layers(_basic, widths, (depth // 6,) * 3),
+        ),
         feat_dim=widths[-1],
         names=NAMES,
     )

@@ -1,4 +1,5 @@
 """ShuffleNetV2 (Ma et al. 2018) as torchvision has it."""
+
 from functools import partial
 
 import flax.linen as nn
@@ -8,16 +9,23 @@ import jax.numpy as jnp
 from asib_jax.models.layers import Architecture, ConvNorm, Part, Stage, chain, conv_norm
 
 _PLACES = {
-    "shortcut_depthwise_conv": "branch1.0", "shortcut_depthwise_bn": "branch1.1",
-    "shortcut_conv": "branch1.2", "shortcut_bn": "branch1.3",
-    "conv1": "branch2.0", "bn1": "branch2.1",
-    "depthwise_conv": "branch2.3", "depthwise_bn": "branch2.4",
-    "conv2": "branch2.5", "bn2": "branch2.6",
+    "shortcut_depthwise_conv": "branch1.0",
+    "shortcut_depthwise_bn": "branch1.1",
+    "shortcut_conv": "branch1.2",
+    "shortcut_bn": "branch1.3",
+    "conv1": "branch2.0",
+    "bn1": "branch2.1",
+    "depthwise_conv": "branch2.3",
+    "depthwise_bn": "branch2.4",
+    "conv2": "branch2.5",
+    "bn2": "branch2.6",
 }
 TORCHVISION = (
-    ("stem/conv", "conv1.0"), ("stem/bn", "conv1.1"),
+    ("stem/conv", "conv1.0"),
+    ("stem/bn", "conv1.1"),
     *((rf"(stage\d)/block(\d+)/{part}", rf"\1.\2.{place}") for part, place in _PLACES.items()),
-    (r"stage\d/head/conv", "conv5.0"), (r"stage\d/head/bn", "conv5.1"),
+    (r"stage\d/head/conv", "conv5.0"),
+    (r"stage\d/head/bn", "conv5.1"),
     ("classifier", "fc"),
 )
 
@@ -67,8 +75,4 @@ def shufflenet_v2(counts: tuple[int, ...], widths: tuple[int, ...], small_input:
     for i, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
         head = {"head": partial(ConvNorm, kernel=1, width=1024, stride=1)} if i == len(counts) else {}
         stages.append((f"stage{i + 1}", chain((partial(Block, width, 1 if j else 2) for j in range(count)), **head)))
-    return Architecture(
-        stages=tuple(stages),
-        feat_dim=1024,
-        names=(TORCHVISION,),
-    )
+    return Architecture(stages=tuple(stages), feat_dim=1024, names=(TORCHVISION,))

@@ -1,4 +1,5 @@
 """VGG (Simonyan & Zisserman 2015) with BatchNorm for small images, in the form that Tian et al. (2020) distil."""
+
 from functools import partial
 
 import flax.linen as nn
@@ -21,8 +22,19 @@ class Stage(Part):
         if self.pool and min(x.shape[1:3]) > 4:
             x = nn.max_pool(x, (2, 2), (2, 2))
         for i, width in enumerate(self.widths):
-            x = nn.relu(conv_norm(x, 3, width, 1, use_bias=True, train=train, dtype=self.dtype,
-                                  axis_name=self.axis_name, name=f"conv{i}"))
+            x = nn.relu(
+                conv_norm(
+                    x,
+                    3,
+                    width,
+                    1,
+                    use_bias=True,
+                    train=train,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"conv{i}",
+                )
+            )
         return x
 
 
@@ -40,8 +52,10 @@ def vgg(widths: tuple[tuple[int, ...], ...]) -> Architecture:
         for j in range(len(convolutions)):
             names += [(f"{stage}/conv{j}", f"block{i}.{3 * j}"), (f"{stage}/bn{j}", f"block{i}.{3 * j + 1}")]
     return Architecture(
-        stages=tuple((stage, partial(Stage, widths=convolutions, pool=stage != "stem"))
-                     for stage, convolutions in zip(stages, widths, strict=True)),
+        stages=tuple(
+            (stage, partial(Stage, widths=convolutions, pool=stage != "stem"))
+            for stage, convolutions in zip(stages, widths, strict=True)
+        ),
         feat_dim=widths[-1][-1],
         names=(tuple(names),),
     )

@@ -1,4 +1,5 @@
 """Wide ResNets for small images (Zagoruyko & Komodakis 2016), in the form that Tian et al. (2020) distil."""
+
 from functools import partial
 
 import flax.linen as nn
@@ -59,12 +60,11 @@ def wide_resnet(depth: int, widen: int) -> Architecture:
 
     feat_4d is what the final BatchNorm and relu give, which belong to the last stage.
     """
+
     def stage(i: int):
         blocks = (partial(Block, 2 ** (i + 3) * widen, 1 if j else min(i, 2)) for j in range((depth - 4) // 6))
         return f"layer{i}", chain(blocks, **({"final": Norm} if i == 3 else {}))
 
     return Architecture(
-        stages=(("stem", partial(Stem, width=16)), *(stage(i) for i in (1, 2, 3))),
-        feat_dim=64 * widen,
-        names=(NAMES,),
+        stages=(("stem", partial(Stem, width=16)), *(stage(i) for i in (1, 2, 3))), feat_dim=64 * widen, names=(NAMES,)
     )

@@ -1,7 +1,17 @@
 """The configuration as typed values: the one table of keys, and what they must satisfy."""
+
 from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, StudentRecipe, TeacherRecipe
 from asib_jax.recipe.reading import RETIRED, read, read_stored
 from asib_jax.recipe.recipe import Recipe
 
-__all__ = ["RETIRED", "DatasetRecipe", "ModelRecipe", "Recipe", "ScheduleRecipe", "StudentRecipe", "TeacherRecipe",
-           "read", "read_stored"]
+__all__ = [
+    "RETIRED",
+    "DatasetRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "ScheduleRecipe",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "read",
+    "read_stored",
+]

@@ -1,4 +1,5 @@
 """When keys act, where several do so together or it takes more words than the key's own line has room for."""
+
 from asib_jax.recipe.keys import When
 
 STUDENT = When("a student", lambda recipe: not recipe.teachers_only)
@@ -11,11 +12,14 @@ FINETUNING = When("`use_teacher_finetuning`", lambda recipe: recipe.use_teacher_
 BOTTLENECK = FUSION & When("`use_ib`", lambda recipe: recipe.use_ib)
 IB_BETA = BOTTLENECK & When("no `beta_schedule`", lambda recipe: not recipe.beta_schedule)
 CCCP = When("`use_cccp`", lambda recipe: recipe.use_cccp)
-TUNED = FUSION & When("`use_teacher_finetuning` or `train_distill_adapter_only`",
-                      lambda recipe: recipe.use_teacher_finetuning or recipe.train_distill_adapter_only)
+TUNED = FUSION & When(
+    "`use_teacher_finetuning` or `train_distill_adapter_only`",
+    lambda recipe: recipe.use_teacher_finetuning or recipe.train_distill_adapter_only,
+)
 DISAGREEMENT = STUDENT & When("`use_disagree_weight`", lambda recipe: recipe.use_disagree_weight)
-LAMBDAS_DIFFER = When("different `disagree_lambda_`", lambda recipe:
-                      recipe.disagree_lambda_high != recipe.disagree_lambda_low)
+LAMBDAS_DIFFER = When(
+    "different `disagree_lambda_`", lambda recipe: recipe.disagree_lambda_high != recipe.disagree_lambda_low
+)
 
 # Of a teacher's own keys: the conditions take the teacher, too.
 GIVEN = When("`weights`", lambda teacher, recipe: bool(teacher.weights))

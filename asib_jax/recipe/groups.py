@@ -1,4 +1,5 @@
 """The groups of keys within a configuration: the data, the student, a teacher, the schedule of learning rates."""
+
 import dataclasses
 
 from asib_jax.data.augment import POLICIES
@@ -14,18 +15,32 @@ _MEAN, _STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100
 class DatasetRecipe:
     name: str = key("cifar100", "where images come from", choices=tuple(SOURCES))
     path: str = key("", "a file or folder of one's own; empty: look in `data_dir`, else download", free=True)
-    data_dir: str = key("", "where tfds and downloads live; empty: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`",
-                        free=True)
+    data_dir: str = key(
+        "", "where tfds and downloads live; empty: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`", free=True
+    )
     batch_size: int = key(64, "images of a training step, over all devices of all hosts", above=0)
-    eval_batch_size: int = key(0, "images of a step of evaluation and of reading frozen networks; 0: sized to the "
-                               "device", at_least=0, free=True)
+    eval_batch_size: int = key(
+        0,
+        "images of a step of evaluation and of reading frozen networks; 0: sized to the device",
+        at_least=0,
+        free=True,
+    )
     data_aug: int = key(1, "0 none, 1 crop and flip, 2 strong, 3 crop alone", choices=tuple(POLICIES))
-    small_input: bool = key(True, "3x3 stride-1 stem without pooling, for images of some 32x32 pixels, of every "
-                            "network")
-    val_fraction: float = key(0.1, "share of the training split set aside, stratified; every choice is made on it, "
-                              "never on test", above=0, below=1)
-    train_subset: int = key(0, "training images the student sees, stratified; 0: all; teachers trained here see all",
-                            at_least=0, when=STUDENT)
+    small_input: bool = key(
+        True, "3x3 stride-1 stem without pooling, for images of some 32x32 pixels, of every network"
+    )
+    val_fraction: float = key(
+        0.1,
+        "share of the training split set aside, stratified; every choice is made on it, never on test",
+        above=0,
+        below=1,
+    )
+    train_subset: int = key(
+        0,
+        "training images the student sees, stratified; 0: all; teachers trained here see all",
+        at_least=0,
+        when=STUDENT,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +48,16 @@ class StudentRecipe:
     name: str = key("resnet101_scratch", "a network of models.md; `_pretrain` expects `weights`, `_scratch` none")
     weights: str = key("", "as `teacherK.weights`; empty: trained from scratch")
     weights_sha256: str = key("", "of that file, in hexadecimal: any other is refused; empty: not compared")
-    mean: tuple[float, ...] = key(_MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all "
-                                  "channels")
+    mean: tuple[float, ...] = key(
+        _MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all channels"
+    )
     std: tuple[float, ...] = key(_STD, "standard deviation, likewise", above=0)
-    saw_val: bool = key(True, "as `teacherK.saw_val`", when=When(
-        "`weights`", lambda recipe: bool(recipe.model.student.weights)))
-    use_adapter: bool = key(False, "residual 1x1-convolution adapter after the last-but-one stage, at first the "
-                            "identity")
+    saw_val: bool = key(
+        True, "as `teacherK.saw_val`", when=When("`weights`", lambda recipe: bool(recipe.model.student.weights))
+    )
+    use_adapter: bool = key(
+        False, "residual 1x1-convolution adapter after the last-but-one stage, at first the identity"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +68,62 @@ class ModelRecipe:
 @dataclasses.dataclass(frozen=True)
 class TeacherRecipe:
     name: str = key("resnet152", "a network of models.md")
-    weights: str = key("", "`hf:OWNER/REPO[@REVISION][/FILE]`, a .safetensors, .npz or .pth file, or a checkpoint of "
-                       "our own, see models.md; empty: trained from scratch")
-    weights_sha256: str = key("", "of that file, in hexadecimal: any other is refused; empty: not compared",
-                              when=GIVEN)
-    mean: tuple[float, ...] = key(_MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all "
-                                  "channels")
+    weights: str = key(
+        "",
+        "`hf:OWNER/REPO[@REVISION][/FILE]`, a .safetensors, .npz or .pth file, or a checkpoint of "
+        "our own, see models.md; empty: trained from scratch",
+    )
+    weights_sha256: str = key("", "of that file, in hexadecimal: any other is refused; empty: not compared", when=GIVEN)
+    mean: tuple[float, ...] = key(
+        _MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all channels"
+    )
     std: tuple[float, ...] = key(_STD, "standard deviation, likewise", above=0)
-    saw_val: bool = key(True, "the weights were fitted on our validation images too: the final table marks what that "
-                        "inflates", when=GIVEN)
-    train_epochs: int = key(0, "supervised training from scratch, without the validation images; the best epoch on "
-                            "validation counts", at_least=0)
+    saw_val: bool = key(
+        True,
+        "the weights were fitted on our validation images too: the final table marks what that inflates",
+        when=GIVEN,
+    )
+    train_epochs: int = key(
+        0,
+        "supervised training from scratch, without the validation images; the best epoch on validation counts",
+        at_least=0,
+    )
     train_lr: float = key(1e-3, "learning rate from scratch, under the run's `schedule`", above=0, when=FROM_SCRATCH)
     train_weight_decay: float = key(3e-4, "weight decay from scratch", at_least=0, when=FROM_SCRATCH)
     finetune_epochs: int = key(0, "the same from `weights`; 0: they are used as they are", at_least=0)
     finetune_lr: float = key(1e-4, "learning rate of fine-tuning, under the run's `schedule`", above=0, when=FINETUNED)
     finetune_weight_decay: float = key(0.05, "weight decay of fine-tuning", at_least=0, when=FINETUNED)
     finetune_freeze_level: int = key(-1, "as `student_freeze_level`, while fine-tuning", when=FINETUNED)
-    warmup_epochs: int = key(1, "of the learning rate; this and the next five keys: of either training", at_least=0,
-                             when=TRAINED_FIRST)
+    warmup_epochs: int = key(
+        1, "of the learning rate; this and the next five keys: of either training", at_least=0, when=TRAINED_FIRST
+    )
     label_smoothing: float = key(0.0, "of the cross entropy", at_least=0, below=1, when=TRAINED_FIRST)
     finetune_use_cutmix: bool = key(False, "cutmix on every batch", when=TRAINED_FIRST)
-    finetune_cutmix_alpha: float = key(1.0, "of its Beta(alpha, alpha)", above=0, when=TRAINED_FIRST & When(
-        "`finetune_use_cutmix`", lambda teacher, recipe: teacher.finetune_use_cutmix))
-    early_stopping_patience: int = key(0, "epochs without a better validation accuracy after which training ends; 0: "
-                                       "never", at_least=0, when=TRAINED_FIRST)
+    finetune_cutmix_alpha: float = key(
+        1.0,
+        "of its Beta(alpha, alpha)",
+        above=0,
+        when=TRAINED_FIRST & When("`finetune_use_cutmix`", lambda teacher, recipe: teacher.finetune_use_cutmix),
+    )
+    early_stopping_patience: int = key(
+        0,
+        "epochs without a better validation accuracy after which training ends; 0: never",
+        at_least=0,
+        when=TRAINED_FIRST,
+    )
     early_stopping_min_delta: float = key(
-        0.0, "by how much it must be better, as a share of 1", at_least=0, at_most=1, when=TRAINED_FIRST & When(
-            "`early_stopping_patience`", lambda teacher, recipe: teacher.early_stopping_patience > 0))
-    freeze_level: tuple[int, ...] = key((-1,), "as `student_freeze_level`, in A-Steps", when=TRAINED_IN_A & When(
-        "`use_partial_freeze`", lambda teacher, recipe: recipe.use_partial_freeze))
+        0.0,
+        "by how much it must be better, as a share of 1",
+        at_least=0,
+        at_most=1,
+        when=TRAINED_FIRST
+        & When("`early_stopping_patience`", lambda teacher, recipe: teacher.early_stopping_patience > 0),
+    )
+    freeze_level: tuple[int, ...] = key(
+        (-1,),
+        "as `student_freeze_level`, in A-Steps",
+        when=TRAINED_IN_A & When("`use_partial_freeze`", lambda teacher, recipe: recipe.use_partial_freeze),
+    )
     freeze_bn: bool = key(True, "as `student_freeze_bn`, in A-Steps", when=TRAINED_IN_A)
 
     @property
@@ -96,19 +140,28 @@ class TeacherRecipe:
         return self.finetune_weight_decay if self.weights else self.train_weight_decay
 
 
-_COSINE, _STEP, _MULTISTEP = (When(f"`schedule.type='{kind}'`", lambda recipe, kind=kind: recipe.schedule.type == kind)
-                              for kind in ("cosine", "step", "multistep"))
+_COSINE, _STEP, _MULTISTEP = (
+    When(f"`schedule.type='{kind}'`", lambda recipe, kind=kind: recipe.schedule.type == kind)
+    for kind in ("cosine", "step", "multistep")
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleRecipe:
-    type: str = key("cosine", "how learning rates go, over all epochs that an optimizer sees in the run",
-                    choices=SCHEDULES)
-    lr_warmup_epochs: int = key(5, "first epochs, in which they rise linearly; teachers have their own", at_least=0,
-                                when=STUDENT)
+    type: str = key(
+        "cosine", "how learning rates go, over all epochs that an optimizer sees in the run", choices=SCHEDULES
+    )
+    lr_warmup_epochs: int = key(
+        5, "first epochs, in which they rise linearly; teachers have their own", at_least=0, when=STUDENT
+    )
     min_lr: float = key(1e-5, "learning rate at the end", at_least=0, when=_COSINE)
     step_size: int = key(10, "epochs between two steps of it", at_least=1, when=_STEP)
-    gamma: float = key(0.1, "factor of the learning rate at a step or milestone", above=0, when=When(
-        "another `schedule.type`", lambda recipe: recipe.schedule.type != "cosine"))
-    milestones: tuple[int, ...] = key((), "epochs at which it is multiplied by `gamma`, in rising order", at_least=1,
-                                      when=_MULTISTEP)
+    gamma: float = key(
+        0.1,
+        "factor of the learning rate at a step or milestone",
+        above=0,
+        when=When("another `schedule.type`", lambda recipe: recipe.schedule.type != "cosine"),
+    )
+    milestones: tuple[int, ...] = key(
+        (), "epochs at which it is multiplied by `gamma`, in rising order", at_least=1, when=_MULTISTEP
+    )

@@ -9,6 +9,7 @@ checks, the warning where it has no effect, what a resumed run may change and it
 from the field. A field that holds a group is a group of keys, one that holds a tuple of them (`teachers`) the groups
 teacher1, teacher2, ...
 """
+
 import dataclasses
 import functools
 import math
@@ -80,8 +81,12 @@ class Key:
                 raise UserError(f"{name}={value} must be {self.range()}")
 
     def _holds(self, number: float) -> bool:
-        return ((self.at_least is None or number >= self.at_least) and (self.above is None or number > self.above)
-                and (self.at_most is None or number <= self.at_most) and (self.below is None or number < self.below))
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
 
 
 def key(default: Any, meaning: str, **told: Any) -> Any:
@@ -157,8 +162,13 @@ def table(defaults: Any) -> str:
         rows.setdefault(re.sub(r"\d+\.", "K.", held.name), []).append(held)
     for name, helds in rows.items():
         told = helds[0].key
-        cells = (", ".join(dict.fromkeys(f"`{held.value!r}`" for held in helds)), told.meaning, _values(told),
-                 helds[0].when.words, "free" if told.free else "")
+        cells = (
+            ", ".join(dict.fromkeys(f"`{held.value!r}`" for held in helds)),
+            told.meaning,
+            _values(told),
+            helds[0].when.words,
+            "free" if told.free else "",
+        )
         lines.append(f"| `{name}` | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,5 @@
 """From a configuration, which is nested mappings of plain values as files and command lines give them, to a recipe."""
+
 import dataclasses
 import difflib
 import re

@@ -2,6 +2,7 @@
 
 Each field says of its key all there is to say (`keys.py`); what relates several keys is checked in `checks.py`.
 """
+
 import dataclasses
 
 from asib_jax.models.ib_mbm import FEATURE_NORMS

@@ -1,4 +1,5 @@
 """The record of a run on disk (SPEC 7): its folder, its metrics and its row in `summary.csv`."""
+
 import csv
 import fcntl
 import io
@@ -82,13 +83,14 @@ class Record:
         return record
 
     def _lock_folder(self) -> None:
-        self._lock = open(self.folder / ".lock", "a+")
+        self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115  # held as long as the process lives
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
-            raise UserError(f"the run {self.folder} is going on in another process ({self._lock.read().strip()}); "
-                            "end that first") from None
+            raise UserError(
+                f"the run {self.folder} is going on in another process ({self._lock.read().strip()}); end that first"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._lock.flush()
@@ -133,9 +135,15 @@ class Record:
             return
         self.about |= {"status": status, "ended": time.time()}
         self.save()
-        row = {"exp_id": self.folder.name, "name": self.name, "status": status, "seed": self.config["seed"],
-               "error": " ".join(error.split()), **{key: self.about[key] for key in _ABOUT if key in self.about},
-               **{key: _plain(value) for key, value in summary.items()}}
+        row = {
+            "exp_id": self.folder.name,
+            "name": self.name,
+            "status": status,
+            "seed": self.config["seed"],
+            "error": " ".join(error.split()),
+            **{key: self.about[key] for key in _ABOUT if key in self.about},
+            **{key: _plain(value) for key, value in summary.items()},
+        }
         _point_latest(self.folder)
         _add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
         self._lock.close()
@@ -143,13 +151,21 @@ class Record:
 
 def check_exp_id(results_dir: str | os.PathLike, exp_id: str) -> None:
     """UserError if a run called `exp_id` exists, or that cannot name a run's folder; "" leaves the name to the run."""
-    if (exp_id != Path(exp_id).name or exp_id.startswith(".") or not exp_id.isprintable()
-            or len(exp_id.encode()) > _LONGEST_NAME):
-        raise UserError(f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
-                        f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes")
+    if (
+        exp_id != Path(exp_id).name
+        or exp_id.startswith(".")
+        or not exp_id.isprintable()
+        or len(exp_id.encode()) > _LONGEST_NAME
+    ):
+        raise UserError(
+            f"exp_id={exp_id!r} must be a folder name, not a path, of printable characters, "
+            f"{_LONGEST_NAME} bytes at most, and not begin with a dot; results_dir says where it goes"
+        )
     if exp_id in (TEACHERS, *_OWN_NAMES):
-        raise UserError(f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
-                        "results_dir has a use for; choose another")
+        raise UserError(
+            f"exp_id={exp_id!r} is the folder of the teachers that are kept, or another name that "
+            "results_dir has a use for; choose another"
+        )
     if exp_id and (Path(results_dir) / exp_id).exists():
         raise UserError(_taken(Path(results_dir) / exp_id))
 

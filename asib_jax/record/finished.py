@@ -1,4 +1,5 @@
 """What a finished run leaves, on disk and read back: all that evaluation needs (SPEC 7)."""
+
 import collections
 import dataclasses
 import pathlib
@@ -6,12 +7,12 @@ from typing import Any
 
 import jax
 
-from asib_jax.weights import checkpoint, origins
-from asib_jax.weights.reading import read_weights
 from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record, read_json
 from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.recipe import Recipe, TeacherRecipe, read_stored
+from asib_jax.record.experiment import Record, read_json
+from asib_jax.weights import checkpoint, origins
+from asib_jax.weights.reading import read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,10 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
     try:
         return read_stored(config)
     except UserError as error:
-        raise UserError(f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
-                        "has its revision") from error
+        raise UserError(
+            f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
+            "has its revision"
+        ) from error
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:
@@ -77,8 +80,10 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
             continue  # stored whole
         key = f"{name}.weights"
         if origins.digest(origins.locate(options.weights, key, options.weights_sha256)) != metrics[f"weights/{name}"]:
-            raise UserError(f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
-                             f"{metrics[f'weights/{name}']}")
+            raise UserError(
+                f"{options.weights} ({key}) is not the file this run used: its SHA-256 is not "
+                f"{metrics[f'weights/{name}']}"
+            )
         random = init_network(model, recipe.seed, name, image_shape)
         backbone, _ = read_weights(options.weights, key, model, random, sha256=options.weights_sha256)
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]

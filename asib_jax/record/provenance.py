@@ -1,4 +1,5 @@
 """What a run's numbers come from: its data, code, packages, devices and precision, as plain values for its record."""
+
 import importlib.metadata
 import logging
 import os
@@ -12,11 +13,11 @@ import jax
 import numpy as np
 
 from asib_jax.data.parts import Data
+from asib_jax.data.sources import images_digest
 from asib_jax.engine.compiled import PRECISION
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe
 from asib_jax.record.experiment import Record
-from asib_jax.data.sources import images_digest
 
 logger = logging.getLogger("asib_jax")
 
@@ -38,13 +39,20 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
     """
     revision, changed = git_state(ROOT)
     return {
-        "seed": recipe.seed, "data": data.origin, "data_sha256": data_digests(data),
-        "revision": revision, "uncommitted_changes": changed,
+        "seed": recipe.seed,
+        "data": data.origin,
+        "data_sha256": data_digests(data),
+        "revision": revision,
+        "uncommitted_changes": changed,
         "versions": {**versions(), "numpy": np.__version__},
-        "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "hosts": jax.process_count(),
         "backend": " ".join(devices[0].client.platform_version.split()),  # of GPUs, with CUDA's version
-        "compute_dtype": recipe.compute_dtype, "matmul_precision": PRECISION,
-        "deterministic": recipe.deterministic, "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compute_dtype": recipe.compute_dtype,
+        "matmul_precision": PRECISION,
+        "deterministic": recipe.deterministic,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -56,11 +64,14 @@ def note_changes(record: Record, now: dict[str, Any]) -> None:
     before = {key: record.about.get(key) for key in now}
     changed = [key for key in now if before[key] != now[key] and key != "data"]  # which is a path
     if "data_sha256" in changed:
-        raise UserError(f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "
-                        "SHA-256 of its splits differ")
+        raise UserError(
+            f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "
+            "SHA-256 of its splits differ"
+        )
     if changed:
-        logger.warning("going on with another %s than before: bits may differ",
-                       ", ".join(key.replace("_", " ") for key in changed))
+        logger.warning(
+            "going on with another %s than before: bits may differ", ", ".join(key.replace("_", " ") for key in changed)
+        )
         record.about["before"] = [*record.about.get("before", []), {key: before[key] for key in changed}]
 
 
@@ -85,6 +96,14 @@ def git_state(root: pathlib.Path, timeout: float = 5.0) -> tuple[str, bool | Non
 
 
 def _git(root: pathlib.Path, timeout: float, *arguments: str) -> str:
-    done = subprocess.run(("git", *arguments), cwd=root, timeout=timeout, check=True, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    done = subprocess.run(
+        ("git", *arguments),
+        cwd=root,
+        timeout=timeout,
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    )
     return done.stdout.strip()

@@ -1,4 +1,5 @@
 """What a person sees of a run: log lines, a progress bar, curves and tables."""
+
 import contextlib
 import logging
 import os
@@ -14,7 +15,6 @@ from asib_jax.data.parts import Data
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe
-
 
 logger = logging.getLogger("asib_jax")
 
@@ -59,8 +59,16 @@ class Reporter(contextlib.AbstractContextManager):
     Raises UserError where `wandb` is asked for but not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, wandb: str, config: dict[str, Any],
-                 profile_steps: tuple[int, ...] = (), purge_from: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        tensorboard: bool,
+        wandb: str,
+        config: dict[str, Any],
+        profile_steps: tuple[int, ...] = (),
+        purge_from: int | None = None,
+    ):
         folder = Path(folder)
         first = hosts.is_first()
         self._profile_folder, self._profiling = folder / "profile", False
@@ -120,34 +128,58 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
         import wandb
     except ModuleNotFoundError:
         raise UserError(
-            f"wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to \"\"") from None
+            f'wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to ""'
+        ) from None
     return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     """Aligned lines; `align` has "<" for a column of text, ">" for one of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip()
-            for row in rows]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths)).rstrip() for row in rows
+    ]
 
 
 def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
     """Log lines by which a reader verifies an ablation: data, and the active KD, IB/CCCP and freezing settings."""
-    logger.info("data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
-                data.origin, len(data.train.label), len(data.teacher_train.label), len(data.validation.label),
-                len(data.test.label), data.num_classes)
-    logger.info("devices: %d x %s%s, %s", len(devices), devices[0].device_kind,
-                f" on {jax.process_count()} hosts" if jax.process_count() > 1 else "", recipe.compute_dtype)
+    logger.info(
+        "data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
+        data.origin,
+        len(data.train.label),
+        len(data.teacher_train.label),
+        len(data.validation.label),
+        len(data.test.label),
+        data.num_classes,
+    )
+    logger.info(
+        "devices: %d x %s%s, %s",
+        len(devices),
+        devices[0].device_kind,
+        f" on {jax.process_count()} hosts" if jax.process_count() > 1 else "",
+        recipe.compute_dtype,
+    )
     if recipe.teachers_only:
         return
-    logger.info("KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g", recipe.kd_target,
-                recipe.ce_alpha, recipe.kd_alpha, recipe.tau_schedule or recipe.tau, recipe.kd_max_ratio,
-                recipe.feat_kd_alpha)
-    logger.info("A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' "
-                "adapters %s, teachers %s", recipe.a_epochs,
-                f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
-                f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off", recipe.synergy_ce_alpha,
-                recipe.synergy_kd_alpha, "trained" if recipe.train_distill_adapter_only else "fixed",
-                "trained" if recipe.trains_teachers else "frozen")
+    logger.info(
+        "KD: target %s, ce_alpha %g, kd_alpha %g, tau %s, kd_max_ratio %g, feat_kd_alpha %g",
+        recipe.kd_target,
+        recipe.ce_alpha,
+        recipe.kd_alpha,
+        recipe.tau_schedule or recipe.tau,
+        recipe.kd_max_ratio,
+        recipe.feat_kd_alpha,
+    )
+    logger.info(
+        "A-Step: %d epochs a stage, IB %s, CCCP %s, synergy_ce_alpha %g, synergy_kd_alpha %g, teachers' "
+        "adapters %s, teachers %s",
+        recipe.a_epochs,
+        f"on (beta {recipe.ib_beta:g})" if recipe.use_ib else "off",
+        f"on (alpha {recipe.cccp_alpha:g})" if recipe.use_cccp else "off",
+        recipe.synergy_ce_alpha,
+        recipe.synergy_kd_alpha,
+        "trained" if recipe.train_distill_adapter_only else "fixed",
+        "trained" if recipe.trains_teachers else "frozen",
+    )
     levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)

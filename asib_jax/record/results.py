@@ -1,4 +1,5 @@
 """The final table of a run: every accuracy on test, measured once, and what the student was distilled from (SPEC 7)."""
+
 import dataclasses
 
 from asib_jax.engine.evaluate import Evaluator
@@ -32,8 +33,12 @@ class Results:
     moving: dict[str, str]
 
     def __post_init__(self):
-        wrong = [f"{split}: {count} {name} of {self.sizes[split]}" for split, counts in self.counts.items()
-                 for name, count in counts.items() if not 0 <= count <= self.sizes[split]]
+        wrong = [
+            f"{split}: {count} {name} of {self.sizes[split]}"
+            for split, counts in self.counts.items()
+            for name, count in counts.items()
+            if not 0 <= count <= self.sizes[split]
+        ]
         if wrong:
             raise ValueError(f"these counts are impossible: {'; '.join(wrong)}")
 
@@ -68,8 +73,9 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
         counts[evaluator.name] = row
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
-    return Results(counts, {evaluator.name: evaluator.count for evaluator in evaluators}, shares,
-                   moving_parameters(recipe))
+    return Results(
+        counts, {evaluator.name: evaluator.count for evaluator in evaluators}, shares, moving_parameters(recipe)
+    )
 
 
 def moving_parameters(recipe: Recipe) -> dict[str, str]:
@@ -100,15 +106,25 @@ def render(recipe: Recipe, results: Results) -> str:
         share = validation[name] / results.sizes["validation"]
         marked = _saw_validation(recipe, name)
         inflated = inflated or marked
-        rows.append((title, "test", _parameters(recipe, results, name), f"{test[name]}/{count}",
-                     f"{100 * test[name] / count:.2f}", f"{100 * low:.2f} to {100 * high:.2f}",
-                     f"validation {100 * share:.2f} % of {results.sizes['validation']}{'*' if marked else ''}"))
+        rows.append(
+            (
+                title,
+                "test",
+                _parameters(recipe, results, name),
+                f"{test[name]}/{count}",
+                f"{100 * test[name] / count:.2f}",
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                f"validation {100 * share:.2f} % of {results.sizes['validation']}{'*' if marked else ''}",
+            )
+        )
     lines = [*table(rows, "<<<>>><"), ""]
     if inflated:
         lines.append("* inflated: the teachers' or the student's weights were fitted on these images too")
     if results.shares:
-        lines.append("distilled from: " + ", ".join(f"{name} {100 * share:.1f} % of B-steps"
-                                                    for name, share in results.shares.items()))
+        lines.append(
+            "distilled from: "
+            + ", ".join(f"{name} {100 * share:.1f} % of B-steps" for name, share in results.shares.items())
+        )
     if "disagreement" in test:
         lines.append(f"teachers disagree on {100 * test['disagreement'] / count:.2f} % of test images")
     return "\n".join(lines)
@@ -129,6 +145,7 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
 
 def _saw_validation(recipe: Recipe, name: str) -> bool:
     """Whether validation flatters this row: a network behind it began with weights that were fitted on the images."""
+
     def saw(network: StudentRecipe | TeacherRecipe) -> bool:
         return bool(network.weights) and network.saw_val
 

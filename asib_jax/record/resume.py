@@ -1,4 +1,5 @@
 """Which run a command goes on with, and whether it may: the configuration has to be the same where it matters."""
+
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,29 @@ def find(recipe: Recipe) -> Path | None:
             return _of_this_configuration(results / recipe.exp_id, recipe)
         logger.warning("resume='latest': there is no run %s yet, so it begins", results / recipe.exp_id)
         return None
-    runs = {run: about for path in results.glob("*/about.json") if not (run := path.parent).is_symlink()
-            and (about := _readable(run))}
+    runs = {
+        run: about
+        for path in results.glob("*/about.json")
+        if not (run := path.parent).is_symlink() and (about := _readable(run))
+    }
     alike = [run for run in sorted(runs, key=lambda run: runs[run]["begun"]) if not differences(run, recipe)]
     if not alike:
-        logger.warning("resume='latest': none of the %d runs in %s is of this configuration, so a new one begins",
-                       len(runs), results)
+        logger.warning(
+            "resume='latest': none of the %d runs in %s is of this configuration, so a new one begins",
+            len(runs),
+            results,
+        )
     return alike[-1] if alike else None
 
 
 def _of_this_configuration(run: Path, recipe: Recipe) -> Path:
     read_about(run)
     if found := differences(run, recipe):
-        raise UserError(f"resume={recipe.resume!r}: the run {run} has another configuration:\n  "
-                        + "\n  ".join(found) + "\nGive it the same, or begin a new run without resume")
+        raise UserError(
+            f"resume={recipe.resume!r}: the run {run} has another configuration:\n  "
+            + "\n  ".join(found)
+            + "\nGive it the same, or begin a new run without resume"
+        )
     return run
 
 

@@ -1,4 +1,5 @@
 """SIGTERM and SIGINT: the first asks a run to stop where it can go on later, a second ends the process at once."""
+
 import os
 import signal
 from types import FrameType

@@ -10,6 +10,7 @@ Where a start comes from, the first of these that applies:
 Everything random derives from the seed and a position, so that a snapshot needs nothing but arrays, the position, the
 sums of the epoch under way and what was best so far.
 """
+
 import concurrent.futures
 import json
 import logging
@@ -24,10 +25,10 @@ import numpy as np
 from flax import serialization
 
 from asib_jax.engine import hosts
-from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
 from asib_jax.record.experiment import Record
 from asib_jax.record.signals import Interrupted, Stop
+from asib_jax.weights import checkpoint
 
 logger = logging.getLogger("asib_jax")
 
@@ -57,8 +58,15 @@ class Snapshots:
     stop: asks for the last one. minutes, steps: how often (0: not by this). last: the one to go on from.
     """
 
-    def __init__(self, record: Record, stop: Stop | None = None, *, minutes: float = 0, steps: int = 0,
-                 last: Snapshot | None = None):
+    def __init__(
+        self,
+        record: Record,
+        stop: Stop | None = None,
+        *,
+        minutes: float = 0,
+        steps: int = 0,
+        last: Snapshot | None = None,
+    ):
         self.steps = steps  # at most so many between two
         self.trained: list[str] = last.trained if last else []
         self.resumed = last is not None
@@ -91,8 +99,15 @@ class Snapshots:
         """That the run has taken, without what its interruptions cost."""
         return time.monotonic() - self._begun
 
-    def offer(self, part: str, epoch: int, tally: dict[str, Any], steps: int,
-              content: Callable[[], tuple[dict[str, Any], dict[str, Any]]], now: bool = False) -> None:
+    def offer(
+        self,
+        part: str,
+        epoch: int,
+        tally: dict[str, Any],
+        steps: int,
+        content: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+        now: bool = False,
+    ) -> None:
         """Take a snapshot if it is time, `now`, or the run has been asked to stop: then raise Interrupted.
 
         steps: since the last offer. content: gives its arrays (any tree) and values. Every host calls this alike.
@@ -110,15 +125,26 @@ class Snapshots:
             self.close()
             hosts.anywhere([True])  # none leaves, and has the others ended, before the snapshot is on disk
             at = f"; --resume goes on from {self.newest() or 'the beginning'}" if hosts.is_first() else ""
-            raise Interrupted(f"by {self._stop.asked or 'a signal to another host'} in {part}, epoch {epoch + 1}, after "
-                              f"{tally['steps']} steps{at}")
+            raise Interrupted(
+                f"by {self._stop.asked or 'a signal to another host'} in {part}, epoch {epoch + 1}, after "
+                f"{tally['steps']} steps{at}"
+            )
 
     def _save(self, part: str, epoch: int, tally: dict, arrays: Any, values: dict) -> None:
         self._wait()  # for the one before
         # Copied: the next step may take the memory of what it is given, and numpy's view of it would change.
         tree = jax.tree.map(np.array, jax.device_get(_pruned(serialization.to_state_dict(arrays))))
-        about = json.dumps({"part": part, "epoch": epoch, "tally": tally, "values": values, "trained": self.trained,
-                            "metrics": self._record.metrics, "seconds": self.seconds})
+        about = json.dumps(
+            {
+                "part": part,
+                "epoch": epoch,
+                "tally": tally,
+                "values": values,
+                "trained": self.trained,
+                "metrics": self._record.metrics,
+                "seconds": self.seconds,
+            }
+        )
         newest = self.newest()
         number = int(newest.name) + 1 if newest else 1
         self._writing = self._writer.submit(self._write, number, tree, about)
@@ -185,8 +211,10 @@ def last_whole(run: Path) -> Snapshot | None:
             logger.warning("%s; going on from the one before, %s", one, path)
         return Snapshot(**json.loads(about), number=int(path.name), arrays=arrays)
     if damaged:
-        raise UserError(f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; teachers that "
-                        "are kept are not trained again")
+        raise UserError(
+            f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; teachers that "
+            "are kept are not trained again"
+        )
     return None
 
 

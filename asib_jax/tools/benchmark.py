@@ -3,6 +3,7 @@
 After two calls of each that warm it up, all are measured in turn, `ROUNDS` times; figures are medians over the rounds.
 The clock is read when the devices have finished.
 """
+
 import collections
 import contextlib
 import dataclasses
@@ -22,31 +23,40 @@ import jax
 
 from asib_jax import build, train
 from asib_jax.context import Context
-from asib_jax.tools import device_check, workloads
 from asib_jax.data.parts import Data
-from asib_jax.errors import UserError
 from asib_jax.engine import views
 from asib_jax.engine.banks import View
 from asib_jax.engine.feed import tree_bytes
+from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Variables
 from asib_jax.phases import Phase
+from asib_jax.recipe import Recipe
 from asib_jax.record import provenance
 from asib_jax.record.experiment import Record
-from asib_jax.recipe import Recipe
 from asib_jax.record.reporting import Reporter
+from asib_jax.tools import device_check, workloads
 from asib_jax.tools.workloads import Work
 
 logger = logging.getLogger("asib_jax.benchmark")
 
 ROUNDS = 5
-TITLES = {"a_streaming": "A-Step, all networks run", "torch_a": "A-Step, PyTorch", "a_stored": "A-Step, stored outputs",
-          "b_streaming": "B-Step, all networks run", "torch_b": "B-Step, PyTorch", "b_stored": "B-Step, stored outputs",
-          "read_teachers": "reading the teachers", "read_student": "reading the student", "evaluation": "evaluation"}
+TITLES = {
+    "a_streaming": "A-Step, all networks run",
+    "torch_a": "A-Step, PyTorch",
+    "a_stored": "A-Step, stored outputs",
+    "b_streaming": "B-Step, all networks run",
+    "torch_b": "B-Step, PyTorch",
+    "b_stored": "B-Step, stored outputs",
+    "read_teachers": "reading the teachers",
+    "read_student": "reading the student",
+    "evaluation": "evaluation",
+}
 _HITS, _MISSES = (f"/jax/compilation_cache/cache_{name}" for name in ("hits", "misses"))
 
 
-def warm_up(makers: dict[str, Callable[[], Work]], devices: Sequence[jax.Device]
-            ) -> tuple[dict[str, Work], dict[str, dict[str, float]]]:
+def warm_up(
+    makers: dict[str, Callable[[], Work]], devices: Sequence[jax.Device]
+) -> tuple[dict[str, Work], dict[str, dict[str, float]]]:
     """Prepares each and calls it twice.
 
     Of each: how long it took to the end of the first call; how much longer than the second, which is tracing and
@@ -63,8 +73,13 @@ def warm_up(makers: dict[str, Callable[[], Work]], devices: Sequence[jax.Device]
             done = time.perf_counter()
         work(0.0)
         first, compile_seconds = done - began, max(0.0, done - called - (time.perf_counter() - done))
-        found[name] = {"first_call_seconds": first, "compile_seconds": compile_seconds, "from_cache": events[_HITS],
-                       "new_in_cache": events[_MISSES], "peak_bytes": peak_bytes(devices)}
+        found[name] = {
+            "first_call_seconds": first,
+            "compile_seconds": compile_seconds,
+            "from_cache": events[_HITS],
+            "new_in_cache": events[_MISSES],
+            "peak_bytes": peak_bytes(devices),
+        }
         logger.info("%s: %.1f s to the end of the first call", TITLES[name], first)
     return works, found
 
@@ -109,12 +124,14 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def matmul_rate(devices: Sequence[jax.Device], dtype: str) -> float:
     """Operations per second of large matrix products on all devices together, the median of ROUNDS."""
     size = device_check.matmul_size(devices[0].platform)
-    return 1e12 * statistics.median(sum(product.rate for product in device_check.matmuls(devices, size, dtype))
-                                    for _ in range(ROUNDS))
+    return 1e12 * statistics.median(
+        sum(product.rate for product in device_check.matmuls(devices, size, dtype)) for _ in range(ROUNDS)
+    )
 
 
-def project(rates: Mapping[str, float], phases: Sequence[Phase], stored: frozenset[View], *, images: int,
-            epoch_images: int) -> float:
+def project(
+    rates: Mapping[str, float], phases: Sequence[Phase], stored: frozenset[View], *, images: int, epoch_images: int
+) -> float:
     """Seconds of reading and training, from images per second.
 
     stored: the views whose outputs are held; in epochs of others every network runs in each step. images: of the
@@ -145,10 +162,14 @@ def projections(rates: Mapping[str, float], run: Context, variables: Variables, 
         stored = views.choose(phases, run.nets, images, tree_bytes(run.data.train), run.feed).views
         parts = {f"A-Step of {recipe.a_epochs} epochs": phases[:1]} if recipe.uses_fusion else {}
         for part, some in (parts | {"whole run": phases}).items():
-            row: dict[str, Any] = {"part": part, **{f"{kind}_views": count * any(phase.optimizer == kind and bool(phase.reads)
-                                                                 for phase in some)
-                                    for kind, count in zip("ab", counts, strict=True)},
-                   "seconds": project(rates, some, stored, **sizes)}
+            row: dict[str, Any] = {
+                "part": part,
+                **{
+                    f"{kind}_views": count * any(phase.optimizer == kind and bool(phase.reads) for phase in some)
+                    for kind, count in zip("ab", counts, strict=True)
+                },
+                "seconds": project(rates, some, stored, **sizes),
+            }
             if theirs:
                 row["torch_seconds"] = project(theirs, some, frozenset(), **sizes)
                 row["ratio"] = row["torch_seconds"] / row["seconds"]
@@ -156,8 +177,9 @@ def projections(rates: Mapping[str, float], run: Context, variables: Variables, 
     return rows
 
 
-def measure(recipe: Recipe, *, random: bool, seconds: float,
-            rival: Callable[[Recipe, Data, str], dict[str, Work]] | None = None) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, *, random: bool, seconds: float, rival: Callable[[Recipe, Data, str], dict[str, Work]] | None = None
+) -> dict[str, Any]:
     """Everything about a checked recipe, as values that JSON knows.
 
     random: `workloads.synthetic` has made the recipe: random images and teachers. seconds: for the rounds of each rate.
@@ -175,26 +197,39 @@ def measure(recipe: Recipe, *, random: bool, seconds: float,
         stored = workloads.with_one_view(run, variables)
         more, found = warm_up(workloads.stored_works(stored, variables), devices)
         works, warm = works | more, warm | found
-        flops = {name: workloads.step_flops(stored if name in more else run, variables, name[0]) for name in works
-                 if name[:2] in ("a_", "b_")}
+        flops = {
+            name: workloads.step_flops(stored if name in more else run, variables, name[0])
+            for name in works
+            if name[:2] in ("a_", "b_")
+        }
         if rival:
             works |= (theirs := rival(recipe, data, devices[0].platform))
             warm |= warm_up({name: functools.partial(dict.get, theirs, name) for name in theirs}, devices)[1]
         rounds = rates_of({name: works[name] for name in TITLES if name in works}, seconds)
     rates = {name: statistics.median(values) for name, values in rounds.items()}
     matmul = matmul_rate(devices, recipe.compute_dtype)
-    view_seconds = {name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates}
+    view_seconds = {
+        name: len(data.train.label) / rates[name] for name in ("read_teachers", "read_student") if name in rates
+    }
     achieved = {name: rates[name] * count for name, count in flops.items()}
     paired = {name: paired_ratio(rounds[name], rounds[f"torch_{name[0]}"]) for name in flops} if rival else {}
     return {
-        **environment(recipe, run, random, rival is not None), "rounds": ROUNDS, "seconds_each": seconds,
-        "images_per_second": rates, "images_per_second_of_each_round": rounds, "warm_up": warm, "view_seconds": view_seconds,
+        **environment(recipe, run, random, rival is not None),
+        "rounds": ROUNDS,
+        "seconds_each": seconds,
+        "images_per_second": rates,
+        "images_per_second_of_each_round": rounds,
+        "warm_up": warm,
+        "view_seconds": view_seconds,
         "first_step_seconds": before + next(iter(warm.values()))["first_call_seconds"],
-        "matmul_flops_per_second": matmul, "flops_per_image": flops,
+        "matmul_flops_per_second": matmul,
+        "flops_per_image": flops,
         "flops_per_second": achieved,
         "share_of_matmul": {name: rate / matmul for name, rate in achieved.items()},
         "ratio_to_torch": paired,
-        "projected_from_rates": projections(rates, run, variables, recipe), "recipe": dataclasses.asdict(recipe)}
+        "projected_from_rates": projections(rates, run, variables, recipe),
+        "recipe": dataclasses.asdict(recipe),
+    }
 
 
 def environment(recipe: Recipe, run: Context, random: bool, with_torch: bool) -> dict[str, Any]:
@@ -204,9 +239,18 @@ def environment(recipe: Recipe, run: Context, random: bool, with_torch: bool) ->
     versions = provenance.versions()
     if with_torch and importlib.util.find_spec("torch"):
         versions["torch"] = importlib.metadata.version("torch")
-    return {"synthetic": random, "versions": versions, "platform": devices[0].platform,
-            "device_kind": devices[0].device_kind, "devices": len(devices), "hosts": jax.process_count(),
-            "cores": len(os.sched_getaffinity(0)), "networks": names,
-            "compute_dtype": recipe.compute_dtype, "batch_size": recipe.dataset.batch_size,
-            "classes": run.data.num_classes, "image_shape": list(run.data.image_shape),
-            "images": {"train": len(run.data.train.label), "validation": len(run.data.validation.label)}}
+    return {
+        "synthetic": random,
+        "versions": versions,
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "hosts": jax.process_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "networks": names,
+        "compute_dtype": recipe.compute_dtype,
+        "batch_size": recipe.dataset.batch_size,
+        "classes": run.data.num_classes,
+        "image_shape": list(run.data.image_shape),
+        "images": {"train": len(run.data.train.label), "validation": len(run.data.validation.label)},
+    }

@@ -3,6 +3,7 @@
 0: finished; 2: something that the user can mend (a flag, a key, a file, a machine); 1: a mistake of ours, or a run that
 broke down; 75: a run that was stopped by SIGTERM or SIGINT and can go on; 130: stopped before it began.
 """
+
 import contextlib
 import re
 import sys
@@ -20,6 +21,7 @@ _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an err
 
 def run(main: Callable[[], None]) -> None:
     """Read the flags, do `main` and leave the process with a status from above, its error told on stderr."""
+
     def quietly(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
         main()
@@ -80,11 +82,19 @@ def _explained(error: BaseException, argv: list[str]) -> str:
     chain = [error]
     while deeper := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(deeper)
-    file = "--config=" + next((arg.partition("=")[2] or after for arg, after in zip(argv, [*argv[1:], ""])
-                               if arg.lstrip("-").partition("=")[0] == "config"), "")
+    file = "--config=" + next(
+        (
+            arg.partition("=")[2] or after
+            for arg, after in zip(argv, [*argv[1:], ""])
+            if arg.lstrip("-").partition("=")[0] == "config"
+        ),
+        "",
+    )
     if file.endswith(".json"):
-        return (f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
-                "started with, and --config.resume=RUN")
+        return (
+            f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
+            "started with, and --config.resume=RUN"
+        )
     if group := re.match(r"flag --config\.([\w.]+)=.* as a ConfigDict", _line(error)):
         key = f"{group[1]}." + {"schedule": "type", "model": "student.name"}.get(group[1], "name")
         return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
@@ -96,8 +106,10 @@ def _explained(error: BaseException, argv: list[str]) -> str:
     for one in chain:
         if isinstance(one, KeyError):  # its text names the nearest key, where one is near
             if teacher := re.match(r"'(teacher\d+)'", _line(one)):
-                return (f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
-                        f"config.{teacher[1]} = ConfigDict(config.teacher1)")
+                return (
+                    f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
+                    f"config.{teacher[1]} = ConfigDict(config.teacher1)"
+                )
             return f"unknown key in {file}: {_line(one)}"
     if isinstance(error, OSError):
         return f"{file}: {str(error).splitlines()[-1].strip()}"
@@ -110,7 +122,7 @@ def _in_config(error: BaseException) -> str:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     loading = [i for i, frame in enumerate(frames) if frame.filename.endswith("config_flags.py")]
-    inside = frames[loading[-1]:] if loading else []
+    inside = frames[loading[-1] :] if loading else []
     own = [frame for frame in inside if not re.search(r"^<|[/\\](absl|ml_collections)[/\\]", frame.filename)]
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else ""
 

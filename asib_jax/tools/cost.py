@@ -1,4 +1,5 @@
 """What functions and training steps cost, told from shapes: nothing is compiled and no array is made."""
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +8,10 @@ import jax
 from clu.parameter_overview import count_parameters
 from jax.extend.core import Literal
 
-from asib_jax.objectives import state
 from asib_jax.engine.feed import tree_bytes
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Variables
+from asib_jax.objectives import state
 from asib_jax.objectives.step import Training
 
 
@@ -52,6 +53,7 @@ def flops(function: Callable, *args: Any) -> float:
 
 def activations(function: Callable, params: Any, *others: Any) -> Activations:
     """Of differentiating the scalar `function(params, *others)` with respect to `params`."""
+
     def residuals(params, *others):
         return jax.vjp(lambda params: function(params, *others), params)[1]
 
@@ -65,16 +67,27 @@ def activations(function: Callable, params: Any, *others: Any) -> Activations:
 
 def of_step(training: Training, variables: Variables, controls: Any, batch: Any, compute_dtype: str) -> StepCost:
     """Of one training step of these networks; arrays or their shapes."""
-    current, frozen = jax.eval_shape(functools.partial(
-        state.begin, mask=training.mask, trained_stats=training.trained_stats, tx=training.tx,
-        compute_dtype=compute_dtype), variables)
+    current, frozen = jax.eval_shape(
+        functools.partial(
+            state.begin,
+            mask=training.mask,
+            trained_stats=training.trained_stats,
+            tx=training.tx,
+            compute_dtype=compute_dtype,
+        ),
+        variables,
+    )
 
     def objective(params, current, frozen, controls, batch):
         return training.loss(state.join(current._replace(params=params), frozen), controls, batch)[0]
 
     trained = {name: int(count_parameters(branch)) for name, branch in current.params.items()}
-    return StepCost(trained, tree_bytes(current), tree_bytes(current.params),
-                    activations(objective, current.params, current, frozen, controls, batch))
+    return StepCost(
+        trained,
+        tree_bytes(current),
+        tree_bytes(current.params),
+        activations(objective, current.params, current, frozen, controls, batch),
+    )
 
 
 def _variables(atoms: list) -> set:

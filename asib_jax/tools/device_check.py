@@ -1,4 +1,5 @@
 """Whether the devices are those a run expects, and compute and communicate as they should."""
+
 import collections
 import math
 import statistics
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.errors import UserError
 from asib_jax.engine.compiled import PRECISION
 from asib_jax.engine.devices import AXIS, all_devices, check_platform
+from asib_jax.errors import UserError
 
 TOLERANCE = 1e-3  # of a product's entries, in their standard deviation; float32 sums of 2048 terms are within 1e-5
 _REPETITIONS = 10
@@ -43,12 +44,16 @@ def check_devices(devices: Sequence[jax.Device], expected: int, platform: str) -
     """UserError unless there are `expected` devices or more, as many in each process, of `platform` ("": of any)."""
     check_platform(devices, platform, "--platform")
     if len(devices) < expected:
-        raise UserError(f"--expect={expected}, but jax sees {len(devices)} ({devices[0].platform}): see what "
-                         "nvidia-smi lists, unset CUDA_VISIBLE_DEVICES, start every host's process, or lower --expect")
+        raise UserError(
+            f"--expect={expected}, but jax sees {len(devices)} ({devices[0].platform}): see what "
+            "nvidia-smi lists, unset CUDA_VISIBLE_DEVICES, start every host's process, or lower --expect"
+        )
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:  # pmap's condition
-        raise UserError(f"the processes have {[counts[k] for k in sorted(counts)]} devices: give each as many, with "
-                         "CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"the processes have {[counts[k] for k in sorted(counts)]} devices: give each as many, with "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def all_reduce() -> np.ndarray:
@@ -63,9 +68,11 @@ def check_sums(sums: Sequence[int] | np.ndarray, count: int) -> None:
     """UserError unless each sum is 1 + 2 + ... + count."""
     right = count * (count + 1) // 2
     if any(found != right for found in sums):
-        raise UserError(f"the all-reduce gives {[int(found) for found in sums]}, not {right} on each local device: "
-                         "the links between the devices are at fault; set NCCL_DEBUG=INFO to see which, "
-                         "NCCL_P2P_DISABLE=1 to do without the direct ones")
+        raise UserError(
+            f"the all-reduce gives {[int(found) for found in sums]}, not {right} on each local device: "
+            "the links between the devices are at fault; set NCCL_DEBUG=INFO to see which, "
+            "NCCL_P2P_DISABLE=1 to do without the direct ones"
+        )
 
 
 def matmul_size(platform: str) -> int:
@@ -88,8 +95,7 @@ def matmuls(devices: Sequence[jax.Device], size: int, dtype: str = "bfloat16") -
     a, b = (generator.standard_normal((size, size), np.float32).astype(jnp.dtype(dtype)) for _ in range(2))
     rows = np.linspace(0, size - 1, _ROWS, dtype=int)
     reference = a[rows].astype(np.float32) @ b.astype(np.float32)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=PRECISION,
-                                                   preferred_element_type=jnp.float32))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=PRECISION, preferred_element_type=jnp.float32))
     measured = []
     for device in devices:
         inputs = jax.device_put((a, b), device)
@@ -109,8 +115,10 @@ def largest_error(rows: np.ndarray, reference: np.ndarray) -> float:
 def check_matmul(device: jax.Device, matmul: Matmul) -> None:
     """UserError if the device multiplies wrongly; NaN is wrong."""
     if not matmul.error <= TOLERANCE:
-        raise UserError(f"device {device.id} multiplies wrongly: entries are off by up to {matmul.error:.2g} standard "
-                         f"deviations, where {TOLERANCE:g} is allowed; leave it out with CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"device {device.id} multiplies wrongly: entries are off by up to {matmul.error:.2g} standard "
+            f"deviations, where {TOLERANCE:g} is allowed; leave it out with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def slow(rates: Sequence[float]) -> list[int]:

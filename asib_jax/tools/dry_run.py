@@ -1,4 +1,5 @@
 """A plan as the text that `--dry_run` prints."""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,20 +28,33 @@ def tell(config: Mapping[str, Any], defaults: Recipe) -> None:
     found = resume.find(recipe)
     if hosts.is_first():
         goes_on = f"goes on with {found}" if found else ""
-        print(*filter(None, (text(recipe, plans.make(recipe)), preparation.warning(recipe, defaults), goes_on)), sep="\n")
+        print(
+            *filter(None, (text(recipe, plans.make(recipe)), preparation.warning(recipe, defaults), goes_on)), sep="\n"
+        )
 
 
 def text(recipe: Recipe, plan: Plan) -> str:
     """The recipe's plan as tables and their explanation."""
     sizes, images = plan.sizes, plan.images
     shape = "x".join(map(str, sizes.image_shape))
-    return "\n".join([
-        f"data: {sizes.origin}; images {shape}, {sizes.num_classes} classes",
-        f"  {images['train']:,} training (student), {images['teacher_train']:,} training (teachers), "
-        f"{images['validation']:,} validation, {images['test']:,} test images",
-        f"batches of {recipe.dataset.batch_size}, {plan.batch} on each device, {recipe.compute_dtype}", "",
-        *_network_table(plan), "", *_step_table(plan), "", _totals(plan.steps), *plan.stored,
-        *([f"warning: {plan.warning}"] if plan.warning else []), "", _NOTES])
+    return "\n".join(
+        [
+            f"data: {sizes.origin}; images {shape}, {sizes.num_classes} classes",
+            f"  {images['train']:,} training (student), {images['teacher_train']:,} training (teachers), "
+            f"{images['validation']:,} validation, {images['test']:,} test images",
+            f"batches of {recipe.dataset.batch_size}, {plan.batch} on each device, {recipe.compute_dtype}",
+            "",
+            *_network_table(plan),
+            "",
+            *_step_table(plan),
+            "",
+            _totals(plan.steps),
+            *plan.stored,
+            *([f"warning: {plan.warning}"] if plan.warning else []),
+            "",
+            _NOTES,
+        ]
+    )
 
 
 def _network_table(plan: Plan) -> list[str]:
@@ -49,14 +63,31 @@ def _network_table(plan: Plan) -> list[str]:
 
 
 def _step_table(plan: Plan) -> list[str]:
-    header = ("training", "epochs", "steps", "networks", "state", "gradients", "backward", "operation", "GiB in all",
-              "trained/all parameters")
+    header = (
+        "training",
+        "epochs",
+        "steps",
+        "networks",
+        "state",
+        "gradients",
+        "backward",
+        "operation",
+        "GiB in all",
+        "trained/all parameters",
+    )
     rows = []
     for step in plan.steps:
         parts = (plan.resident, step.cost.state, step.cost.gradients, *step.cost.activations)
         trained = ", ".join(f"{name} {count:,}/{whole:,}" for name, (count, whole) in step.trained.items())
-        rows.append((step.title, f"{step.epochs:,}", f"{step.steps:,}",
-                     *(f"{part / GIB:.3f}" for part in (*parts, sum(parts))), trained))
+        rows.append(
+            (
+                step.title,
+                f"{step.epochs:,}",
+                f"{step.steps:,}",
+                *(f"{part / GIB:.3f}" for part in (*parts, sum(parts))),
+                trained,
+            )
+        )
     return table([header, *rows], "<>>>>>>>><")
 
 
@@ -64,6 +95,8 @@ def _totals(steps: Sequence[Step]) -> str:
     kinds: dict[str, list[Step]] = {}
     for step in steps:
         kinds.setdefault(step.title.partition(",")[0], []).append(step)
-    parts = [f"{kind} {sum(step.epochs for step in found):,} epochs, {sum(step.steps for step in found):,} steps"
-             for kind, found in kinds.items()]
+    parts = [
+        f"{kind} {sum(step.epochs for step in found):,} epochs, {sum(step.steps for step in found):,} steps"
+        for kind, found in kinds.items()
+    ]
     return f"in all {sum(step.steps for step in steps):,} steps: {'; '.join(parts)}"

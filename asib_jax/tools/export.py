@@ -1,4 +1,5 @@
 """A finished run's student as a file of weights under PyTorch's names."""
+
 import io
 import json
 import pathlib
@@ -8,16 +9,17 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from asib_jax import models
+from asib_jax.errors import UserError
 from asib_jax.record import finished
 from asib_jax.weights import torch_names
-from asib_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
 
 def _safetensors(arrays: Arrays, about: dict[str, Any]) -> bytes:
-    return safetensors.save(arrays, {key: value if isinstance(value, str) else json.dumps(value)
-                                     for key, value in about.items()})
+    return safetensors.save(
+        arrays, {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    )
 
 
 def _npz(arrays: Arrays, about: dict[str, Any]) -> bytes:
@@ -30,8 +32,9 @@ def _npz(arrays: Arrays, about: dict[str, Any]) -> bytes:
 FORMATS = {"safetensors": _safetensors, "npz": _npz}
 
 
-def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None = None
-           ) -> tuple[pathlib.Path, dict[str, Any]]:
+def export(
+    run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None = None
+) -> tuple[pathlib.Path, dict[str, Any]]:
     """Write `student` ("best", "last", ... of `Finished.students`) of the run folder `run` in the format `kind`.
 
     out: the file; None: student.KIND in the run folder.
@@ -51,9 +54,15 @@ def export(run: pathlib.Path, student: str, kind: str, out: pathlib.Path | None 
     options, variables = recipe.model.student, students[student]
     architecture = models.backbone(options.name, recipe.dataset.small_input, "model.student.name")
     arrays = torch_names.export_weights(variables, architecture)
-    about = {"network": options.name, "num_classes": variables["params"]["classifier"]["kernel"].shape[-1],
-             "mean": options.mean, "std": options.std, "small_input": recipe.dataset.small_input,
-             "run": run.resolve().name, "student": student}
+    about = {
+        "network": options.name,
+        "num_classes": variables["params"]["classifier"]["kernel"].shape[-1],
+        "mean": options.mean,
+        "std": options.std,
+        "small_input": recipe.dataset.small_input,
+        "run": run.resolve().name,
+        "student": student,
+    }
     content = FORMATS[kind](arrays, about)
     try:
         with open(out, "xb") as file:

@@ -2,6 +2,7 @@
 
 Nothing is compiled, downloaded or written, and no published data set is read.
 """
+
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -74,30 +75,45 @@ def make(recipe: Recipe) -> Plan:
     feed = build.make_feed(recipe)
     batch = options.batch_size // len(feed.devices)
     kept = [teacher_store.kept_folder(recipe, k) for k in range(len(nets.teachers))]
-    to_train = dict.fromkeys(name for name, options, folder in zip(nets.teacher_names, recipe.teachers, kept)
-                             if options.epochs and not folder)
+    to_train = dict.fromkeys(
+        name
+        for name, options, folder in zip(nets.teacher_names, recipe.teachers, kept)
+        if options.epochs and not folder
+    )
     phases = train.phases_of(recipe, nets, variables.params, images, to_train)
     size = int(np.prod(sizes.image_shape)) + 8  # of an image, its label and its index
     stored = views.choose(phases, nets, images["train"], images["train"] * size, feed)
     rows_of_steps = list(steps(recipe, phases, stored.views, variables, sizes, images, batch))
-    return Plan(sizes, images, batch, tree_bytes(variables),
-                networks(recipe, nets, variables, sizes.image_shape, kept), rows_of_steps, stored.lines, warning)
+    return Plan(
+        sizes,
+        images,
+        batch,
+        tree_bytes(variables),
+        networks(recipe, nets, variables, sizes.image_shape, kept),
+        rows_of_steps,
+        stored.lines,
+        warning,
+    )
 
 
-def networks(recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]
-             ) -> list[Network]:
+def networks(
+    recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]
+) -> list[Network]:
     """A row for every network that the run has variables of."""
+
     def row(role, name, module, source, *inputs, **options):
         apply = functools.partial(module.apply, **options)
         shapes = (jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in inputs)
-        return Network(role, name, count_parameters(variables.params[role]),
-                       cost.flops(apply, variables.of(role), *shapes), source)
+        return Network(
+            role, name, count_parameters(variables.params[role]), cost.flops(apply, variables.of(role), *shapes), source
+        )
 
     student, image = recipe.model.student, (image_shape, jnp.uint8)
     rows = []
     if "student" in variables.params:
-        rows.append(row("student", student.name, nets.student, given(student.weights) or "from scratch", image,
-                        train=False))
+        rows.append(
+            row("student", student.name, nets.student, given(student.weights) or "from scratch", image, train=False)
+        )
     for k, (role, model) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
         rows.append(row(role, recipe.teachers[k].name, model, origin(recipe.teachers[k], kept[k]), image, train=False))
     if "ib_mbm" in variables.params:
@@ -128,8 +144,15 @@ def origin(options: TeacherRecipe, kept: str) -> str:
     return given(options.weights) + tuned
 
 
-def steps(recipe: Recipe, phases: Sequence[Phase], stored: frozenset[View], variables: Variables, sizes: sources.Sizes,
-          images: dict[str, int], batch_size: int) -> Iterator[Step]:
+def steps(
+    recipe: Recipe,
+    phases: Sequence[Phase],
+    stored: frozenset[View],
+    variables: Variables,
+    sizes: sources.Sizes,
+    images: dict[str, int],
+    batch_size: int,
+) -> Iterator[Step]:
     """A row for every phase that trains parameters, in order."""
     known: dict[str, cost.StepCost] = {}
     for phase in phases:
@@ -142,15 +165,18 @@ def steps(recipe: Recipe, phases: Sequence[Phase], stored: frozenset[View], vari
             batch = batch_shapes(sizes, batch_size, phase.nets, held)
             controls = jax.eval_shape(lambda phase=phase: {**phase.controls(Progress(), 0), "step": jnp.int32(0)})
             known[key] = cost.of_step(phase.training, own, controls, batch, recipe.compute_dtype)
-        trained = {name: (count, int(count_parameters(variables.params[name])))
-                   for name, count in known[key].trained.items()}
+        trained = {
+            name: (count, int(count_parameters(variables.params[name]))) for name, count in known[key].trained.items()
+        }
         number = phase.epochs * (images[phase.split] // recipe.dataset.batch_size)
         yield Step(phase.title, phase.epochs, number, trained, known[key])
 
 
-def batch_shapes(sizes: sources.Sizes | Data, batch_size: int, nets: Networks, stored: frozenset[str] = frozenset()
-                 ) -> dict[str, Any]:
+def batch_shapes(
+    sizes: sources.Sizes | Data, batch_size: int, nets: Networks, stored: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """A training batch as shapes, with stored outputs of "teachers" and "student"."""
+
     def shape(dtype, *dimensions):
         return jax.ShapeDtypeStruct((batch_size, *dimensions), dtype)
 
@@ -161,8 +187,10 @@ def batch_shapes(sizes: sources.Sizes | Data, batch_size: int, nets: Networks, s
     if "student" not in stored:
         batch["image"] = shape(jnp.uint8, *sizes.image_shape)
     else:
-        batch["student"] = StudentOutputs(shape(nets.student.dtype, nets.student.architecture.feat_dim),
-                                          shape(logits(nets.student), sizes.num_classes))
+        batch["student"] = StudentOutputs(
+            shape(nets.student.dtype, nets.student.architecture.feat_dim),
+            shape(logits(nets.student), sizes.num_classes),
+        )
     if "teachers" in stored:
         feats = tuple(shape(model.dtype, model.architecture.feat_dim) for model in nets.teachers)
         batch["teachers"] = TeacherOutputs(feats, shape(logits(nets.teachers[0]), len(feats), sizes.num_classes))

@@ -2,6 +2,7 @@
 
 The run is as `train` prepares it; with random images and teachers it needs neither data nor weights.
 """
+
 import dataclasses
 import functools
 import re
@@ -25,11 +26,11 @@ from asib_jax.models.ensemble import Variables, init_network
 from asib_jax.objectives import state
 from asib_jax.objectives.step import make_train_step
 from asib_jax.phases import Phase
-from asib_jax.runner import Running
 from asib_jax.recipe import Recipe
 from asib_jax.record.experiment import Record
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.snapshots import Snapshots
+from asib_jax.runner import Running
 from asib_jax.tools import cost, plan
 
 Work = Callable[[float], int]  # works for about so many seconds, but one call at least; on how many images
@@ -37,6 +38,7 @@ Work = Callable[[float], int]  # works for about so many seconds, but one call a
 
 def synthetic(recipe: Recipe) -> Recipe:
     """The recipe with networks that take no weights: what `synthetic_data` and random teachers are for."""
+
     def bare(network: Any, **changes: Any) -> Any:
         name = re.sub("_(scratch|pretrain)$", "", network.name)
         return dataclasses.replace(network, name=name, weights="", **changes)
@@ -69,12 +71,16 @@ def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random
     context = Context(recipe, data, nets, feed, record, reporter, Snapshots(record))
     if random:
         own = build.initial(recipe, nets, data.image_shape).variables
-        drawn = {name: init_network(model, recipe.seed, name, data.image_shape)
-                 for name, model in zip(nets.teacher_names, nets.teachers, strict=True)}
-        ready = Variables(*({name: variables[part] for name, variables in drawn.items()}
-                            for part in ("params", "batch_stats")))
-        variables = devices.replicate(Variables(own.params | ready.params, own.batch_stats | ready.batch_stats),
-                                      feed.devices)
+        drawn = {
+            name: init_network(model, recipe.seed, name, data.image_shape)
+            for name, model in zip(nets.teacher_names, nets.teachers, strict=True)
+        }
+        ready = Variables(
+            *({name: variables[part] for name, variables in drawn.items()} for part in ("params", "batch_stats"))
+        )
+        variables = devices.replicate(
+            Variables(own.params | ready.params, own.batch_stats | ready.batch_stats), feed.devices
+        )
     else:
         variables, todo = train.begin(context)
         for phase in todo:
@@ -87,15 +93,17 @@ def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random
 def phase_of(context: Context, variables: Variables, kind: str) -> Phase:
     """The A- or B-Step, "a" or "b", of the first stage."""
     describe = {"a": a_step.phase, "b": b_step.phase}[kind]
-    return describe(context.recipe, context.nets, variables.params, 0, len(context.data.train.label),
-                    context.feed.axis_name)
+    return describe(
+        context.recipe, context.nets, variables.params, 0, len(context.data.train.label), context.feed.axis_name
+    )
 
 
 def with_one_view(context: Context, variables: Variables) -> Context:
     """The run with one view of the training images stored, for every step that can be read from it."""
     recipe = dataclasses.replace(context.recipe, a_step_views=1, b_step_views=1)
-    stored = Context(recipe, context.data, context.nets, context.feed, context.record, context.reporter,
-                     context.snapshots)
+    stored = Context(
+        recipe, context.data, context.nets, context.feed, context.record, context.reporter, context.snapshots
+    )
     kinds = [phase_of(stored, variables, kind) for kind in kinds_of(recipe)]
     stored.read_teachers(variables, kinds)
     for phase in kinds:
@@ -111,11 +119,13 @@ def kinds_of(recipe: Recipe) -> tuple[str, ...]:
 
 def repeated(once: Callable[[float], int]) -> Work:
     """Calls `once(end)`, which says on how many images it has worked, until the clock shows `end`."""
+
     def work(seconds: float) -> int:
         end, images = time.perf_counter() + seconds, 0
         while not images or time.perf_counter() < end:
             images += once(end)
         return images
+
     return work
 
 
@@ -130,6 +140,7 @@ def training(context: Context, variables: Variables, kind: str) -> Work:
         running.run_epoch(_until(end, running.calls()), controls)
         jax.block_until_ready(running.current)
         return running.tally.steps * context.recipe.dataset.batch_size
+
     return repeated(epoch)
 
 
@@ -141,7 +152,7 @@ def _until(end: float, calls: Iterable[Call]) -> Iterator[Call]:
 
 
 def reading(context: Context, variables: Variables, who: str) -> Work:
-    """The reader of a bank, of "teachers" or "student", over 32 batches of training images at a time, or all of fewer."""
+    """The reader of a bank, of "teachers" or "student", over 32 batches of training images at a time, or fewer."""
     split, recipe = context.data.train, context.recipe
     part = split.take(np.arange(min(32 * context.feed.eval_batch_size, len(split.label))))
     bank = Bank(context.nets, part, context.feed, name="some of the training images", data_aug=recipe.dataset.data_aug)
@@ -149,21 +160,25 @@ def reading(context: Context, variables: Variables, who: str) -> Work:
     def once(end: float) -> int:
         bank.read(who, variables)
         return len(part.label)
+
     return repeated(once)
 
 
 def evaluation(context: Context, variables: Variables) -> Work:
     """Everything a run counts after an epoch, on its validation images."""
+
     def whole(end: float) -> int:
         context.validation(context.nets, variables)
         return context.validation.count
+
     return repeated(whole)
 
 
 def streaming_works(context: Context, variables: Variables) -> dict[str, Callable[[], Work]]:
     """What a run does that stores nothing: by name, what makes it ready for its first call."""
-    makers: dict[str, Callable[[], Work]] = {f"{kind}_streaming": functools.partial(training, context, variables, kind)
-              for kind in kinds_of(context.recipe)}
+    makers: dict[str, Callable[[], Work]] = {
+        f"{kind}_streaming": functools.partial(training, context, variables, kind) for kind in kinds_of(context.recipe)
+    }
     makers["evaluation"] = functools.partial(evaluation, context, variables)
     if context.nets.teachers:
         makers["read_teachers"] = functools.partial(reading, context, variables, "teachers")
@@ -174,22 +189,31 @@ def streaming_works(context: Context, variables: Variables) -> dict[str, Callabl
 
 def stored_works(context: Context, variables: Variables) -> dict[str, Callable[[], Work]]:
     """The same of the steps that the run reads from stored outputs."""
-    return {f"{kind}_stored": functools.partial(training, context, variables, kind)
-            for kind in kinds_of(context.recipe) if phase_of(context, variables, kind).reads}
+    return {
+        f"{kind}_stored": functools.partial(training, context, variables, kind)
+        for kind in kinds_of(context.recipe)
+        if phase_of(context, variables, kind).reads
+    }
 
 
 def step_flops(context: Context, variables: Variables, kind: str) -> float:
     """Operations of a training step, "a" or "b", for one image, as `cost.flops` counts them."""
     recipe, size = context.recipe, context.recipe.dataset.batch_size
     nets = build.build_networks(recipe, context.data.num_classes)  # of one device, however many the run has
-    one_device = dataclasses.replace(context, nets=nets, feed=dataclasses.replace(
-        context.feed, devices=context.feed.devices[:1]))
+    one_device = dataclasses.replace(
+        context, nets=nets, feed=dataclasses.replace(context.feed, devices=context.feed.devices[:1])
+    )
     phase = phase_of(one_device, variables, kind)
     controls = {**phase.controls(Progress(), 0), "lr": np.float32(0), "step": np.int32(0)}
     variables = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
     variables, controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, controls))
     made = phase.training
-    begin = functools.partial(state.begin, mask={name: made.mask.get(name, False) for name in variables.params},
-                              trained_stats=made.trained_stats, tx=made.tx, compute_dtype=recipe.compute_dtype)
+    begin = functools.partial(
+        state.begin,
+        mask={name: made.mask.get(name, False) for name in variables.params},
+        trained_stats=made.trained_stats,
+        tx=made.tx,
+        compute_dtype=recipe.compute_dtype,
+    )
     batch = plan.batch_shapes(context.data, size, nets, phase.reads)
     return cost.flops(make_train_step(made.loss, made.tx), *jax.eval_shape(begin, variables), controls, batch) / size

@@ -3,6 +3,7 @@
 Of several hosts the first alone writes, and each may read, without waiting for the others: all hold the same state, so
 a checkpoint has no parts of other hosts.
 """
+
 import hashlib
 import os
 import re

@@ -5,6 +5,7 @@ What a config calls `weights` is one of
   a file                           .safetensors, .npz, or torch.save's .pth, .pt and .bin
   a folder                         a checkpoint of our own: `checkpoint.restore` reads it
 """
+
 import hashlib
 import os
 import re
@@ -15,10 +16,10 @@ import numpy as np
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors.numpy import load_file
 
-from asib_jax.weights import checkpoint, torch_pickle
 from asib_jax.data.archives import read_npz
-from asib_jax.errors import UserError
 from asib_jax.data.paths import expanded
+from asib_jax.errors import UserError
+from asib_jax.weights import checkpoint, torch_pickle
 
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
 
@@ -58,8 +59,10 @@ def locate(weights: str, key: str, sha256: str = "") -> Path:
     if path is None:
         raise UserError(f"{key}={weights!r} does not exist")
     if sha256 and digest(path) != sha256.lower():
-        raise UserError(f"{key}={weights!r}: {path} has the SHA-256 {digest(path)}, not {sha256.lower()} of "
-                        f"{key}_sha256; get the right one, or correct the key")
+        raise UserError(
+            f"{key}={weights!r}: {path} has the SHA-256 {digest(path)}, not {sha256.lower()} of "
+            f"{key}_sha256; get the right one, or correct the key"
+        )
     return path
 
 
@@ -69,8 +72,10 @@ def _from_hub(path: Path, setting: str) -> Path:
     # of large files SHA-256. That may be a link itself, so it is not resolved.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", expected) and digest(path) != expected:
-        raise UserError(f"{setting}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
-                         f"Delete {path.resolve()} and start again")
+        raise UserError(
+            f"{setting}: {path} is damaged, its SHA-256 is not the hub's {expected}. "
+            f"Delete {path.resolve()} and start again"
+        )
     return path
 
 
@@ -105,8 +110,10 @@ def _reference(weights: str) -> dict[str, str] | None:
         return None
     match = _HUB.fullmatch(weights)
     if not match or ".." in re.split("[:/@]", weights):  # which leads out of the cache
-        raise UserError(f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
-                         "set teacherK.weights or model.student.weights to such a reference or a path")
+        raise UserError(
+            f"{weights!r} is not hf:OWNER/REPO[@REVISION][/FILE]: "
+            "set teacherK.weights or model.student.weights to such a reference or a path"
+        )
     return {"revision": "main", "filename": "model.safetensors"} | {k: v for k, v in match.groupdict().items() if v}
 
 
@@ -122,8 +129,14 @@ def _download(reference: dict[str, str], setting: str, key: str) -> Path:
             f"{setting}: {file} is not in the cache {constants.HF_HUB_CACHE} and could not be downloaded: {error}\n"
             f"Where there is a network, run with the same cache (HF_HOME)\n"
             f"  hf download {repo} {file} --revision {revision}\n"
-            f"or download {url} elsewhere and set {key} to its path") from error
+            f"or download {url} elsewhere and set {key} to its path"
+        ) from error
 
 
-_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {".safetensors": load_file, ".npz": read_npz,
-            ".pth": torch_pickle.read, ".pt": torch_pickle.read, ".bin": torch_pickle.read}
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    ".safetensors": load_file,
+    ".npz": read_npz,
+    ".pth": torch_pickle.read,
+    ".pt": torch_pickle.read,
+    ".bin": torch_pickle.read,
+}

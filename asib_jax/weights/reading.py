@@ -1,4 +1,5 @@
 """Given weights in a network's place, every array accounted for: PyTorch's, or those of a checkpoint of ours."""
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
-from asib_jax.models.layers import Architecture
 from asib_jax.models.kd_model import KDModel, stage_names
+from asib_jax.models.layers import Architecture
 from asib_jax.weights import checkpoint, origins, torch_names
 from asib_jax.weights.torch_names import ADAPTERS, owner
 
@@ -28,8 +29,9 @@ class Imported(NamedTuple):
         return "; ".join(why for path, why in self.fresh.items() if owner(path) == stage_names(model)[0])
 
 
-def read_weights(given: str, key: str, model: KDModel, variables: dict, level: int = -1, *, sha256: str,
-                 dataset: str = "") -> Imported:
+def read_weights(
+    given: str, key: str, model: KDModel, variables: dict, level: int = -1, *, sha256: str, dataset: str = ""
+) -> Imported:
     """`variables` of `model` with given weights (see `origins`; `key` holds them) in their place.
 
     Of a checkpoint of a finished run its best student. level: the freeze level that the network trains at first.
@@ -52,13 +54,16 @@ def read_weights(given: str, key: str, model: KDModel, variables: dict, level: i
         raise UserError(f"{key}={given!r}: {error}") from error
     random = imported.random_stem(model)
     if random and 0 <= level < len(stage_names(model)):
-        raise UserError(f"{key}={given!r}: {random}. It starts at random and would stay so at freeze level {level}; "
-                        "train all stages first (-1)")
+        raise UserError(
+            f"{key}={given!r}: {random}. It starts at random and would stay so at freeze level {level}; "
+            "train all stages first (-1)"
+        )
     return imported
 
 
-def import_weights(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any], architecture: Architecture
-                   ) -> Imported:
+def import_weights(
+    state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any], architecture: Architecture
+) -> Imported:
     """A PyTorch state dict, under any of the architecture's naming conventions, as the variables of its `KDModel`.
 
     variables: {"params": ..., "batch_stats": ...} of the model: its initial values, or their shapes alone. The leaves
@@ -76,12 +81,22 @@ def fit_variables(stored: Mapping[str, Any], variables: Mapping[str, Any], archi
     """The same for variables of our own, e.g. of a checkpoint; an adapter of theirs is left out."""
     target = flatten_dict(variables, sep="/")
     found = {path: leaf for path, leaf in flatten_dict(stored, sep="/").items() if owner(path) not in ADAPTERS}
-    return _fit({path: leaf for path, leaf in found.items() if path in target}, variables, architecture,
-                {path: path for path in found}, [path for path in found if path not in target])
+    return _fit(
+        {path: leaf for path, leaf in found.items() if path in target},
+        variables,
+        architecture,
+        {path: path for path in found},
+        [path for path in found if path not in target],
+    )
 
 
-def _fit(found: Mapping[str, np.ndarray], variables: Mapping[str, Any], architecture: Architecture,
-         source_names: Mapping[str, str], unmatched: list[str]) -> Imported:
+def _fit(
+    found: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any],
+    architecture: Architecture,
+    source_names: Mapping[str, str],
+    unmatched: list[str],
+) -> Imported:
     """`found` arrays, by our paths, in the place of `variables`; everything left over is an error."""
     target = flatten_dict(variables, sep="/")
     imported, fresh, shapes = {}, {}, []
@@ -95,10 +110,12 @@ def _fit(found: Mapping[str, np.ndarray], variables: Mapping[str, Any], architec
             shapes.append(difference)
     unfilled = [path for path in target if path not in found and owner(path) not in ADAPTERS]
     if unmatched or unfilled or shapes:
-        raise UserError("the weights do not fit the model"
-                         + _listing("source keys without a place in the model", unmatched)
-                         + _listing("model leaves without a source", unfilled)
-                         + _listing("different shapes", shapes))
+        raise UserError(
+            "the weights do not fit the model"
+            + _listing("source keys without a place in the model", unmatched)
+            + _listing("model leaves without a source", unfilled)
+            + _listing("different shapes", shapes)
+        )
     return Imported({"batch_stats": {}, **unflatten_dict(target | imported, sep="/")}, fresh)
 
 
@@ -128,6 +145,8 @@ def _without_classifier(imported: Imported, variables: dict[str, Any], dataset: 
 def _one_network(stored: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint the variables of its only network, or of the best student. UserError if there is neither."""
     if "params" not in stored and "best" not in stored.get("students", {}):
-        raise UserError("it is no checkpoint of one network, nor of a run with a student; kept teachers are "
-                        "results_dir/teachers/NAME/checkpoint")
+        raise UserError(
+            "it is no checkpoint of one network, nor of a run with a student; kept teachers are "
+            "results_dir/teachers/NAME/checkpoint"
+        )
     return stored if "params" in stored else stored["students"]["best"]

@@ -3,6 +3,7 @@
 `results_dir/teachers/<network>_<dataset>_seed<seed>_<digest>/` holds key.json, the readable key that the digest is of,
 and the checkpoint of the backbone and classifier. Nothing else decides which teacher a run takes.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from asib_jax.engine import hosts
-from asib_jax.weights import checkpoint, origins
-from asib_jax.weights.reading import OTHER_ORDER
 from asib_jax.data.sources import Split, images_digest
+from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, keys
+from asib_jax.weights import checkpoint, origins
+from asib_jax.weights.reading import OTHER_ORDER
 
 logger = logging.getLogger("asib_jax")
 
@@ -51,17 +52,33 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
     The key holds all that decides its variables then, as plain values; of the configuration only what has an effect.
     """
     teacher, data, idle = recipe.teachers[k], recipe.dataset, keys.idle(recipe)
-    own = {name: value for name, value in dataclasses.asdict(teacher).items()
-           if name not in _LATER and f"teacher{k + 1}.{name}" not in idle}
-    schedule = {name: value for name, value in dataclasses.asdict(recipe.schedule).items()
-                if name != "lr_warmup_epochs" and f"schedule.{name}" not in idle}
+    own = {
+        name: value
+        for name, value in dataclasses.asdict(teacher).items()
+        if name not in _LATER and f"teacher{k + 1}.{name}" not in idle
+    }
+    schedule = {
+        name: value
+        for name, value in dataclasses.asdict(recipe.schedule).items()
+        if name != "lr_warmup_epochs" and f"schedule.{name}" not in idle
+    }
     source = str(pathlib.Path(data.path).expanduser().resolve()) if data.name in ("npz", "folder") else ""
     key = {
         "teacher": own | {"weights": f"sha256:{weights_digest}" if teacher.weights else ""},
-        "streams": streams_name(recipe, k), "seed": recipe.seed, "dtype": recipe.compute_dtype,
-        "dataset": {"name": data.name, "path": source, "val_fraction": data.val_fraction, "data_aug": data.data_aug,
-                    "batch_size": data.batch_size, "small_input": data.small_input},
-        "schedule": schedule, "grad_clip_norm": recipe.grad_clip_norm, "recipe": _RECIPE,
+        "streams": streams_name(recipe, k),
+        "seed": recipe.seed,
+        "dtype": recipe.compute_dtype,
+        "dataset": {
+            "name": data.name,
+            "path": source,
+            "val_fraction": data.val_fraction,
+            "data_aug": data.data_aug,
+            "batch_size": data.batch_size,
+            "small_input": data.small_input,
+        },
+        "schedule": schedule,
+        "grad_clip_norm": recipe.grad_clip_norm,
+        "recipe": _RECIPE,
     }
     if teacher.weights and data.name in OTHER_ORDER:
         key["classifier"] = "drawn at random"  # once it was the weights' own, in their order
@@ -117,8 +134,10 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
     if about is None:
         raise UserError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
     if about["images"] != images_digest(train):
-        raise UserError(f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
-                         "another results_dir, or move that folder away")
+        raise UserError(
+            f"the teacher in {place.folder} was trained on other images of the same dataset.name: use "
+            "another results_dir, or move that folder away"
+        )
     return checkpoint.restore(place.folder / "checkpoint")
 
 
@@ -136,8 +155,9 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
     backbone = {name: leaves for name, leaves in variables["params"].items() if name != "distill_adapter"}
     checkpoint.save(part / "checkpoint", {"params": backbone, "batch_stats": variables["batch_stats"]})
-    text = json.dumps({"key": place.key, "reference": reference, "images": images_digest(train), "measured": measured},
-                      indent=2)
+    text = json.dumps(
+        {"key": place.key, "reference": reference, "images": images_digest(train), "measured": measured}, indent=2
+    )
     (part / "key.json").write_text(text, encoding="utf-8")
     part.chmod(0o755)  # mkdtemp's are for their owner alone
     try:
@@ -148,8 +168,10 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
         ours, theirs = (checkpoint.digest(folder / "checkpoint") for folder in (part, place.folder))
         shutil.rmtree(part)
         if ours != theirs and jax.process_count() > 1:
-            raise UserError(f"another run has left a teacher in {place.folder} meanwhile, with other values: move it "
-                            "away and go on with --resume") from error
+            raise UserError(
+                f"another run has left a teacher in {place.folder} meanwhile, with other values: move it "
+                "away and go on with --resume"
+            ) from error
         return ours == theirs
     return True
 

@@ -3,6 +3,7 @@
 Each architecture declares its PyTorch names (`Architecture.names`). Convolutions are OIHW there and HWIO here, linear
 kernels are transposed; all else is as it is.
 """
+
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +20,9 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 _COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing here needs it
 
 
-def to_ours(state_dict: Mapping[str, np.ndarray], paths: Iterable[str], architecture: Architecture
-            ) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+def to_ours(
+    state_dict: Mapping[str, np.ndarray], paths: Iterable[str], architecture: Architecture
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Of a state dict, under the convention that most of its keys follow: the arrays as Flax has them, by path; each
     path's key, there or not; the keys that no path has.
 
@@ -30,8 +32,11 @@ def to_ours(state_dict: Mapping[str, np.ndarray], paths: Iterable[str], architec
     own = [path for path in paths if owner(path) not in ADAPTERS]
     conventions = [{_torch_name(path, names): path for path in own} for names in architecture.names]
     chosen = max(conventions, key=lambda names: len(arrays.keys() & names.keys()))
-    return ({chosen[key]: _to_flax(value) for key, value in arrays.items() if key in chosen},
-            {path: key for key, path in chosen.items()}, [key for key in arrays if key not in chosen])
+    return (
+        {chosen[key]: _to_flax(value) for key, value in arrays.items() if key in chosen},
+        {path: key for key, path in chosen.items()},
+        [key for key in arrays if key not in chosen],
+    )
 
 
 def export_weights(variables: Mapping[str, Any], architecture: Architecture) -> dict[str, np.ndarray]:
@@ -41,8 +46,9 @@ def export_weights(variables: Mapping[str, Any], architecture: Architecture) -> 
     PyTorch network does not have.
     """
     if "residual_adapter" in variables["params"]:
-        raise UserError("the network has a residual adapter (model.student.use_adapter), which its PyTorch "
-                         "counterpart has not")
+        raise UserError(
+            "the network has a residual adapter (model.student.use_adapter), which its PyTorch counterpart has not"
+        )
     state = {}
     for path, leaf in flatten_dict(variables, sep="/").items():
         if owner(path) in ADAPTERS:

@@ -3,6 +3,7 @@
 Both formats of torch.save (PyTorch, torch/serialization.py). Since 1.6 a zip archive: NAME/data.pkl describes the
 tensors, NAME/data/KEY is the storage they are views of. Before that a stream of pickles, then the storages.
 """
+
 import io
 import math
 from pathlib import Path
@@ -12,14 +13,25 @@ import ml_dtypes
 import numpy as np
 
 from asib_jax.data.archives import check_unpacked, open_zip
-from asib_jax.errors import UserError
 from asib_jax.data.plain_pickle import Dictionary, Unpickler
+from asib_jax.errors import UserError
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a stream of pickles begins
-_DTYPES = {name: np.dtype(dtype) for name, dtype in (
-    ("FloatStorage", np.float32), ("DoubleStorage", np.float64), ("HalfStorage", np.float16),
-    ("BFloat16Storage", ml_dtypes.bfloat16), ("LongStorage", np.int64), ("IntStorage", np.int32),
-    ("ShortStorage", np.int16), ("CharStorage", np.int8), ("ByteStorage", np.uint8), ("BoolStorage", np.bool_))}
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in (
+        ("FloatStorage", np.float32),
+        ("DoubleStorage", np.float64),
+        ("HalfStorage", np.float16),
+        ("BFloat16Storage", ml_dtypes.bfloat16),
+        ("LongStorage", np.int64),
+        ("IntStorage", np.int32),
+        ("ShortStorage", np.int16),
+        ("CharStorage", np.int8),
+        ("ByteStorage", np.uint8),
+        ("BoolStorage", np.bool_),
+    )
+}
 _MOST_AXES = 32
 _WRAPPERS = ("state_dict", "model")  # what a checkpoint calls the state dict in it
 
@@ -47,8 +59,10 @@ def _rebuild_tensor(key: str, offset: int, size: tuple, stride: tuple, requires_
 
 
 _NAMES = {("torch", name): name for name in _DTYPES} | {
-    ("collections", "OrderedDict"): Dictionary, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor}
+    ("collections", "OrderedDict"): Dictionary,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor,
+}
 
 
 class _Unpickler(Unpickler):
@@ -90,9 +104,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             return {name: _view(tensor, storages[tensor.key]) for name, tensor in _state_dict(saved).items()}
         except Exception as error:  # damaged pickles and archives raise nearly anything
             convert = _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
-            raise UserError(f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
-                            "If PyTorch can read it, which with weights_only=True runs no code either, convert it with"
-                            f"\n{convert}") from error
+            raise UserError(
+                f"not a state dict by torch.save, or not all of it: {type(error).__name__}: {error}\n"
+                "If PyTorch can read it, which with weights_only=True runs no code either, convert it with"
+                f"\n{convert}"
+            ) from error
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
@@ -104,8 +120,9 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
         root = roots[0]
         unpickler = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")))
         saved = unpickler.load()
-        storages = {key: _storage(archive.read(f"{root}data/{key}"), *storage)
-                    for key, storage in unpickler.storages.items()}
+        storages = {
+            key: _storage(archive.read(f"{root}data/{key}"), *storage) for key, storage in unpickler.storages.items()
+        }
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             storages = {key: storage.byteswap() for key, storage in storages.items()}
     return saved, storages
@@ -157,5 +174,6 @@ def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
     if 0 not in size and last >= storage.size:
         raise ValueError(f"a tensor of {list(size)} reaches outside its storage of {storage.size}")
     check_unpacked(math.prod(size) * storage.itemsize, storage.nbytes)  # a stride of 0 repeats elements
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, [step * storage.itemsize for step in stride],
-                                           writeable=False)
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], size, [step * storage.itemsize for step in stride], writeable=False
+    )
