@@ -53,8 +53,8 @@ def find(folder: Path) -> archives.Found:
                 "CIFAR-100 was not found. Looked for:",
                 *shut,
                 f"Set dataset.path to an .npz holding {', '.join(archives.NAMES)}, to cifar-100-python.tar.gz or to "
-                "its unpacked folder; or use the profile `:digits` (--config=configs/l1_ib.py:digits), whose images come "
-                "with scikit-learn.",
+                "its unpacked folder; or use the profile `:digits` (--config=configs/l1_ib.py:digits), whose images "
+                "come with scikit-learn.",
             ]
         )
     )

@@ -65,8 +65,8 @@ class Bank:
     def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Any]:
         """Run "teachers" or "student" over the views and keep what they say, in the place of what is held of them.
 
-        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache that
-        cannot be read.
+        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache
+        that cannot be read.
         """
         self.forget(who)
         names = self.nets.teacher_names if who == "teachers" else ("student",)
