@@ -38,7 +38,7 @@ class Running:
         training, own = phase.training, _used(phase, variables)
         current, frozen = state.begin(
             own,
-            {name: training.mask.get(name, False) for name in own.params},
+            training.mask,
             training.trained_stats,
             training.tx,
             progress.opt_states.get(phase.optimizer),
@@ -165,7 +165,7 @@ class Running:
 
 def _used(phase: Phase, variables: Variables) -> Variables:
     """The variables that its step takes; teachers that stand still in the type that they compute in."""
-    own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
+    own = variables.only(phase.uses)
     return own if phase.changes_teachers else with_narrow_teachers(phase.nets, own)
 
 

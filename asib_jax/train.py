@@ -234,7 +234,7 @@ def _finished(variables: Variables, progress: Progress) -> Finished:
                 f"{prefix}last": of_network(progress.last[network], network),
                 f"{prefix}best": of_network(progress.best[network].held, network),
             }
-    main = Variables(*({name: own for name, own in part.items() if name != "control"} for part in variables))
+    main = variables.only(variables.params.keys() - {"control"})
     return Finished(main, students, progress.distilled_steps)
 
 

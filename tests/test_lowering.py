@@ -70,9 +70,8 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
 
 
 def training(recipe: Recipe, phase: Phase, variables: Variables, batch: dict[str, Any]) -> Program:
-    own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
-    mask = {name: phase.training.mask.get(name, False) for name in own.params}
-    begin = functools.partial(state.begin, mask=mask, trained_stats=phase.training.trained_stats, tx=phase.training.tx,
+    own = variables.only(phase.uses)
+    begin = functools.partial(state.begin, mask=phase.training.mask, trained_stats=phase.training.trained_stats, tx=phase.training.tx,
                               compute_dtype=recipe.compute_dtype)
     current, frozen = jax.eval_shape(lambda own: begin(with_narrow_teachers(phase.nets, own)), own)
     controls = jax.eval_shape(lambda: phase.controls(Progress(), 0))

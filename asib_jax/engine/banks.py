@@ -70,7 +70,7 @@ class Bank:
         """
         self.forget(who)
         names = self.nets.teacher_names if who == "teachers" else ("student",)
-        own = Variables(*({name: part[name] for name in names} for part in variables))
+        own = variables.only(names)
         keys = [self._key(view) for view in views]
         outputs = list(self._cached(own, keys) if who == "teachers" and self._cache else self._run(who, own, keys))
         held = _narrowed(outputs) if self._narrow else outputs

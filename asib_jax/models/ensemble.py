@@ -6,7 +6,7 @@ Variables of all networks live in two dicts, parameters and batch statistics, un
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,10 @@ class Variables(NamedTuple):
     def of(self, name: str) -> dict[str, Any]:
         """What `apply` of the network called `name` takes."""
         return {"params": self.params[name], "batch_stats": self.batch_stats.get(name, {})}
+
+    def only(self, names: Collection[str]) -> "Variables":
+        """Those of the networks with these names."""
+        return Variables(*({name: own for name, own in part.items() if name in names} for part in self))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ def steps(
         if not any(jax.tree.leaves(phase.training.mask)):  # statistics alone
             continue
         held = phase.reads if stored.issuperset(phase.views) else frozenset()  # else some of its epochs run networks
-        own = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
+        own = variables.only(phase.uses)
         key = f"{phase.optimizer} {phase.training.mask}"  # stages that train the same cost the same
         if key not in known:
             batch = batch_shapes(sizes, batch_size, phase.nets, held)

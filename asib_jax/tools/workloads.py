@@ -205,15 +205,11 @@ def step_flops(context: Context, variables: Variables, kind: str) -> float:
     )
     phase = phase_of(one_device, variables, kind)
     controls = {**phase.controls(Progress(), 0), "lr": np.float32(0), "step": np.int32(0)}
-    variables = Variables(*({name: part[name] for name in phase.uses if name in part} for part in variables))
+    variables = variables.only(phase.uses)
     variables, controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, controls))
     made = phase.training
     begin = functools.partial(
-        state.begin,
-        mask={name: made.mask.get(name, False) for name in variables.params},
-        trained_stats=made.trained_stats,
-        tx=made.tx,
-        compute_dtype=recipe.compute_dtype,
+        state.begin, mask=made.mask, trained_stats=made.trained_stats, tx=made.tx, compute_dtype=recipe.compute_dtype
     )
     batch = plan.batch_shapes(context.data, size, nets, phase.reads)
     return cost.flops(make_train_step(made.loss, made.tx), *jax.eval_shape(begin, variables), controls, batch) / size
