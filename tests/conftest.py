@@ -1,4 +1,5 @@
 """Four simulated devices for every test; what one test has compiled no other compiles, nor the processes they start."""
+
 import os
 import tempfile
 
@@ -24,7 +25,8 @@ def compiled():
     """How many programs have been compiled so far: call it."""
     count = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: count.append(name) if name == "/jax/core/compile/backend_compile_duration" else None)
+        lambda name, *_, **__: count.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
     return lambda: len(count)
 
 

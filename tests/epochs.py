@@ -1,4 +1,5 @@
 """Epochs of any loss of one parameter "w" on examples of its own, run as a phase runs them."""
+
 import collections
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,9 +17,20 @@ from asib_jax.runner import Running
 BEGUN = 7  # steps of its optimizer in epochs before
 
 
-def make_running(loss: Loss, tx: Any, w: Any, *, rate: Callable[[int], float], devices: int = 1, steps_a_call: int = 0,
-                 room_gb: float = 1.0, limit: int = 20, dtype: str = "float32", between: int = 0,
-                 offer: Callable[..., None] = lambda *what: None) -> Running:
+def make_running(
+    loss: Loss,
+    tx: Any,
+    w: Any,
+    *,
+    rate: Callable[[int], float],
+    devices: int = 1,
+    steps_a_call: int = 0,
+    room_gb: float = 1.0,
+    limit: int = 20,
+    dtype: str = "float32",
+    between: int = 0,
+    offer: Callable[..., None] = lambda *what: None,
+) -> Running:
     """The second epoch of "stage1/b", of a network that has a mean beside `w`, about to begin.
 
     limit: of steps in a row that are not finite; between: steps from snapshot to snapshot at the most; offer: is told
@@ -26,14 +38,26 @@ def make_running(loss: Loss, tx: Any, w: Any, *, rate: Callable[[int], float], d
     """
     feed = make_feed(devices, steps=steps_a_call, room_gb=room_gb)
     context = SimpleNamespace(
-        feed=feed, nets=Networks(None),
+        feed=feed,
+        nets=Networks(None),
         recipe=SimpleNamespace(compute_dtype=dtype, max_nonfinite_steps=limit, trains_teachers=False),
         reporter=SimpleNamespace(on_steps=lambda curve, first, last: None),
         snapshots=SimpleNamespace(steps=between, offer=offer),
-        compiled=lambda key, make, trains_convolutions: feed.compile(make(), donate_carry=True))
-    phase = Phase(name="stage1/b", title="", epochs=2, network="w", nets=Networks(None),
-                  training=Training(loss, {"w": True}, ("w",), tx), optimizer="b", rate=rate,
-                  controls=lambda progress, epoch: {}, split="train", order=np.random.default_rng)
+        compiled=lambda key, make, trains_convolutions: feed.compile(make(), donate_carry=True),
+    )
+    phase = Phase(
+        name="stage1/b",
+        title="",
+        epochs=2,
+        network="w",
+        nets=Networks(None),
+        training=Training(loss, {"w": True}, ("w",), tx),
+        optimizer="b",
+        rate=rate,
+        controls=lambda progress, epoch: {},
+        split="train",
+        order=np.random.default_rng,
+    )
     variables = Variables({"w": {"kernel": np.float32(w)}}, {"w": {"mean": np.float32(0)}})
     running = Running(context, phase, variables, Progress(steps=collections.Counter(b=BEGUN)))
     running.epoch = 1

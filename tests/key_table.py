@@ -1,7 +1,8 @@
 """The table of all keys, with which docs/configuration.md ends. To write it anew after a key has changed:
 
-    python tests/key_table.py
+python tests/key_table.py
 """
+
 import pathlib
 import sys
 

@@ -1,4 +1,5 @@
 """The launch scripts: done in this process, which has jax already, or in one of their own."""
+
 import contextlib
 import io
 import logging
@@ -26,8 +27,14 @@ def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedP
     """
     command, settings = [str(ROOT / "launch" / f"{script}.py"), *arguments], dict(jax.config.values)
     out, errors, logger = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax")
-    with (contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors),
-          flagsaver.flagsaver(), mock.patch.object(sys, "argv", command), mock.patch.object(sys, "path", [*sys.path])):
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        flagsaver.flagsaver(),
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(sys, "path", [*sys.path]),
+    ):
         flags.FLAGS.unparse_flags()
         try:
             runpy.run_path(command[0], run_name="__main__")
@@ -44,8 +51,18 @@ def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
 
 
-def launch_process(script: str | pathlib.Path, *arguments: str, shell: tuple[str, ...] = (), cwd: pathlib.Path = ROOT,
-                   **environment: str) -> subprocess.CompletedProcess:
+def launch_process(
+    script: str | pathlib.Path,
+    *arguments: str,
+    shell: tuple[str, ...] = (),
+    cwd: pathlib.Path = ROOT,
+    **environment: str,
+) -> subprocess.CompletedProcess:
     """The same in a process with a device of its own, started by the command `shell` if one is given."""
-    return subprocess.run([*shell, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
+    return subprocess.run(
+        [*shell, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )

@@ -1,12 +1,13 @@
 """Networks of three convolutions and data they can learn: what several test files run steps and stages on."""
+
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax.engine import devices as devices_
 from asib_jax.data.sources import Split
+from asib_jax.engine import devices as devices_
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
@@ -19,8 +20,9 @@ CLASSES, DIM = 5, 8
 
 def convolutions(*widths: int) -> Architecture:
     """One convolution, BatchNorm and relu per stage; every stage but the first halves the resolution."""
-    stages = tuple((f"stage{i}", partial(ConvNorm, kernel=3, width=width, stride=min(i + 1, 2)))
-                   for i, width in enumerate(widths))
+    stages = tuple(
+        (f"stage{i}", partial(ConvNorm, kernel=3, width=width, stride=min(i + 1, 2))) for i, width in enumerate(widths)
+    )
     return Architecture(stages, feat_dim=widths[-1])
 
 
@@ -28,16 +30,32 @@ STUDENT, TEACHERS = convolutions(3, 4, 4), (convolutions(3, 6), convolutions(4, 
 SHALLOW = {"student": convolutions(3), "teachers": (convolutions(3), convolutions(4))}  # compiles faster still
 
 
-def make_networks(*, adapter_dim: int = DIM, student_feature: str = "distill_feat", use_ib: bool = True,
-                  dropout: float = 0.0, axis_name: str | None = None, student: Architecture = STUDENT,
-                  teachers: tuple[Architecture, ...] = TEACHERS) -> Networks:
+def make_networks(
+    *,
+    adapter_dim: int = DIM,
+    student_feature: str = "distill_feat",
+    use_ib: bool = True,
+    dropout: float = 0.0,
+    axis_name: str | None = None,
+    student: Architecture = STUDENT,
+    teachers: tuple[Architecture, ...] = TEACHERS,
+) -> Networks:
     """A student, teachers, IB_MBM and head. The networks differ in `mean`."""
     fields = {"num_classes": CLASSES, "std": (0.3,), "adapter_dim": adapter_dim, "axis_name": axis_name}
     student = KDModel(student, mean=(0.5,), **fields)
     models = tuple(KDModel(teacher, mean=(0.4 + k / 100,), **fields) for k, teacher in enumerate(teachers, 1))
     ib_mbm, head = build_ib_mbm_from_teachers(
-        models, dim=DIM, num_heads=2, use_ib=use_ib, feature_norm="none", logvar_clip=6.0, min_std=1e-3, residual=True,
-        dropout=dropout, learnable_temperature=False)
+        models,
+        dim=DIM,
+        num_heads=2,
+        use_ib=use_ib,
+        feature_norm="none",
+        logvar_clip=6.0,
+        min_std=1e-3,
+        residual=True,
+        dropout=dropout,
+        learnable_temperature=False,
+    )
     return Networks(student, models, ib_mbm, head, student_feature)
 
 
@@ -79,6 +97,7 @@ def random_values(shapes, seed: int = 3):
 
 def random_variables(nets: Networks, seed: int = 3) -> Variables:
     """`random_values` of all networks, centred as said below."""
+
     def shapes(module, *inputs):
         return jax.eval_shape(module.init, jax.random.key(0), *inputs)
 
@@ -91,8 +110,10 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
         trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
         trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
     trees = random_values(trees, seed)
-    variables = Variables({name: tree["params"] for name, tree in trees.items()},
-                          {name: trees[name].get("batch_stats", {}) for name in models})
+    variables = Variables(
+        {name: tree["params"] for name, tree in trees.items()},
+        {name: trees[name].get("batch_stats", {}) for name in models},
+    )
     for name, model in models.items():  # centred and spread, or one class wins on every image and codes hardly differ
         params, pixels = variables.params[name], jnp.float32(make_split(16).image)
         for layer in [params["classifier"]] + ([params["distill_adapter"]["fc2"]] if model.adapter_dim else []):

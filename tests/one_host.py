@@ -1,4 +1,5 @@
 """`launch/main.py` with tiny networks: one_host.py LOCAL_DEVICES [FLAGS]; a process of `test_hosts` and `test_kill`."""
+
 import pathlib
 import runpy
 import sys
@@ -7,9 +8,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax
+from networks import convolutions
 
 from asib_jax.models import MODELS
-from networks import convolutions
 
 jax.config.update("jax_num_cpu_devices", int(sys.argv.pop(1)))
 jax.config.update("jax_disable_most_optimizations", True)  # compilation is the cost

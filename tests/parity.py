@@ -1,12 +1,13 @@
 """How far a network here is from PyTorch's with the same weights."""
+
 import copy
 
 import jax
 import numpy as np
 import torch
 
-from asib_jax.models.layers import Architecture
 from asib_jax.models.kd_model import KDModel
+from asib_jax.models.layers import Architecture
 from asib_jax.weights.reading import import_weights
 from asib_jax.weights.torch_names import export_weights
 
@@ -39,7 +40,8 @@ def errors(network: torch.nn.Module, architecture: Architecture, size: int, batc
     first_grad, last_grad = _torch_gradients(wide, pixels, labels)
     grads = _gradients(model, variables, pixels, labels)
     return {
-        "logits": relative(ours.logit, evaluated["logits"]), "feat_2d": relative(ours.feat_2d, evaluated["feat_2d"]),
+        "logits": relative(ours.logit, evaluated["logits"]),
+        "feat_2d": relative(ours.feat_2d, evaluated["feat_2d"]),
         "training logits": relative(ours_trained, trained),
         "statistics": float(np.max([0.0, *jax.tree.leaves(jax.tree.map(relative, stats, expected))])),  # max hides nan
         "first gradient": relative(_first_kernel(grads[architecture.stages[0][0]]), first_grad.transpose(2, 3, 1, 0)),
@@ -48,8 +50,14 @@ def errors(network: torch.nn.Module, architecture: Architecture, size: int, batc
 
 
 # A training pass divides by spreads of few values, which magnifies the rounding of float32.
-BOUNDS = {"logits": 1e-4, "feat_2d": 1e-4, "training logits": 1e-3, "statistics": 1e-4, "first gradient": 1e-5,
-          "last gradient": 1e-5}
+BOUNDS = {
+    "logits": 1e-4,
+    "feat_2d": 1e-4,
+    "training logits": 1e-3,
+    "statistics": 1e-4,
+    "first gradient": 1e-5,
+    "last gradient": 1e-5,
+}
 
 
 def within_bounds(errors: dict[str, float]) -> bool:
@@ -94,8 +102,11 @@ def _randomise(network: torch.nn.Module, pixels: np.ndarray) -> None:
 
 
 def _norms(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {name: module for name, module in network.named_modules()
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    }
 
 
 def _state(network: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -163,6 +174,7 @@ def _forward(model, variables, pixels):
 
 def _gradients(model, variables, pixels, labels) -> dict:
     """Of the parameters, with the stages in float64."""
+
     def loss(params, rest):
         outputs, _ = wide.apply({**rest, "params": params}, pixels, train=True, mutable=["batch_stats"])
         return -jax.nn.log_softmax(outputs.logit)[np.arange(len(labels)), labels].mean()

@@ -1,7 +1,8 @@
 """Every family at full size against PyTorch, as the table of docs/models.md:
 
-    python tests/parity_table.py [NAME ...]     # a quarter of an hour on one core; needs torchvision and timm
+python tests/parity_table.py [NAME ...]     # a quarter of an hour on one core; needs torchvision and timm
 """
+
 import pathlib
 import sys
 from collections.abc import Callable
@@ -9,19 +10,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import torchvision_cpu  # noqa: F401, before torchvision
-
+import parity
 import timm
 import torch
+import torch_networks
 import torchvision
+import torchvision_cpu  # noqa: F401, before torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 
-import parity
-import torch_networks
 from asib_jax.models import MODELS
-from asib_jax.models.layers import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.efficientnet import efficientnet
+from asib_jax.models.layers import Architecture
 from asib_jax.models.resnet import imagenet_resnet
 
 
@@ -57,6 +57,7 @@ def _small_shufflenet(network: torch.nn.Module) -> None:
 def _unit_stride(find: Callable[[torch.nn.Module], torch.nn.Conv2d]) -> Callable[[torch.nn.Module], None]:
     def change(network: torch.nn.Module) -> None:
         find(network).stride = (1, 1)
+
     return change
 
 
@@ -68,18 +69,24 @@ def _basic(depth: int, widths: tuple[int, ...] = (16, 32, 64), stem: int = 16) -
 _TIMM_STEM, _FEATURES = _unit_stride(lambda n: n.conv_stem), _unit_stride(lambda n: n.features[0][0])
 _L_WIDTHS = (192, 384, 768, 1536)
 CASES = {
-    "resnet20": _basic(20), "resnet56": _basic(56), "resnet8x4": _basic(8, (64, 128, 256), 32),
+    "resnet20": _basic(20),
+    "resnet56": _basic(56),
+    "resnet8x4": _basic(8, (64, 128, 256), 32),
     "wrn_16_2": Case(lambda: torch_networks.wide_resnet(16, 2, parity.CLASSES), 32),
     "wrn_40_1": Case(lambda: torch_networks.wide_resnet(40, 1, parity.CLASSES), 32),
     "wrn_40_2": Case(lambda: torch_networks.wide_resnet(40, 2, parity.CLASSES), 32),
     "vgg8": Case(lambda: torch_networks.vgg(((64,), (128,), (256,), (512,), (512,)), parity.CLASSES), 32),
-    "vgg13": Case(lambda: torch_networks.vgg(((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
-                                             parity.CLASSES), 32),
+    "vgg13": Case(
+        lambda: torch_networks.vgg(((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2), parity.CLASSES), 32
+    ),
     "resnet50": Case(_torchvision("resnet50"), 224, _small_resnet),
     "resnet101": Case(_torchvision("resnet101"), 224, _small_resnet),
     "resnet152 (depths 3, 8, 9, 3)": Case(  # 50 blocks magnify the rounding of a training pass to 4e-4
-        lambda: ResNet(Bottleneck, (3, 8, 9, 3), parity.CLASSES), 224, _small_resnet,
-        lambda small: imagenet_resnet((3, 8, 9, 3), small)),
+        lambda: ResNet(Bottleneck, (3, 8, 9, 3), parity.CLASSES),
+        224,
+        _small_resnet,
+        lambda small: imagenet_resnet((3, 8, 9, 3), small),
+    ),
     "mobilenet_v2": Case(_torchvision("mobilenet_v2"), 224, _FEATURES),
     "mobilenet_v2 (timm)": Case(_timm("mobilenetv2_100"), 224, _TIMM_STEM),
     "shufflenet_v2": Case(_torchvision("shufflenet_v2_x1_0"), 224, _small_shufflenet),
@@ -87,12 +94,15 @@ CASES = {
     "efficientnet_b0 (torchvision)": Case(_torchvision("efficientnet_b0"), 224, _FEATURES),
     "efficientnet_b2": Case(_timm("efficientnet_b2"), 256, _TIMM_STEM),
     "efficientnet_l2 (B0's width and depth)": Case(
-        _timm("tf_efficientnet_b0"), 224, _TIMM_STEM,
-        lambda small: efficientnet(1.0, 1.0, 0.5, small, tensorflow=True)),
+        _timm("tf_efficientnet_b0"), 224, _TIMM_STEM, lambda small: efficientnet(1.0, 1.0, 0.5, small, tensorflow=True)
+    ),
     "convnext_s": Case(_timm("convnext_small"), 224, _small_convnext),
     "convnext_l (depths 1, 1, 3, 1)": Case(
-        _timm("convnext_large", depths=(1, 1, 3, 1)), 224, _small_convnext,
-        lambda small: convnext(_L_WIDTHS, (1, 1, 3, 1), 0.5, small)),
+        _timm("convnext_large", depths=(1, 1, 3, 1)),
+        224,
+        _small_convnext,
+        lambda small: convnext(_L_WIDTHS, (1, 1, 3, 1), 0.5, small),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """What a run called "run" leaves in its results folder, and whether two of them left the same."""
+
 import csv
 import json
 from pathlib import Path
@@ -12,14 +13,19 @@ from asib_jax.weights import checkpoint
 
 def contents(folder: Path) -> list[dict[str, Any]]:
     """All checkpoints, the teachers' too; the metrics but for times; the run's only row, but for its minutes."""
-    found = {str(path.parent.relative_to(folder)): checkpoint.restore(path.parent)
-             for path in folder.rglob("_CHECKPOINT_METADATA")
-             if not any(part.startswith(".") for part in path.relative_to(folder).parts)}  # half a teacher, at a kill
+    found = {
+        str(path.parent.relative_to(folder)): checkpoint.restore(path.parent)
+        for path in folder.rglob("_CHECKPOINT_METADATA")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }  # half a teacher, at a kill
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     with open(folder / "summary.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    return [found, {key: value for key, value in metrics.items() if not key.startswith("time/")},
-            {key: value for key, value in row.items() if key != "minutes"}]
+    return [
+        found,
+        {key: value for key, value in metrics.items() if not key.startswith("time/")},
+        {key: value for key, value in row.items() if key != "minutes"},
+    ]
 
 
 def assert_same(a: Path, b: Path) -> None:

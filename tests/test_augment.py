@@ -1,4 +1,5 @@
 """Augmentation against numpy on single images, and mixing on one device against two."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +24,7 @@ def windows(image, pad):
     """Every crop of `image` padded with zeros, by its offset."""
     height, width, _ = image.shape
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-    return {
-        (y, x): padded[y : y + height, x : x + width] for y in range(2 * pad + 1) for x in range(2 * pad + 1)
-    }
+    return {(y, x): padded[y : y + height, x : x + width] for y in range(2 * pad + 1) for x in range(2 * pad + 1)}
 
 
 def test_policy_0_only_converts():

@@ -2,6 +2,7 @@
 
 CASES go through the functions that launch/main.py calls until a run's folder exists; SCRIPTS are the scripts.
 """
+
 import fcntl
 import importlib
 import json
@@ -15,19 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from asib_jax import models, preparation
-from asib_jax import recipe
-from asib_jax.recipe import checks
-from asib_jax.weights import torch_names
-from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record
-from asib_jax.models.kd_model import KDModel
-from asib_jax.recipe.keys import flat
-from configs import l4_full
 from launching import ROOT, launch, launch_process
 from networks import random_values
 from test_recipe import A_FILE, STEADY, changed
+
+from asib_jax import models, preparation, recipe
+from asib_jax.errors import UserError
+from asib_jax.models.kd_model import KDModel
+from asib_jax.recipe import checks
+from asib_jax.recipe.keys import flat
+from asib_jax.record.experiment import Record
+from asib_jax.weights import torch_names
+from configs import l4_full
 
 ABSENT = "gpu" if jax.default_backend() == "cpu" else "cpu"
 FINETUNED = {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 3}
@@ -60,7 +60,7 @@ CASES = [
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"seed": 2**31}, f"seed={2**31}", "2**31"),
     ({"student_epochs_per_stage": (10, 10**30)}, "student_epochs_per_stage=(10, 1000", "2**31"),
-    ({"dataset.batch_size": -2**40}, f"dataset.batch_size={-2**40}", "2**31"),
+    ({"dataset.batch_size": -(2**40)}, f"dataset.batch_size={-(2**40)}", "2**31"),
     ({"tau": float("nan")}, "tau=nan", "finite"),
     ({"student_lr": float("inf")}, "student_lr=inf", "finite"),
     ({"tau_schedule": (2.0, float("nan"))}, "tau_schedule=(2.0, nan)", "finite"),
@@ -115,8 +115,7 @@ CASES = [
     (npz("names"), "names.npz", "class_names"),
     (npz("colour") | {"model.student.mean": (0.1, 0.2)}, "model.student.mean=(0.1, 0.2)", "3 channels"),
     ({"teacher2.std": (0.2, 0.2, 0.2)}, "teacher2.std=(0.2, 0.2, 0.2)", "1 channels"),
-    ({"dataset.name": "cifar100", "dataset.path": "FILES/cut.tar.gz"}, "cut.tar.gz", "archive",
-     "dataset.path="),
+    ({"dataset.name": "cifar100", "dataset.path": "FILES/cut.tar.gz"}, "cut.tar.gz", "archive", "dataset.path="),
     ({"dataset.name": "cifar100", "dataset.path": "FILES/results"}, "results", "binary"),
     ({"dataset.name": "folder", "dataset.path": "FILES/file"}, "train/<class>", "dataset.path"),
     ({"dataset.name": "imagenet32", "dataset.path": "FILES/results"}, "train_data_batch_1.npz", "dataset.path"),
@@ -145,8 +144,11 @@ CASES = [
     ({"teacher2.train_epochs": 0}, "teacher2.weights", "teacher2.train_epochs"),
     ({"teacher1.weights": A_FILE}, "teacher1.weights and teacher1.train_epochs", "keep one"),
     ({"teacher1.weights": "no.npz", "teacher1.train_epochs": 0}, "teacher1.weights='no.npz'", "does not exist"),
-    ({"model.student.name": "resnet8", "model.student.weights": "no.npz"}, "model.student.weights='no.npz'",
-     "does not exist"),
+    (
+        {"model.student.name": "resnet8", "model.student.weights": "no.npz"},
+        "model.student.weights='no.npz'",
+        "does not exist",
+    ),
     (GIVEN | {"teacher1.weights": "~nobodyhere/w.npz"}, "weights='~nobodyhere/w.npz'", "home directory"),
     (GIVEN | {"teacher1.weights": A_FILE}, "teacher1.weights=", ".safetensors, .npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.npz"}, "teacher1.weights=", "cannot read weights", "text.npz"),
@@ -154,17 +156,37 @@ CASES = [
     (GIVEN | {"teacher1.weights": "FILES/text.pth"}, "teacher1.weights=", "cannot read weights"),
     (GIVEN | {"teacher1.weights": "FILES/results"}, "teacher1.weights=", "/results"),
     (GIVEN | {"teacher1.weights": "FILES/resnet14.npz"}, "teacher1.weights=", "do not fit", "layer1.1."),
-    (GIVEN | {"teacher1.weights": "FILES/seven.npz"}, "teacher1.weights=", "fit resnet8 only in part", "(64, 7)",
-     "teacher1.finetune_epochs"),
+    (
+        GIVEN | {"teacher1.weights": "FILES/seven.npz"},
+        "teacher1.weights=",
+        "fit resnet8 only in part",
+        "(64, 7)",
+        "teacher1.finetune_epochs",
+    ),
     (STUDENT | {"model.student.weights": "FILES/resnet14.npz"}, "model.student.weights=", "do not fit", "layer1.1."),
     (FINETUNED | {"teacher1.weights": "hf:timm"}, "hf:timm", "hf:OWNER/REPO"),
     (FINETUNED | {"teacher1.name": "resnet14_scratch"}, "teacher1.name='resnet14_scratch'", "without _scratch"),
-    (FINETUNED | {"teacher1.name": "efficientnet_b0", "teacher1.weights": "hf:timm/tf_efficientnet_b0.ns_jft_in1k"},
-     "teacher1.weights='hf:timm/tf_efficientnet_b0", "without tf_"),
-    (FINETUNED | {"teacher1.weights": "hf:timm/resnet14.tv2_in1k", "teacher1.saw_val": False,
-                  "dataset.name": "imagenet32"}, "teacher1.saw_val=False", "set teacher1.saw_val=True"),
-    (STUDENT | {"model.student.weights": "hf:timm/resnet14.tv2_in1k", "model.student.saw_val": False,
-                "dataset.name": "imagenet32"}, "model.student.saw_val=False", "set model.student.saw_val=True"),
+    (
+        FINETUNED | {"teacher1.name": "efficientnet_b0", "teacher1.weights": "hf:timm/tf_efficientnet_b0.ns_jft_in1k"},
+        "teacher1.weights='hf:timm/tf_efficientnet_b0",
+        "without tf_",
+    ),
+    (
+        FINETUNED
+        | {"teacher1.weights": "hf:timm/resnet14.tv2_in1k", "teacher1.saw_val": False, "dataset.name": "imagenet32"},
+        "teacher1.saw_val=False",
+        "set teacher1.saw_val=True",
+    ),
+    (
+        STUDENT
+        | {
+            "model.student.weights": "hf:timm/resnet14.tv2_in1k",
+            "model.student.saw_val": False,
+            "dataset.name": "imagenet32",
+        },
+        "model.student.saw_val=False",
+        "set model.student.saw_val=True",
+    ),
     # stages, epochs, schedules
     ({"student_epochs_per_stage": ()}, "student_epochs_per_stage", "empty"),
     ({"student_epochs_per_stage": (10, 0)}, "student_epochs_per_stage=(10, 0)", "at least 1"),
@@ -175,8 +197,11 @@ CASES = [
     ({"student_freeze_level": (-1, 5)}, "student_freeze_level=5", "0 to 4"),
     ({"student_freeze_level": (-2,)}, "student_freeze_level=-2", "0 to 4"),
     ({"teacher2.freeze_level": (1, 1, 1)}, "teacher2.freeze_level=(1, 1, 1)", "one per stage (2)"),
-    ({"teacher2.freeze_level": (7,), "use_teacher_finetuning": True, "train_distill_adapter_only": False},
-     "teacher2.freeze_level=7", "0 to 4"),
+    (
+        {"teacher2.freeze_level": (7,), "use_teacher_finetuning": True, "train_distill_adapter_only": False},
+        "teacher2.freeze_level=7",
+        "0 to 4",
+    ),
     (FINETUNED | {"teacher1.finetune_freeze_level": 5}, "teacher1.finetune_freeze_level=5", "0 to 4"),
     ({"tau_schedule": (2.0,)}, "tau_schedule=(2.0,)", "2 entries"),
     ({"tau_schedule": (0.0, 4.0)}, "tau_schedule=(0.0, 4.0)", "positive"),
@@ -194,13 +219,25 @@ CASES = [
     ({"schedule.min_lr": 5e-4}, "schedule.min_lr=0.0005", "a_step_lr=0.0001"),
     ({"schedule.step_size": 0}, "schedule.step_size=0", "at least 1"),
     ({"schedule.gamma": 0.0}, "schedule.gamma=0.0", "positive"),
-    ({"schedule.lr_warmup_epochs": 17}, "schedule.lr_warmup_epochs=17", "16 A-epochs",
-     "--config.schedule.lr_warmup_epochs=16"),
-    ({"schedule.lr_warmup_epochs": 21, "teacher_adapt_epochs": 11}, "schedule.lr_warmup_epochs=21", "20 B-epochs",
-     "--config.schedule.lr_warmup_epochs=20"),
+    (
+        {"schedule.lr_warmup_epochs": 17},
+        "schedule.lr_warmup_epochs=17",
+        "16 A-epochs",
+        "--config.schedule.lr_warmup_epochs=16",
+    ),
+    (
+        {"schedule.lr_warmup_epochs": 21, "teacher_adapt_epochs": 11},
+        "schedule.lr_warmup_epochs=21",
+        "20 B-epochs",
+        "--config.schedule.lr_warmup_epochs=20",
+    ),
     ({"schedule.lr_warmup_epochs": -1}, "schedule.lr_warmup_epochs=-1", "at least 0"),
-    ({"teacher1.train_epochs": 1}, "teacher1.warmup_epochs=2", "teacher1.train_epochs=1",
-     "--config.teacher1.warmup_epochs=1"),
+    (
+        {"teacher1.train_epochs": 1},
+        "teacher1.warmup_epochs=2",
+        "teacher1.train_epochs=1",
+        "--config.teacher1.warmup_epochs=1",
+    ),
     ({"teacher1.train_epochs": -1}, "teacher1", "train_epochs"),
     # learning
     ({"optimizer": "adam"}, "optimizer='adam'", "'adamw', 'sgd'"),
@@ -217,8 +254,11 @@ CASES = [
     ({"teacher1.train_weight_decay": -1.0}, "teacher1.train_weight_decay=-1.0", "at least 0"),
     ({"teacher1.label_smoothing": 1.0}, "teacher1.label_smoothing=1.0", "[0, 1)"),
     ({"teacher1.finetune_epochs": 3}, "teacher1.finetune_epochs=3 needs teacher1.weights", "teacher1.train_epochs"),
-    ({"teacher1.finetune_use_cutmix": True, "teacher1.finetune_cutmix_alpha": 0.0},
-     "teacher1.finetune_cutmix_alpha=0.0", "positive"),
+    (
+        {"teacher1.finetune_use_cutmix": True, "teacher1.finetune_cutmix_alpha": 0.0},
+        "teacher1.finetune_cutmix_alpha=0.0",
+        "positive",
+    ),
     (FINETUNED | {"teacher1.finetune_lr": 1e-6}, "schedule.min_lr=1e-05", "teacher1.finetune_lr=1e-06"),
     ({"teacher1.early_stopping_patience": -1}, "teacher1.early_stopping_patience=-1", "at least 0"),
     ({"teacher1.early_stopping_min_delta": 1.5}, "teacher1.early_stopping_min_delta=1.5", "[0, 1]"),
@@ -232,14 +272,24 @@ CASES = [
     ({"kd_target": "avg", "teacher_adapt_epochs": 0, "feat_kd_alpha": 1.0}, "feat_kd_alpha", "teacher_adapt_epochs"),
     ({"teacher2": ...}, "1 teachers configured", "add teacher2"),
     ({"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32}, "distill_out_dim=64", "ib_mbm_out_dim=32"),
-    ({"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32, "feat_kd_key": "feat_2d"}, "feat_2d of width 64",
-     "ib_mbm_out_dim=32", "feat_kd_alpha=0"),
+    (
+        {"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32, "feat_kd_key": "feat_2d"},
+        "feat_2d of width 64",
+        "ib_mbm_out_dim=32",
+        "feat_kd_alpha=0",
+    ),
     ({"feat_kd_key": "feat_4d"}, "feat_kd_key='feat_4d'", "'distill_feat', 'feat_2d'"),
-    ({"feat_kd_key": "distill_feat", "use_distillation_adapter": False, "train_distill_adapter_only": False},
-     "feat_kd_key", "use_distillation_adapter"),
+    (
+        {"feat_kd_key": "distill_feat", "use_distillation_adapter": False, "train_distill_adapter_only": False},
+        "feat_kd_key",
+        "use_distillation_adapter",
+    ),
     ({"use_distillation_adapter": False}, "train_distill_adapter_only", "use_distillation_adapter"),
-    ({"use_distillation_adapter": False, "train_distill_adapter_only": False, "teacher1.name": "resnet8x4"},
-     "different widths [256, 64]", "use_distillation_adapter=True"),
+    (
+        {"use_distillation_adapter": False, "train_distill_adapter_only": False, "teacher1.name": "resnet8x4"},
+        "different widths [256, 64]",
+        "use_distillation_adapter=True",
+    ),
     ({"use_teacher_finetuning": True}, "use_teacher_finetuning", "train_distill_adapter_only"),
     ({"mixup_alpha": 0.2, "cutmix_alpha_distill": 1.0}, "mixup_alpha and cutmix_alpha_distill", "set one of them to 0"),
     ({"disagree_mode": "logits"}, "disagree_mode='logits'", "'pred', 'both_wrong', 'any_wrong'"),
@@ -278,13 +328,20 @@ def _data_files(folder: pathlib.Path) -> None:
     good = {"x_train": image, "y_train": label, "x_test": image[:20], "y_test": label[:20]}
     lonely = np.where(np.arange(60) < 59, np.arange(60) % 9, 9)
     wrong = {
-        "objects": {"y_train": label.astype(object)}, "label_above": {"y_test": label[:20] + 5},
-        "label_below": {"y_train": label - 1}, "label_float": {"y_train": label / 1.0},
-        "label_count": {"y_train": label[:59]}, "flat": {"x_train": image.reshape(60, 64)},
-        "float": {"x_train": np.float32(image)}, "sizes": {"x_test": image[:20, :4, :4]},
-        "nan": {"x_test": np.full((20, 8, 8, 1), np.nan, np.float32)}, "no_images": {"x_train": image[:0]},
-        "names": {"class_names": np.arange(10)}, "lonely": {"y_train": lonely},
-        "colour": {"x_train": image.repeat(3, -1), "x_test": image[:20].repeat(3, -1)}, "good": {},
+        "objects": {"y_train": label.astype(object)},
+        "label_above": {"y_test": label[:20] + 5},
+        "label_below": {"y_train": label - 1},
+        "label_float": {"y_train": label / 1.0},
+        "label_count": {"y_train": label[:59]},
+        "flat": {"x_train": image.reshape(60, 64)},
+        "float": {"x_train": np.float32(image)},
+        "sizes": {"x_test": image[:20, :4, :4]},
+        "nan": {"x_test": np.full((20, 8, 8, 1), np.nan, np.float32)},
+        "no_images": {"x_train": image[:0]},
+        "names": {"class_names": np.arange(10)},
+        "lonely": {"y_train": lonely},
+        "colour": {"x_train": image.repeat(3, -1), "x_test": image[:20].repeat(3, -1)},
+        "good": {},
     }
     for name, arrays in wrong.items():
         np.savez(folder / f"{name}.npz", **good | arrays)
@@ -312,8 +369,9 @@ def _weights_files(folder: pathlib.Path) -> None:
 
 def config_of(changes: dict, files: pathlib.Path) -> dict:
     """`configs/l4_full.py:digits`, steadied and changed, with results in a folder that has some already."""
-    paths = {key: value.replace("FILES", str(files)) if isinstance(value, str) else value
-             for key, value in changes.items()}
+    paths = {
+        key: value.replace("FILES", str(files)) if isinstance(value, str) else value for key, value in changes.items()
+    }
     tree = changed(l4_full.get_config("digits"), STEADY | {"results_dir": str(files / "results")} | paths)
     return {key: value for key, value in tree.items() if value is not ...}
 
@@ -330,8 +388,11 @@ def contents(folder: pathlib.Path) -> dict:
     return {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("changes, words", [(case[0], case[1:]) for case in CASES],
-                         ids=[f"{k}-{','.join(case[0])}" for k, case in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "changes, words",
+    [(case[0], case[1:]) for case in CASES],
+    ids=[f"{k}-{','.join(case[0])}" for k, case in enumerate(CASES)],
+)
 def test_is_refused(changes, words, files, compiled):
     """With a UserError, which all of these are, that says so; nothing compiled, nothing written, nothing touched."""
     before, programs = contents(files / "results"), compiled()
@@ -351,8 +412,13 @@ def test_what_is_right_begins(files, compiled, tmp_path, monkeypatch):
     """Without the change, or with files that fit; a program is seen where one is compiled. A ~ is the home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     programs = compiled()
-    given = {"platform": jax.default_backend(), "num_devices": 2, "model.student.weights": "FILES/resnet8.npz",
-             "teacher1.name": "resnet8", "teacher1.weights": "FILES/seven.npz"}
+    given = {
+        "platform": jax.default_backend(),
+        "num_devices": 2,
+        "model.student.weights": "FILES/resnet8.npz",
+        "teacher1.name": "resnet8",
+        "teacher1.weights": "FILES/seven.npz",
+    }
     for changes in ({}, npz("good") | STUDENT | FINETUNED | given):
         record = begin(config_of(changes | {"results_dir": "~/runs"}, files))
         assert record.folder.parent == tmp_path / "runs"
@@ -365,8 +431,11 @@ def test_what_is_right_begins(files, compiled, tmp_path, monkeypatch):
 def test_no_number_escapes_by_not_being_one(files):
     """Every floating-point key, teachers' among them, alone or in a tuple."""
     read = recipe.read(config_of({}, files))
-    keys = {key: value for key, value in flat(read).items()
-            if isinstance(value, float) or isinstance(value, tuple) and any(isinstance(v, float) for v in value)}
+    keys = {
+        key: value
+        for key, value in flat(read).items()
+        if isinstance(value, float) or (isinstance(value, tuple) and any(isinstance(v, float) for v in value))
+    }
     assert len(keys) >= 59
     for key, value in keys.items():
         nan = (*value[:-1], float("nan")) if isinstance(value, tuple) else float("nan")
@@ -439,8 +508,11 @@ def errors(told: subprocess.CompletedProcess) -> list[str]:
     return [line for line in told.stderr.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("script, arguments, words", [(case[0], case[1], case[2:]) for case in SCRIPTS],
-                         ids=[f"{case[0]}-{k}" for k, case in enumerate(SCRIPTS)])
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    [(case[0], case[1], case[2:]) for case in SCRIPTS],
+    ids=[f"{case[0]}-{k}" for k, case in enumerate(SCRIPTS)],
+)
 def test_a_script_says_so_once(script, arguments, words, files):
     (files / "wrong.py").write_text("def get_config(profile=''):\n    return digits\n")
     (files / "none.py").write_text("def get_config(profile=''):\n    pass\n")
@@ -462,15 +534,19 @@ def test_verbose_shows_where():
     assert "Traceback" in ended.stderr and "in check" in ended.stderr
 
 
-@pytest.mark.parametrize("flags, mistake, status, error", [
-    ([], "1 / 0", 1, "ZeroDivisionError: division by zero"),
-    (["--verbose"], "1 / 0", 1, "ZeroDivisionError: division by zero"),
-    ([], "open('nothing')", 2, "[Errno 2] No such file or directory: 'nothing'"),
-])
+@pytest.mark.parametrize(
+    "flags, mistake, status, error",
+    [
+        ([], "1 / 0", 1, "ZeroDivisionError: division by zero"),
+        (["--verbose"], "1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ([], "open('nothing')", 2, "[Errno 2] No such file or directory: 'nothing'"),
+    ],
+)
 def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error, tmp_path):
     """Without a traceback, but with a word on how to get one."""
     (tmp_path / "script.py").write_text(
-        f"from asib_jax.tools import command_line\ncommand_line.run(lambda: {mistake})\n")
+        f"from asib_jax.tools import command_line\ncommand_line.run(lambda: {mistake})\n"
+    )
     ended = launch(tmp_path / "script", *flags)
     assert ended.returncode == status and errors(ended) == [f"error: {error}"]
     assert ("Traceback" in ended.stderr) == bool(flags) and ("--verbose" in ended.stderr) == (status == 1)
@@ -478,8 +554,10 @@ def test_a_mistake_of_ours_has_another_status(flags, mistake, status, error, tmp
 
 def test_what_libraries_say_is_shown_from_warnings_on():
     """As jax does, through absl, of every kind of device that is not here."""
-    program = ("from absl import logging; from asib_jax.tools import command_line; "
-               "command_line.run(lambda: (logging.info('of no use'), logging.warning('of use')))")
+    program = (
+        "from absl import logging; from asib_jax.tools import command_line; "
+        "command_line.run(lambda: (logging.info('of no use'), logging.warning('of use')))"
+    )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and "of use" in ended.stderr and "of no use" not in ended.stderr
 
@@ -497,9 +575,16 @@ def disk(tmp_path):
 
     def run(used: str) -> subprocess.CompletedProcess:
         return launch_process(
-            "main", "--config=configs/ce_only.py:digits", f"--config.results_dir={tmp_path}", "--config.exp_id=run",
-            "--config.student_epochs_per_stage=(1,)", "--config.schedule.lr_warmup_epochs=1",
-            "--config.train_control=False", shell=("unshare", "-rm", "sh", "-c", IN_TMPFS, str(tmp_path), used))
+            "main",
+            "--config=configs/ce_only.py:digits",
+            f"--config.results_dir={tmp_path}",
+            "--config.exp_id=run",
+            "--config.student_epochs_per_stage=(1,)",
+            "--config.schedule.lr_warmup_epochs=1",
+            "--config.train_control=False",
+            shell=("unshare", "-rm", "sh", "-c", IN_TMPFS, str(tmp_path), used),
+        )
+
     return run
 
 
@@ -521,8 +606,9 @@ def test_a_results_folder_that_fills_up(disk):
 
 def test_a_quota_is_met(tmp_path):
     """No file may be longer than 512 bytes, which a run's configuration is."""
-    ended = launch_process("main", DIGITS, f"--config.results_dir={tmp_path}",
-                           shell=("sh", "-c", 'ulimit -f 1; exec "$@"', "sh"))
+    ended = launch_process(
+        "main", DIGITS, f"--config.results_dir={tmp_path}", shell=("sh", "-c", 'ulimit -f 1; exec "$@"', "sh")
+    )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "results_dir=" in errors(ended)[0] and "File too large" in errors(ended)[0]
     assert not list(tmp_path.iterdir())

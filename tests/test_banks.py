@@ -1,4 +1,5 @@
 """Banks: what is held is what running the networks would give, and a cache is only hit by the same question."""
+
 import functools
 from dataclasses import replace
 
@@ -6,22 +7,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 from asib_jax import streams
+from asib_jax.data.augment import augment
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.evaluate import correct_counts
-from asib_jax.objectives import inputs, optimizers, state
-from asib_jax.data.augment import augment
 from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
+from asib_jax.objectives import inputs, optimizers, state
 from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import make_train_step
-from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
 
 SPLIT = make_split(21)
 KEYS = [streams.key(0, "augment", 0, view) for view in range(2)]
-A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.0, kd_alpha=0.0, cccp_alpha=0.0, cccp_tau=4.0,
-                 feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=1)
+A_TERMS = ATerms(
+    synergy_ce_alpha=0.6,
+    synergy_kd_alpha=1.0,
+    kd_alpha=0.0,
+    cccp_alpha=0.0,
+    cccp_tau=4.0,
+    feat_kd_alpha=0.0,
+    reg_lambda=0.0,
+    ib_mbm_reg_lambda=0.0,
+    label_smoothing=0.0,
+    min_cw=0.1,
+    data_aug=1,
+)
 B_TERMS = BTerms(data_aug=1, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", kd_max_ratio=2.0)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,11 +44,19 @@ def make():
     return nets, random_variables(nets)
 
 
-def build(split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache="", who="teachers",
-          **options):
+def build(
+    split=SPLIT, *, variables=None, nets=None, devices=1, keys=KEYS, data_aug=1, cache="", who="teachers", **options
+):
     feed = make_feed(devices, **{"eval_batch": 8} | options)
-    bank = Bank(nets or make()[0], split, feed, name="a split", key=lambda view: keys[view[1]], data_aug=data_aug,
-                cache=str(cache))
+    bank = Bank(
+        nets or make()[0],
+        split,
+        feed,
+        name="a split",
+        key=lambda view: keys[view[1]],
+        data_aug=data_aug,
+        cache=str(cache),
+    )
     return bank.read(who, variables or make()[1], [(0, number) for number in range(len(keys))])
 
 
@@ -71,8 +91,11 @@ def streamed(key):
 def test_what_is_stored_has_the_compute_type_as_what_is_streamed(tmp_path):
     """bfloat16 features, float32 logits, from the networks, stored, and bitwise the same from the cache."""
     nets, variables = make()
-    half = replace(nets, teachers=tuple(model.clone(dtype=jnp.bfloat16) for model in nets.teachers),
-                   student=nets.student.clone(dtype=jnp.bfloat16))
+    half = replace(
+        nets,
+        teachers=tuple(model.clone(dtype=jnp.bfloat16) for model in nets.teachers),
+        student=nets.student.clone(dtype=jnp.bfloat16),
+    )
     (view,), (again,) = (build(nets=half, keys=KEYS[:1], cache=tmp_path) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, view, again)
     streamed_teachers, _ = jax.eval_shape(lambda: run_teachers(half, variables, jnp.float32(SPLIT.image)))
@@ -89,15 +112,32 @@ def test_a_step_from_the_bank_is_the_plain_step(kind):
     """One update by SGD gives the same parameters, to 1e-5, as running the teachers on that view of the images."""
     nets, variables = make()
     names = ("ib_mbm", "synergy_head") if kind == "a" else ("student",)
-    loss = (functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=None) if kind == "a" else
-            functools.partial(b_loss, nets=nets, terms=B_TERMS))
+    loss = (
+        functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=None)
+        if kind == "a"
+        else functools.partial(b_loss, nets=nets, terms=B_TERMS)
+    )
     tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
     step = jax.jit(make_train_step(loss, tx))
-    values = {"tau": 3.0, "beta": 1e-3, "open": 1.0, "certain": 1.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0,
-              "ratio_on": 1.0, "lr": 0.1}
-    controls = {**jax.tree.map(np.float32, values), "step": np.int32(0), "augment_key": KEYS[1],
-                "noise_key": streams.key(0, "noise"), "dropout_key": streams.key(0, "dropout"),
-                "mix_key": streams.key(0, "mix")}
+    values = {
+        "tau": 3.0,
+        "beta": 1e-3,
+        "open": 1.0,
+        "certain": 1.0,
+        "gate": 1.0,
+        "average_share": 0.0,
+        "ramp": 1.0,
+        "ratio_on": 1.0,
+        "lr": 0.1,
+    }
+    controls = {
+        **jax.tree.map(np.float32, values),
+        "step": np.int32(0),
+        "augment_key": KEYS[1],
+        "noise_key": streams.key(0, "noise"),
+        "dropout_key": streams.key(0, "dropout"),
+        "mix_key": streams.key(0, "mix"),
+    }
     rows = np.arange(1, 17, 2)
     plain = {name: leaf[rows] for name, leaf in SPLIT._asdict().items()}
 
@@ -153,11 +193,16 @@ def test_cache_answers_the_same_question_only(tmp_path):
     small = SHALLOW["teachers"][0]
     coarse = small._replace(stages=((small.stages[0][0], functools.partial(small.stages[0][1], stride=2)),))
     coarser = replace(nets, teachers=(nets.teachers[0].clone(architecture=coarse), nets.teachers[1]))
-    for question in ({"variables": changed(variables, "params", "teacher2", "stage0", "conv", "kernel")},
-                     {"variables": changed(variables, "batch_stats", "teacher1", "stage0", "bn", "var")},
-                     {"split": other_image()}, {"split": SPLIT._replace(index=SPLIT.index + 1)}, {"data_aug": 3},
-                     {"keys": [streams.key(0, "augment", 1, view) for view in range(2)]}, {"nets": wider},
-                     {"nets": coarser}):
+    for question in (
+        {"variables": changed(variables, "params", "teacher2", "stage0", "conv", "kernel")},
+        {"variables": changed(variables, "batch_stats", "teacher1", "stage0", "bn", "var")},
+        {"split": other_image()},
+        {"split": SPLIT._replace(index=SPLIT.index + 1)},
+        {"data_aug": 3},
+        {"keys": [streams.key(0, "augment", 1, view) for view in range(2)]},
+        {"nets": wider},
+        {"nets": coarser},
+    ):
         assert not answered(**question)
     assert len(list(tmp_path.iterdir())) == 2 * 9
 
@@ -174,9 +219,12 @@ def test_logits_of_16_bit_networks_are_held_in_16_bits():
     """Of bfloat16 networks float16's rounding of the logits, 2^-11, the same class everywhere; of float32 ones all
     bits; and a step reads either as float32."""
     nets, variables = make()
-    half = replace(nets, teachers=tuple(model.clone(dtype=jnp.bfloat16) for model in nets.teachers),
-                   student=nets.student.clone(dtype=jnp.bfloat16))
-    for networks, kind, rounding in ((nets, np.float32, 0), (half, np.float16, 2 ** -11)):
+    half = replace(
+        nets,
+        teachers=tuple(model.clone(dtype=jnp.bfloat16) for model in nets.teachers),
+        student=nets.student.clone(dtype=jnp.bfloat16),
+    )
+    for networks, kind, rounding in ((nets, np.float32, 0), (half, np.float16, 2**-11)):
         bank = Bank(networks, SPLIT, make_feed(), name="a split", narrow=True)
         (read,), (student,) = bank.read("teachers", variables), bank.read("student", variables)
         held = {"teachers": bank.of("teachers").host["teachers"], "student": bank.of("student").host["student"]}
@@ -190,8 +238,15 @@ def test_logits_of_16_bit_networks_are_held_in_16_bits():
 
 
 def test_a_bank_holds_what_it_has_read_until_it_forgets():
-    bank = Bank(make()[0], SPLIT, feed := make_feed(), name="a split", key=lambda view: KEYS[view[1]], data_aug=1,
-                place=feed.place)
+    bank = Bank(
+        make()[0],
+        SPLIT,
+        feed := make_feed(),
+        name="a split",
+        key=lambda view: KEYS[view[1]],
+        data_aug=1,
+        place=feed.place,
+    )
     teachers = bank.read("teachers", make()[1], [(0, 0), (0, 1)])
     (student,) = bank.read("student", make()[1], [(0, 1)])
     for number, outputs in enumerate(teachers):

@@ -1,4 +1,5 @@
 """Rows of an epoch's batches: the order of the generator, every example once in evaluation."""
+
 import numpy as np
 import pytest
 

@@ -1,28 +1,36 @@
 """The benchmark: projections and operations against counts by hand, and a whole measurement of tiny networks."""
+
 import json
 import math
 import time
-
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from asib_jax import build
-from asib_jax import recipe as recipes
-from asib_jax.recipe import checks
-from asib_jax.tools import benchmark, benchmark_report, cost, device_check, workloads
-from asib_jax.models import MODELS
-from configs import l2_cccp, l4_full
 from launching import launch
 from networks import convolutions, full_size_shapes
 
+from asib_jax import build, recipe as recipes
+from asib_jax.models import MODELS
+from asib_jax.recipe import checks
+from asib_jax.tools import benchmark, benchmark_report, cost, device_check, workloads
+from configs import l2_cccp, l4_full
+
 RATES = {"a_streaming": 10, "a_stored": 200, "b_streaming": 5, "b_stored": 20, "read_teachers": 50, "read_student": 400}
-TINY = {"model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
-        "num_devices": 1, "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2,
-        "dataset.train_subset": 70, "a_step_views": 3, "b_step_views": 0}
+TINY = {
+    "model.student.name": "tiny_scratch",
+    "teacher1.name": "tiny_teacher",
+    "teacher2.name": "tiny_teacher",
+    "num_devices": 1,
+    "distill_out_dim": 8,
+    "ib_mbm_out_dim": 8,
+    "ib_mbm_n_head": 2,
+    "dataset.train_subset": 70,
+    "a_step_views": 3,
+    "b_step_views": 0,
+}
 
 
 def read(module, profile, **changes):
@@ -31,17 +39,20 @@ def read(module, profile, **changes):
     return workloads.synthetic(recipes.read(config))
 
 
-@pytest.mark.parametrize("a_views, b_views, seconds", [
-    (0, 0, 8 * 90 / 10 + 7 * 90 / 5),
-    # One view: the teachers read it once, the student in both stages.
-    (1, 1, 100 / 50 + 2 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
-    # The A-epochs 0..3 and 4..7 modulo 3 are the views 0 1 2 0 and 1 2 0 1.
-    (3, 0, 3 * 100 / 50 + 6 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 5),
-    # As many views as A-epochs, four a stage; the B-Step's first three epochs have views of these, too.
-    (8, 3, 8 * 100 / 50 + 8 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
-    # Two of the A-Step are among the six of the B-Step: five epochs of its first stage and one of the second.
-    (2, 6, 6 * 100 / 50 + 4 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
-])
+@pytest.mark.parametrize(
+    "a_views, b_views, seconds",
+    [
+        (0, 0, 8 * 90 / 10 + 7 * 90 / 5),
+        # One view: the teachers read it once, the student in both stages.
+        (1, 1, 100 / 50 + 2 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
+        # The A-epochs 0..3 and 4..7 modulo 3 are the views 0 1 2 0 and 1 2 0 1.
+        (3, 0, 3 * 100 / 50 + 6 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 5),
+        # As many views as A-epochs, four a stage; the B-Step's first three epochs have views of these, too.
+        (8, 3, 8 * 100 / 50 + 8 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
+        # Two of the A-Step are among the six of the B-Step: five epochs of its first stage and one of the second.
+        (2, 6, 6 * 100 / 50 + 4 * 100 / 400 + 8 * 90 / 200 + 7 * 90 / 20),
+    ],
+)
 def test_projection_of_a_run(a_views, b_views, seconds):
     """Two stages of 4 A-epochs with 5 and 2 B-epochs; 100 images, of which an epoch's batches take 90."""
     found = benchmark.project(RATES, *described((4, 4), (5, 2), a_views, b_views), images=100, epoch_images=90)
@@ -59,22 +70,32 @@ def test_projection_where_some_views_do_not_fit():
     """Of three views one is held: of six epochs two read it, four run the networks."""
     phases, _ = described((6,), (), 3, 0)
     found = benchmark.project(RATES, phases, frozenset({(0, 1)}), images=100, epoch_images=90)
-    expected = 100 / RATES["read_teachers"] + 100 / RATES["read_student"] + 90 * (2 / RATES["a_stored"]
-                                                                                 + 4 / RATES["a_streaming"])
+    expected = (
+        100 / RATES["read_teachers"]
+        + 100 / RATES["read_student"]
+        + 90 * (2 / RATES["a_stored"] + 4 / RATES["a_streaming"])
+    )
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def described(a_lengths, b_lengths, a_views, b_views):
     """What phases of these lengths say of their epochs, and all views that they read, stored."""
+
     def views(lengths, stage, count):
         numbers = [sum(lengths[:stage]) + epoch for epoch in range(lengths[stage])]
         starts = [(s, e) for s, length in enumerate(lengths) for e in range(length)]
         return tuple(starts[number % count] if count else starts[number] for number in numbers)
 
-    phases = [SimpleNamespace(optimizer="a", views=views(a_lengths, stage, a_views),
-                              reads={"teachers", "student"} if a_views else set()) for stage in range(len(a_lengths))]
-    phases += [SimpleNamespace(optimizer="b", views=views(b_lengths, stage, b_views),
-                               reads={"teachers"} if b_views else set()) for stage in range(len(b_lengths))]
+    phases = [
+        SimpleNamespace(
+            optimizer="a", views=views(a_lengths, stage, a_views), reads={"teachers", "student"} if a_views else set()
+        )
+        for stage in range(len(a_lengths))
+    ]
+    phases += [
+        SimpleNamespace(optimizer="b", views=views(b_lengths, stage, b_views), reads={"teachers"} if b_views else set())
+        for stage in range(len(b_lengths))
+    ]
     return phases, frozenset(view for phase in phases if phase.reads for view in phase.views)
 
 
@@ -91,10 +112,12 @@ def test_products_in_the_run_s_type(dtype):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Of networks of two convolutions and of one, on random digits, with a rival of 3200 images a second at most."""
+
     def rival(recipe, data, platform):
         def work(seconds):
             time.sleep(0.01)
             return 32
+
         return {"torch_a": work, "torch_b": work}
 
     jax.config.update("jax_disable_most_optimizations", True)
@@ -123,9 +146,19 @@ def test_everything_is_measured(report):
     assert rates.keys() == rounds.keys() == report["warm_up"].keys() == benchmark.TITLES.keys()
     for key in ("flops_per_image", "flops_per_second", "share_of_matmul", "ratio_to_torch"):
         assert report[key].keys() == steps
-    measured = [report[key] for key in (
-        "images_per_second", "images_per_second_of_each_round", "view_seconds", "first_step_seconds",
-        "matmul_flops_per_second", "flops_per_image", "share_of_matmul", "ratio_to_torch")]
+    measured = [
+        report[key]
+        for key in (
+            "images_per_second",
+            "images_per_second_of_each_round",
+            "view_seconds",
+            "first_step_seconds",
+            "matmul_flops_per_second",
+            "flops_per_image",
+            "share_of_matmul",
+            "ratio_to_torch",
+        )
+    ]
     measured += [[warm["first_call_seconds"], warm["peak_bytes"]] for warm in report["warm_up"].values()]
     assert all(math.isfinite(n) and n > 0 for n in numbers(measured)) and len(numbers(measured)) > 80
     assert all(warm["compile_seconds"] >= 0 for warm in report["warm_up"].values())
@@ -134,7 +167,8 @@ def test_everything_is_measured(report):
     for name in steps:
         rate = np.median(rounds[name])
         assert report["share_of_matmul"][name] == pytest.approx(
-            rate * report["flops_per_image"][name] / report["matmul_flops_per_second"], rel=1e-9)
+            rate * report["flops_per_image"][name] / report["matmul_flops_per_second"], rel=1e-9
+        )
         ratios = np.divide(rounds[name], rounds[f"torch_{name[0]}"])
         assert report["ratio_to_torch"][name] == pytest.approx(np.median(ratios), rel=1e-9)
     assert 0 < rates["torch_a"] <= 3200
@@ -146,7 +180,11 @@ def test_projections_are_of_the_rates(report):
     report = report[0]
     rows, rates = report["projected_from_rates"], report["images_per_second"]
     assert [(row["part"], row["a_views"], row["b_views"]) for row in rows] == [
-        ("A-Step of 8 epochs", 3, 0), ("whole run", 3, 0), ("A-Step of 8 epochs", 1, 0), ("whole run", 1, 1)]
+        ("A-Step of 8 epochs", 3, 0),
+        ("whole run", 3, 0),
+        ("A-Step of 8 epochs", 1, 0),
+        ("whole run", 1, 1),
+    ]
     reading = {name: 70 / rates[name] for name in ("read_teachers", "read_student")}
     a_epoch, b_epoch = 64 / rates["a_stored"], 64 / rates["b_streaming"]
     expected = 3 * reading["read_teachers"] + 6 * reading["read_student"] + 16 * a_epoch + 60 * b_epoch
@@ -166,8 +204,10 @@ def test_the_text_shows_the_figures(report):
     cells = line.removeprefix("B-Step, stored outputs").split()
     rate = report["images_per_second"]["b_stored"]
     assert float(cells[0].replace(",", "")) == round(rate)
-    assert cells[3:5] == [f"{report['ratio_to_torch']['b_stored']:.2f}",
-                          f"{report['flops_per_image']['b_stored'] / 1e6:,.2f}"]
+    assert cells[3:5] == [
+        f"{report['ratio_to_torch']['b_stored']:.2f}",
+        f"{report['flops_per_image']['b_stored'] / 1e6:,.2f}",
+    ]
 
 
 def forward_flops(model, count: int) -> float:
@@ -226,6 +266,7 @@ def test_pytorch_has_the_same_networks(name):
     """As many parameters as ours with the small stem, without the statistics."""
     import torch
     import torch_networks
+
     assert set(torch_networks.NAMED) <= MODELS.keys()
     with torch.device("meta"):
         network = torch_networks.by_name(name, True, 100)
@@ -237,6 +278,7 @@ def test_pytorch_has_the_same_networks(name):
 def test_pytorch_s_steps():
     """They work on whole batches, one at least, and for as long as they are told."""
     import torch_benchmark
+
     changes = {f"teacher{k}.name": "resnet8" for k in (1, 2)} | {"dataset.train_subset": 100, "dataset.batch_size": 40}
     recipe = read(l2_cccp, "small", **changes)
     torch_benchmark.check(recipe, 1)
@@ -248,14 +290,18 @@ def test_pytorch_s_steps():
 
 
 @pytest.mark.pytorch
-@pytest.mark.parametrize("module, profile, changes, message", [
-    (l4_full, "small", {}, "use_partial_freeze=True, but the PyTorch version has 0 only"),
-    (l2_cccp, "digits", {"dataset.data_aug": 1}, "colour images, which dataset.name='digits' has not"),
-    (l2_cccp, "small", {"dataset.data_aug": 2}, "dataset.data_aug is 2; the PyTorch version has 0, 1, 3"),
-    (l2_cccp, "small", {"teacher1.name": "wrn_16_2"}, "a network's name is 'wrn_16_2'; the PyTorch version has"),
-])
+@pytest.mark.parametrize(
+    "module, profile, changes, message",
+    [
+        (l4_full, "small", {}, "use_partial_freeze=True, but the PyTorch version has 0 only"),
+        (l2_cccp, "digits", {"dataset.data_aug": 1}, "colour images, which dataset.name='digits' has not"),
+        (l2_cccp, "small", {"dataset.data_aug": 2}, "dataset.data_aug is 2; the PyTorch version has 0, 1, 3"),
+        (l2_cccp, "small", {"teacher1.name": "wrn_16_2"}, "a network's name is 'wrn_16_2'; the PyTorch version has"),
+    ],
+)
 def test_what_pytorch_has_not(module, profile, changes, message):
     import torch_benchmark
+
     with pytest.raises(ValueError, match=message):
         torch_benchmark.check(read(module, profile, **changes), 1)
 
@@ -263,7 +309,8 @@ def test_what_pytorch_has_not(module, profile, changes, message):
 def test_errors_come_before_any_work():
     """A configuration of teachers alone; weights that are missing where random ones are not asked for."""
     for arguments, message in (
-            (["--config=configs/finetune_resnet152_cifar100.py", "--synthetic"], "teachers_only=True"),
-            (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights")):
+        (["--config=configs/finetune_resnet152_cifar100.py", "--synthetic"], "teachers_only=True"),
+        (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights"),
+    ):
         result = launch("benchmark", *arguments)
         assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr

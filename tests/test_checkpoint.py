@@ -1,4 +1,5 @@
 """Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
+
 import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
-from asib_jax.weights import checkpoint
 from asib_jax.errors import UserError
+from asib_jax.weights import checkpoint
 
 
 def make_state():

@@ -1,4 +1,5 @@
 """CIFAR-100 by every way, from small synthetic data in the real layouts; hostile and damaged files are refused."""
+
 import hashlib
 import io
 import os
@@ -104,14 +105,17 @@ def write_npz(path):
     return path
 
 
-@pytest.mark.parametrize("write", [
-    pytest.param(lambda p: write_npz(p / "own.npz"), id="npz"),
-    pytest.param(lambda p: write_tar(p / "a.tar.gz", "cifar-100-python", python_version()), id="python archive"),
-    pytest.param(lambda p: write_folder(p / "cifar-100-python", python_version()), id="python folder"),
-    pytest.param(lambda p: write_folder(p / "again", python_version(pickle.dumps)), id="pickled by Python 3"),
-    pytest.param(lambda p: write_tar(p / "a.tar.gz", "cifar-100-binary", binary_version()), id="binary archive"),
-    pytest.param(lambda p: write_folder(p / "cifar-100-binary", binary_version()), id="binary folder"),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda p: write_npz(p / "own.npz"), id="npz"),
+        pytest.param(lambda p: write_tar(p / "a.tar.gz", "cifar-100-python", python_version()), id="python archive"),
+        pytest.param(lambda p: write_folder(p / "cifar-100-python", python_version()), id="python folder"),
+        pytest.param(lambda p: write_folder(p / "again", python_version(pickle.dumps)), id="pickled by Python 3"),
+        pytest.param(lambda p: write_tar(p / "a.tar.gz", "cifar-100-binary", binary_version()), id="binary archive"),
+        pytest.param(lambda p: write_folder(p / "cifar-100-binary", binary_version()), id="binary folder"),
+    ],
+)
 def test_cifar100_from_every_kind_of_path(tmp_path, write):
     path = write(tmp_path)
     assert_is_small(load("cifar100", path=str(path)), path)
@@ -150,11 +154,16 @@ def prepare_with_tfds(folder, file_format="array_record"):
             feature["coarse_label"].int64_list.value.append(COARSE)
             writer.write(example.SerializeToString())
         writer.close()
-        splits.append(tfds.core.SplitInfo(
-            name=split, shard_lengths=[count], num_bytes=shard.stat().st_size,
-            filename_template=tfds.core.naming.ShardedFileTemplate(
-                data_dir=target, dataset_name="cifar100", split=split, filetype_suffix=file_format),
-        ))
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[count],
+                num_bytes=shard.stat().st_size,
+                filename_template=tfds.core.naming.ShardedFileTemplate(
+                    data_dir=target, dataset_name="cifar100", split=split, filetype_suffix=file_format
+                ),
+            )
+        )
     builder.info.set_splits(tfds.core.splits.SplitDict(splits))
     builder.info.write_to_directory(target)
     return target

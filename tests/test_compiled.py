@@ -1,4 +1,5 @@
-"""Devices: choosing and replicating; what compiled steps may donate and must reduce, and how precisely they multiply."""
+"""Devices: choosing and replicating; what compiled steps may donate and must reduce; how precisely they multiply."""
+
 import logging
 
 import jax
@@ -34,8 +35,10 @@ def test_steps_get_their_share_and_reduce_to_one_result(count):
     mean = losses.batch_mean(devices_.axis_name(devices))
 
     def step(state, offset, controls, batch):
-        return jax.tree.map(lambda x: x + offset, state), {"mean": mean(batch["x"] ** 2),
-                                                           "size": jnp.int32(len(batch["x"]))}
+        return jax.tree.map(lambda x: x + offset, state), {
+            "mean": mean(batch["x"] ** 2),
+            "size": jnp.int32(len(batch["x"])),
+        }
 
     compiled = compiled_.compile_steps(step, devices, donate_carry=True)
     source = {"w": jnp.arange(3.0)}
@@ -47,7 +50,7 @@ def test_steps_get_their_share_and_reduce_to_one_result(count):
     np.testing.assert_array_equal(state["w"], [1, 2, 3])
     np.testing.assert_array_equal(source["w"], [0, 1, 2])
     assert first["w"].is_deleted() and not source["w"].is_deleted()
-    np.testing.assert_allclose(metrics["mean"], [np.mean(x ** 2)], rtol=1e-6)
+    np.testing.assert_allclose(metrics["mean"], [np.mean(x**2)], rtol=1e-6)
     np.testing.assert_array_equal(metrics["size"], [8 // count])
     assert len(state["w"].sharding.device_set) == count
 
@@ -66,9 +69,11 @@ def test_steps_of_one_call():
 def test_float32_products_are_float32_whoever_imports_the_library():
     """jax's own default leaves them to the device, TF32 on GPUs; what the library compiles asks for all digits, in one
     step and in a loop, forwards and backwards."""
+
     def step(carry, fixed, controls, batch):
         def loss(w):
             return jnp.sum(jax.lax.conv(batch["x"], w, (1, 1), "SAME").reshape(-1, 4) @ jnp.eye(4))
+
         return carry - jax.grad(loss)(carry), {}
 
     compiled = compiled_.compile_steps(step, DEVICES[:1])

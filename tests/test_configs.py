@@ -1,4 +1,5 @@
 """The configs: readable under every profile, an ablation ladder that changes what it says, defaults that stay put."""
+
 import importlib
 import json
 import pathlib
@@ -27,29 +28,81 @@ LADDER = {
     "l4_full": ("l3_tadapt", {"use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
     "side_cccp_ppf": ("side_fusion", {"use_cccp": True, "use_partial_freeze": True, "student_freeze_level": (-1, 2)}),
 }
-FINETUNE = {f"finetune_{name}_{data}": (name, data) for data in ("cifar100", "imagenet32")
-            for name in ("convnext_s", "convnext_l", "efficientnet_l2", "resnet152")}
+FINETUNE = {
+    f"finetune_{name}_{data}": (name, data)
+    for data in ("cifar100", "imagenet32")
+    for name in ("convnext_s", "convnext_l", "efficientnet_l2", "resnet152")
+}
 # What every rung shares, and the other defaults of the method.
 COMMON = {
-    "ce_alpha": 0.65, "kd_alpha": 0.35, "kd_max_ratio": 2.0, "tau_schedule": (2.0, 6.0), "a_step_lr": 1e-4,
-    "ib_mbm_out_dim": 512, "ib_mbm_logvar_clip": 6.0, "ib_mbm_min_std": 1e-3, "ib_mbm_lr_factor": 10.0,
-    "ib_beta": 5e-5, "ib_beta_warmup_epochs": 8, "synergy_kd_alpha": 1.0, "use_distillation_adapter": True,
-    "distill_out_dim": 512, "feat_kd_alpha": 0.0, "optimizer": "adamw", "student_lr": 1e-3,
-    "student_weight_decay": 3e-4, "grad_clip_norm": 0.5, "schedule.type": "cosine", "schedule.lr_warmup_epochs": 5,
-    "student_epochs_per_stage": (20, 20), "teacher_adapt_epochs": 12, "synergy_only_epochs": 6,
-    "enable_kd_after_syn_acc": 0.05, "use_amp": True, "amp_dtype": "bfloat16", "dataset.batch_size": 64,
-    "teacher1.name": "convnext_l", "teacher2.name": "resnet152", "model.student.name": "resnet101_scratch",
+    "ce_alpha": 0.65,
+    "kd_alpha": 0.35,
+    "kd_max_ratio": 2.0,
+    "tau_schedule": (2.0, 6.0),
+    "a_step_lr": 1e-4,
+    "ib_mbm_out_dim": 512,
+    "ib_mbm_logvar_clip": 6.0,
+    "ib_mbm_min_std": 1e-3,
+    "ib_mbm_lr_factor": 10.0,
+    "ib_beta": 5e-5,
+    "ib_beta_warmup_epochs": 8,
+    "synergy_kd_alpha": 1.0,
+    "use_distillation_adapter": True,
+    "distill_out_dim": 512,
+    "feat_kd_alpha": 0.0,
+    "optimizer": "adamw",
+    "student_lr": 1e-3,
+    "student_weight_decay": 3e-4,
+    "grad_clip_norm": 0.5,
+    "schedule.type": "cosine",
+    "schedule.lr_warmup_epochs": 5,
+    "student_epochs_per_stage": (20, 20),
+    "teacher_adapt_epochs": 12,
+    "synergy_only_epochs": 6,
+    "enable_kd_after_syn_acc": 0.05,
+    "use_amp": True,
+    "amp_dtype": "bfloat16",
+    "dataset.batch_size": 64,
+    "teacher1.name": "convnext_l",
+    "teacher2.name": "resnet152",
+    "model.student.name": "resnet101_scratch",
     "dataset.name": "cifar100",
 }
 OTHERS = {
-    "tau": 4.0, "cccp_alpha": 0.25, "cccp_nt": 1, "cccp_ns": 1, "synergy_ce_alpha": 0.6, "min_cw": 0.1,
-    "ib_mbm_n_head": 4, "ib_mbm_feature_norm": "none", "disagree_lambda_high": 1.0, "disagree_lambda_low": 1.0,
-    "reg_lambda": 0.0, "ib_mbm_reg_lambda": 0.0, "synergy_head_dropout": 0.0, "dataset.val_fraction": 0.1,
-    "synergy_ema_alpha": 0.8, "tau_decay_power": 1.0, "loss_clamp_max": 1000.0, "kd_warmup_epochs": 0,
-    "teacher_adapt_kd_warmup": 0, "schedule.min_lr": 1e-5, "label_smoothing": 0.0, "ce_label_smoothing": 0.0,
-    "use_cccp": False, "ib_mbm_residual": True, "restore_best": True, "a_step_weight_decay": 0.0,
-    "teacher1.saw_val": True, "teacher2.saw_val": True, "teacher_adapt_alpha_kd": None, "teacher_lr": None,
-    "distill_hidden_dim": 0, "num_stages": 0, "exp_id": "", "model.student.use_adapter": False,
+    "tau": 4.0,
+    "cccp_alpha": 0.25,
+    "cccp_nt": 1,
+    "cccp_ns": 1,
+    "synergy_ce_alpha": 0.6,
+    "min_cw": 0.1,
+    "ib_mbm_n_head": 4,
+    "ib_mbm_feature_norm": "none",
+    "disagree_lambda_high": 1.0,
+    "disagree_lambda_low": 1.0,
+    "reg_lambda": 0.0,
+    "ib_mbm_reg_lambda": 0.0,
+    "synergy_head_dropout": 0.0,
+    "dataset.val_fraction": 0.1,
+    "synergy_ema_alpha": 0.8,
+    "tau_decay_power": 1.0,
+    "loss_clamp_max": 1000.0,
+    "kd_warmup_epochs": 0,
+    "teacher_adapt_kd_warmup": 0,
+    "schedule.min_lr": 1e-5,
+    "label_smoothing": 0.0,
+    "ce_label_smoothing": 0.0,
+    "use_cccp": False,
+    "ib_mbm_residual": True,
+    "restore_best": True,
+    "a_step_weight_decay": 0.0,
+    "teacher1.saw_val": True,
+    "teacher2.saw_val": True,
+    "teacher_adapt_alpha_kd": None,
+    "teacher_lr": None,
+    "distill_hidden_dim": 0,
+    "num_stages": 0,
+    "exp_id": "",
+    "model.student.use_adapter": False,
 }
 
 

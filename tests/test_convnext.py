@@ -1,16 +1,17 @@
 """ConvNeXt against timm's, its stages, where it starts, and what its weights fit."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from networks import random_values, stage_shapes, variable_shapes
 
 from asib_jax.models import MODELS
 from asib_jax.models.convnext import Block, convnext
 from asib_jax.models.kd_model import KDModel
 from asib_jax.weights.reading import import_weights
 from asib_jax.weights.torch_names import export_weights
-from networks import random_values, stage_shapes, variable_shapes
 
 WIDTHS, COUNTS = (8, 16, 16, 24), (1, 2, 1, 1)
 
@@ -23,6 +24,7 @@ def test_network_equals_timm(small_input):
     import parity
     import torch
     from timm.models.convnext import ConvNeXt
+
     network = ConvNeXt(depths=COUNTS, dims=WIDTHS, num_classes=10)
     if small_input:
         network.stem[0] = torch.nn.Conv2d(3, WIDTHS[0], 3, 1, 1)
@@ -31,15 +33,20 @@ def test_network_equals_timm(small_input):
     assert errors["logits"] < 1e-5, errors  # gelu's approximation would cost 4e-4
 
 
-@pytest.mark.parametrize(("small_input", "size", "heights"), [(False, 224, (56, 56, 28, 14, 7)),
-                                                              (True, 32, (32, 32, 16, 8, 4))])
+@pytest.mark.parametrize(
+    ("small_input", "size", "heights"), [(False, 224, (56, 56, 28, 14, 7)), (True, 32, (32, 32, 16, 8, 4))]
+)
 def test_stages(small_input, size, heights):
     """Stochastic depth rises from 0 to the last block's rate over all 36 blocks."""
     architecture = MODELS["convnext_s"](small_input)
     names, widths = ("stem", "stage1", "stage2", "stage3", "stage4"), (96, 96, 192, 384, 768)
     assert stage_shapes(architecture, size) == list(zip(names, heights, widths))
-    rates = [block.args[0] for _, factory in architecture.stages[1:] for name, block in factory.keywords["parts"]
-             if name != "downsample"]
+    rates = [
+        block.args[0]
+        for _, factory in architecture.stages[1:]
+        for name, block in factory.keywords["parts"]
+        if name != "downsample"
+    ]
     np.testing.assert_allclose(rates, np.linspace(0, 0.4, 36), rtol=1e-12)
 
 
@@ -61,7 +68,7 @@ def test_layer_norm(mean, deviation):
     norm = convnext(WIDTHS, COUNTS, 0.4, False).pooled_norm(name=None)
     scale, bias = np.linspace(1, 2, 24), np.linspace(-1, 1, 24)
     centred = np.float64(x) - np.float64(x).mean(1, keepdims=True)
-    expected = centred / np.sqrt((centred ** 2).mean(1, keepdims=True) + 1e-6) * scale + bias
+    expected = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6) * scale + bias
     np.testing.assert_allclose(norm.apply({"params": {"scale": scale, "bias": bias}}, x), expected, atol=1e-3)
 
 

@@ -1,4 +1,5 @@
 """Costs told from shapes, against counts by hand."""
+
 import functools
 
 import jax
@@ -16,12 +17,19 @@ from asib_jax.tools import cost
 X, W1, W2 = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5), (5, 2)))
 
 
-@pytest.mark.parametrize("activation, kept", [
-    (jnp.tanh, 2 * 8 * 5 * 4),  # its output a, which multiplies the second kernel's gradient too, and 1 - a
-    (jax.nn.relu, 8 * 5 * 4 + 8 * 5),  # its output, and one byte a sign; the zeros of its other branch are a constant
-])
+@pytest.mark.parametrize(
+    "activation, kept",
+    [
+        (jnp.tanh, 2 * 8 * 5 * 4),  # its output a, which multiplies the second kernel's gradient too, and 1 - a
+        (
+            jax.nn.relu,
+            8 * 5 * 4 + 8 * 5,
+        ),  # its output, and one byte a sign; the zeros of its other branch are a constant
+    ],
+)
 def test_activations_of_two_layers(activation, kept):
     """Beside what is kept the first layer's output exists for a while, 8 * 5 floats: more than the second's 8 * 2."""
+
     def loss(params, x):
         return jnp.sum(activation(x @ params[0]) @ params[1])
 
@@ -40,8 +48,9 @@ def test_flops_count_a_multiply_add_twice_and_no_padding():
     image, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
 
     def convolution(padding):
-        return lambda image, kernel: jax.lax.conv_general_dilated(image, kernel, (1, 1), padding,
-                                                                  dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lambda image, kernel: jax.lax.conv_general_dilated(
+            image, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     assert cost.flops(convolution("VALID"), image, kernel) == 2 * 6 * 6 * 3 * 3 * 3 * 4
     # Along each axis the two outer positions of eight meet two entries of the kernel, the others three: 22 in all.

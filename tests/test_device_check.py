@@ -1,4 +1,5 @@
 """The check of a machine's devices, on four simulated ones and on made-up findings."""
+
 from types import SimpleNamespace
 
 import jax
@@ -28,7 +29,9 @@ def test_expectations():
         device_check.check_devices(DEVICES, expected, platform)
     with pytest.raises(ValueError, match=r"--expect=5, but jax sees 4 \(cpu\): .*CUDA_VISIBLE_DEVICES"):
         device_check.check_devices(DEVICES, 5, "cpu")
-    with pytest.raises(ValueError, match=r"--platform=gpu, but jax uses 4 x cpu \(cpu\): .*JAX_PLATFORMS.*requirements.txt"):
+    with pytest.raises(
+        ValueError, match=r"--platform=gpu, but jax uses 4 x cpu \(cpu\): .*JAX_PLATFORMS.*requirements.txt"
+    ):
         device_check.check_devices(DEVICES, 1, "gpu")
 
 

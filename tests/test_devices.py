@@ -3,6 +3,7 @@ simulated devices, and under jit with a sharded batch, agree to 1e-5.
 
 SGD because Adam divides rounding noise by itself where a gradient is nearly zero.
 """
+
 import functools
 
 import jax
@@ -22,19 +23,41 @@ from asib_jax.objectives.step import make_train_step
 SPLIT = make_split(40)
 STEPS = 4
 # Each batch statistic and each source of randomness once; terms that are plain means over samples come in test_steps.
-A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.0, kd_alpha=0.0, cccp_alpha=0.0, cccp_tau=4.0,
-                 feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.5, data_aug=0)
-B_TERMS = BTerms(data_aug=3, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", kd_max_ratio=0.3,
-                 loss_clamp_max=1.0, disagree_mode="pred", disagree_lambda_high=3.0, disagree_lambda_low=0.5,
-                 mixup_alpha=1.0, min_cw=0.5)
+A_TERMS = ATerms(
+    synergy_ce_alpha=0.6,
+    synergy_kd_alpha=1.0,
+    kd_alpha=0.0,
+    cccp_alpha=0.0,
+    cccp_tau=4.0,
+    feat_kd_alpha=0.0,
+    reg_lambda=0.0,
+    ib_mbm_reg_lambda=0.0,
+    label_smoothing=0.0,
+    min_cw=0.5,
+    data_aug=0,
+)
+B_TERMS = BTerms(
+    data_aug=3,
+    ce_alpha=0.65,
+    kd_alpha=0.35,
+    kd_target="synergy",
+    kd_max_ratio=0.3,
+    loss_clamp_max=1.0,
+    disagree_mode="pred",
+    disagree_lambda_high=3.0,
+    disagree_lambda_low=0.5,
+    mixup_alpha=1.0,
+    min_cw=0.5,
+)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_step(axis_name, networks_axis):
     """Noise, dropout, certainty weights, and a teacher in training."""
     nets = make_networks(**SHALLOW, dropout=0.3, axis_name=networks_axis)
-    loss = functools.partial(a_loss, nets=nets, terms=A_TERMS, trained=None,
-                             teacher_modes=(Mode(train=True), Mode()), axis_name=axis_name)
+    loss = functools.partial(
+        a_loss, nets=nets, terms=A_TERMS, trained=None, teacher_modes=(Mode(train=True), Mode()), axis_name=axis_name
+    )
     return nets, loss, ("ib_mbm", "synergy_head", "teacher1"), ("teacher1",)
 
 
@@ -46,10 +69,22 @@ def b_step(axis_name, networks_axis):
 
 
 def controls(number):
-    values = {"tau": 3.0, "beta": 1e-3, "open": 1.0, "certain": 1.0, "gate": 1.0, "average_share": 0.2, "ramp": 1.0,
-              "ratio_on": 1.0, "lr": 0.02}
-    return {**jax.tree.map(np.float32, values), "step": np.int32(number),
-            **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")}}
+    values = {
+        "tau": 3.0,
+        "beta": 1e-3,
+        "open": 1.0,
+        "certain": 1.0,
+        "gate": 1.0,
+        "average_share": 0.2,
+        "ramp": 1.0,
+        "ratio_on": 1.0,
+        "lr": 0.02,
+    }
+    return {
+        **jax.tree.map(np.float32, values),
+        "step": np.int32(number),
+        **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")},
+    }
 
 
 def run(kind, compiled, axis_name=None, networks_axis=None):
@@ -61,7 +96,7 @@ def run(kind, compiled, axis_name=None, networks_axis=None):
     step = compiled(make_train_step(loss, tx, axis_name=axis_name))
     order = np.random.default_rng(0).permutation(len(SPLIT.label))
     for number in range(STEPS):
-        rows = order[8 * number: 8 * (number + 1)]
+        rows = order[8 * number : 8 * (number + 1)]
         batch = {name: leaf[rows] for name, leaf in SPLIT._asdict().items()}
         current, metrics = step(current, frozen, controls(number), batch)
         jax.block_until_ready(current)  # simulated devices stall where more than 32 steps are queued
@@ -74,7 +109,8 @@ def run_on(kind, count, **axes):
     def compiled(step):
         steps = feed.compile(step, donate_carry=True)
         return lambda current, frozen, controls, batch: one_step(
-            steps, feed, placing.replicate(current, feed.devices), frozen, controls, batch)
+            steps, feed, placing.replicate(current, feed.devices), frozen, controls, batch
+        )
 
     return run(kind, compiled, **{"axis_name": feed.axis_name, "networks_axis": feed.axis_name} | axes)
 
@@ -105,8 +141,11 @@ def test_step_agrees_under_jit_with_a_sharded_batch():
     def compiled(step):
         step = jax.jit(step)
         return lambda current, frozen, controls, batch: step(
-            jax.device_put(current, everywhere), jax.device_put(frozen, everywhere), controls,
-            jax.device_put(batch, split))
+            jax.device_put(current, everywhere),
+            jax.device_put(frozen, everywhere),
+            controls,
+            jax.device_put(batch, split),
+        )
 
     actual = run(b_step, compiled)
     assert_same(actual, on_one_device(b_step))

@@ -1,4 +1,5 @@
 """What `--dry_run` tells: the counts of a run's own data and networks, and nothing left behind."""
+
 import importlib
 import re
 import socket
@@ -35,17 +36,24 @@ def digits(tmp_path_factory):
 def test_images_are_those_of_a_run(digits):
     recipe, plan = digits
     data = build.load_data(recipe)
-    assert plan.images == {"train": len(data.train.label), "teacher_train": len(data.teacher_train.label),
-                           "validation": len(data.validation.label), "test": len(data.test.label)}
+    assert plan.images == {
+        "train": len(data.train.label),
+        "teacher_train": len(data.teacher_train.label),
+        "validation": len(data.validation.label),
+        "test": len(data.test.label),
+    }
     assert (plan.sizes.image_shape, plan.sizes.num_classes) == (data.image_shape, data.num_classes)
     assert plan.batch == 32 / 4
 
 
-@pytest.mark.parametrize("name, profile, images", [
-    ("l2_cccp", "", (45_000, 45_000, 5_000, 10_000)),
-    ("l2_cccp", "small", (5_000, 48_000, 2_000, 10_000)),
-    ("finetune_resnet152_imagenet32", "", (1_153_050, 1_153_050, 128_117, 50_000)),  # of 1,281,167 a tenth, rounded
-])
+@pytest.mark.parametrize(
+    "name, profile, images",
+    [
+        ("l2_cccp", "", (45_000, 45_000, 5_000, 10_000)),
+        ("l2_cccp", "small", (5_000, 48_000, 2_000, 10_000)),
+        ("finetune_resnet152_imagenet32", "", (1_153_050, 1_153_050, 128_117, 50_000)),  # of 1,281,167 a tenth, rounded
+    ],
+)
 def test_images_of_published_data_sets(name, profile, images):
     recipe = recipes.read(importlib.import_module(f"configs.{name}").get_config(profile))
     sizes = sources.sizes(recipe.dataset.name)
@@ -60,8 +68,12 @@ def test_too_few_images_for_a_batch():
 
 def test_steps(digits):
     """1006 images in batches of 32 are 31 steps for a teacher, 100 are 3 for the student; nt and ns are 1."""
-    stages = [("A-Step, stage 1", 8, 24), ("B-Step, stage 1", 30, 90),
-              ("A-Step, stage 2", 8, 24), ("B-Step, stage 2", 30, 90)]
+    stages = [
+        ("A-Step, stage 1", 8, 24),
+        ("B-Step, stage 1", 30, 90),
+        ("A-Step, stage 2", 8, 24),
+        ("B-Step, stage 2", 30, 90),
+    ]
     control = [("control, stage 1", 30, 90), ("control, stage 2", 30, 90)]
     assert [step[:3] for step in digits[1].steps] == [("teacher1", 10, 310), ("teacher2", 10, 310), *stages, *control]
 
@@ -72,8 +84,8 @@ def linear(inputs, outputs):
 
 def resnet(blocks, channels=1, classes=10):
     """Parameters of a CIFAR ResNet (He et al. 2016) with projection shortcuts, and its channels under BatchNorm."""
-    kernels = 9 * channels * 16 + 9 * 2 * blocks * 16 ** 2
-    kernels += sum(9 * (2 * blocks - 1) * width ** 2 + (9 + 1) * width * width // 2 for width in (32, 64))
+    kernels = 9 * channels * 16 + 9 * 2 * blocks * 16**2
+    kernels += sum(9 * (2 * blocks - 1) * width**2 + (9 + 1) * width * width // 2 for width in (32, 64))
     normalised = 16 + 2 * blocks * (16 + 32 + 64) + 32 + 64
     return kernels + 2 * normalised + linear(64, classes), normalised
 
@@ -90,7 +102,7 @@ def test_parameters_counted_by_hand(digits):
     assert trained[:2] == [{"teacher1": backbones["teacher1"]}, {"teacher2": backbones["teacher2"]}]
     assert trained[2] == trained[4] == fusion | dict.fromkeys(networks, adapter)  # train_distill_adapter_only
     assert trained[3] == {"student": backbones["student"]} and trained[6] == {"control": backbones["student"]}
-    frozen = 9 * 16 + 2 * 9 * 16 ** 2 + 2 * 3 * 16  # student_freeze_level=(-1, 2): the stem and layer1 stand still
+    frozen = 9 * 16 + 2 * 9 * 16**2 + 2 * 3 * 16  # student_freeze_level=(-1, 2): the stem and layer1 stand still
     assert trained[5] == {"student": backbones["student"] - frozen}
     assert trained[7] == {"control": backbones["student"] - frozen}
     totals = [{name: total for name, (_, total) in step.trained.items()} for step in plan.steps]
@@ -111,11 +123,14 @@ def test_text(digits):
     assert lines[:3] == [
         "data: digits of scikit-learn; images 8x8x1, 10 classes",
         "  100 training (student), 1,006 training (teachers), 252 validation, 539 test images",
-        "batches of 32, 8 on each device, float32"]
+        "batches of 32, 8 on each device, float32",
+    ]
     assert re.fullmatch(r"teacher1 +resnet14 +183,290 +0\.\d{3}  trained from scratch for 10 epochs", lines[6])
     assert lines[17].endswith("  student 72,906/86,074")
-    assert lines[21] == ("in all 1,028 steps: teacher1 10 epochs, 310 steps; teacher2 10 epochs, 310 steps; A-Step 16 "
-                         "epochs, 48 steps; B-Step 60 epochs, 180 steps; control 60 epochs, 180 steps")
+    assert lines[21] == (
+        "in all 1,028 steps: teacher1 10 epochs, 310 steps; teacher2 10 epochs, 310 steps; A-Step 16 "
+        "epochs, 48 steps; B-Step 60 epochs, 180 steps; control 60 epochs, 180 steps"
+    )
     assert lines[22].startswith("stored: the teachers' outputs on 60 view(s) of 100 training images, and the student's")
 
 
@@ -131,12 +146,17 @@ def test_teachers_of_an_earlier_run_are_not_trained_again(tmp_path):
     assert [step[:3] for step in plan.steps] == [("teacher2", 10, 310)]
 
 
-@pytest.mark.parametrize("changes, origin", [
-    ({"weights": "hf:nobody/nothing", "train_epochs": 0, "finetune_epochs": 4},
-     "hf:nobody/nothing (to be downloaded), fine-tuned for 4 epochs"),
-    ({"weights": __file__, "train_epochs": 0}, f"{__file__}, as it is"),
-    ({"early_stopping_patience": 3}, "trained from scratch for at most 10 epochs"),
-])
+@pytest.mark.parametrize(
+    "changes, origin",
+    [
+        (
+            {"weights": "hf:nobody/nothing", "train_epochs": 0, "finetune_epochs": 4},
+            "hf:nobody/nothing (to be downloaded), fine-tuned for 4 epochs",
+        ),
+        ({"weights": __file__, "train_epochs": 0}, f"{__file__}, as it is"),
+        ({"early_stopping_patience": 3}, "trained from scratch for at most 10 epochs"),
+    ],
+)
 def test_where_teachers_come_from(changes, origin):
     recipe = read_recipe("l0_baseline", "digits", **{f"teacher1.{key}": value for key, value in changes.items()})
     assert plans.origin(recipe.teachers[0], teacher_store.kept_folder(recipe, 0)) == origin
@@ -153,6 +173,7 @@ def dry_launch(tmp_path, monkeypatch, compiled):
         out = launch("main", "--dry_run", *arguments, f"--config.results_dir={tmp_path}/results")
         assert compiled() == programs and not list(tmp_path.iterdir())
         return out
+
     return run
 
 
@@ -160,10 +181,12 @@ def test_full_scale_compiles_and_downloads_nothing(dry_launch):
     """ConvNeXt-L and ResNet-152 teach a ResNet-101: counts of parameters with a 3x3 stem and 100 classes."""
     out = dry_launch("--config=configs/l2_cccp.py")
     assert out.returncode == 0, out.stderr
-    for line in (r"data: cifar100 as published, not read; images 32x32x3, 100 classes",
-                 r"student +resnet101_scratch +45,320,356 ",
-                 r"teacher1 +convnext_l .* hf:timm/\S+ \(to be downloaded\), fine-tuned for at most 20 epochs",
-                 r"B-Step, stage 2 +20 +14,060 .*  student 42,697,380/45,320,356"):
+    for line in (
+        r"data: cifar100 as published, not read; images 32x32x3, 100 classes",
+        r"student +resnet101_scratch +45,320,356 ",
+        r"teacher1 +convnext_l .* hf:timm/\S+ \(to be downloaded\), fine-tuned for at most 20 epochs",
+        r"B-Step, stage 2 +20 +14,060 .*  student 42,697,380/45,320,356",
+    ):
         assert re.search(f"^{line}", out.stdout, re.MULTILINE), line
 
 
@@ -173,8 +196,10 @@ def test_errors_are_those_of_a_run(dry_launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, profile", [*((name, profile) for name in LADDER for profile in ("", "small", "digits")),
-                                           *((name, "") for name in FINETUNE)])
+@pytest.mark.parametrize(
+    "name, profile",
+    [*((name, profile) for name in LADDER for profile in ("", "small", "digits")), *((name, "") for name in FINETUNE)],
+)
 def test_every_config(name, profile):
     weights = {f"teacher{k}.weights": __file__ for k in (1, 2)} if profile == "small" else {}
     recipe = read_recipe(name, profile, **weights)

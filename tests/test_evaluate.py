@@ -1,4 +1,5 @@
 """Correct predictions counted by hand, from networks applied one by one to the whole split."""
+
 import functools
 
 import jax
@@ -39,17 +40,23 @@ def predictions_by_hand(variables):
     nets, _ = make()
     pixels = jnp.float32(SPLIT.image)
     student = nets.student.apply(variables.of("student"), pixels, train=False)
-    teachers = [model.apply(variables.of(name), pixels, train=False)
-                for name, model in zip(nets.teacher_names, nets.teachers)]
+    teachers = [
+        model.apply(variables.of(name), pixels, train=False) for name, model in zip(nets.teacher_names, nets.teachers)
+    ]
     read = jnp.stack([teacher.distill_feat for teacher in teachers], axis=1)
 
     def synergy(kv):
         mu = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, student.distill_feat, kv).mu
         return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, mu)
 
-    logits = {"student": student.logit, "teacher1": teachers[0].logit, "teacher2": teachers[1].logit,
-              "average": (teachers[0].logit + teachers[1].logit) / 2, "synergy": synergy(read),
-              "without_teachers": synergy(jnp.zeros_like(read))}
+    logits = {
+        "student": student.logit,
+        "teacher1": teachers[0].logit,
+        "teacher2": teachers[1].logit,
+        "average": (teachers[0].logit + teachers[1].logit) / 2,
+        "synergy": synergy(read),
+        "without_teachers": synergy(jnp.zeros_like(read)),
+    }
     return {name: jnp.argmax(value, axis=-1) for name, value in logits.items()}
 
 
@@ -67,7 +74,8 @@ def test_every_example_counts_once_on_any_number_of_devices(count, by_hand):
         counts = evaluator(count)(*make())
         assert counts == {name: by_hand[name] for name in ("student", "synergy", "without_teachers", "average")}
     assert evaluator(count).teacher_counts == {
-        name: by_hand[name] for name in ("teacher1", "teacher2", "average", "disagreement")}
+        name: by_hand[name] for name in ("teacher1", "teacher2", "average", "disagreement")
+    }
     assert len({by_hand[name] for name in ("student", "synergy", "without_teachers")}) == 3  # none stands for another
 
 
@@ -95,9 +103,15 @@ def test_batch_larger_than_the_split(by_hand):
     assert large.teacher_counts["disagreement"] == by_hand["disagreement"]
 
 
-@pytest.mark.parametrize("rows, counted", [
-    (lambda rows: rows[:-1], 16), (lambda rows: np.concatenate([rows, rows[:1]]), 29),
-    (lambda rows: np.where(rows == 3, 4, rows), 21), (lambda rows: np.where(rows == 0, 21, rows), 20)])
+@pytest.mark.parametrize(
+    "rows, counted",
+    [
+        (lambda rows: rows[:-1], 16),
+        (lambda rows: np.concatenate([rows, rows[:1]]), 29),
+        (lambda rows: np.where(rows == 3, 4, rows), 21),
+        (lambda rows: np.where(rows == 0, 21, rows), 20),
+    ],
+)
 @pytest.mark.parametrize("count", [1, 4])
 def test_an_example_left_out_or_counted_twice_is_an_error(monkeypatch, count, rows, counted):
     monkeypatch.setattr("asib_jax.engine.evaluate.evaluation_rows", lambda *sizes: rows(evaluation_rows(*sizes)))
@@ -115,8 +129,10 @@ def test_student_alone_needs_neither_adapter_nor_teachers(by_hand):
     nets, variables = make()
     student = variables.of("student")
     params = {name: leaves for name, leaves in student["params"].items() if name != "distill_adapter"}
-    alone, own = Networks(nets.student.clone(adapter_dim=0)), Variables({"student": params},
-                                                                        {"student": student["batch_stats"]})
+    alone, own = (
+        Networks(nets.student.clone(adapter_dim=0)),
+        Variables({"student": params}, {"student": student["batch_stats"]}),
+    )
     without = Evaluator(alone, SPLIT, make_feed(eval_batch=8), "test")
     without.read_teachers(own)  # of none
     assert without.teacher_counts == {}

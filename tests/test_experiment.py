@@ -1,4 +1,5 @@
 """The record of a run in real files: names, metrics, the summary table and `latest`."""
+
 import csv
 import json
 import pathlib
@@ -34,7 +35,13 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
     assert all(record.folder.name.startswith("l1_ib_digits_3_20") for record in records)
     assert json.loads((records[4].folder / "config.json").read_text()) == CONFIG | {"tau_schedule": [2.0, 6.0]}
     assert {path.name for path in records[0].folder.iterdir()} == {
-        "config.json", "about.json", "metrics.json", "log.txt", "checkpoints", ".lock"}
+        "config.json",
+        "about.json",
+        "metrics.json",
+        "log.txt",
+        "checkpoints",
+        ".lock",
+    }
 
 
 def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
@@ -61,30 +68,42 @@ def test_metrics_keep_every_key_at_full_precision(tmp_path):
         record.log("curve", np.arange(2))
     record.save()
     assert json.loads((record.folder / "metrics.json").read_text()) == {
-        "stage1/b/epoch01/val_acc": 1 / 3, "stage2/b/epoch01/val_acc": float(np.float32(0.1)),
-        "stage2/a/epoch01/share_clipped": 0.25, "time/stage1/b": None}
+        "stage1/b/epoch01/val_acc": 1 / 3,
+        "stage2/b/epoch01/val_acc": float(np.float32(0.1)),
+        "stage2/a/epoch01/share_clipped": 0.25,
+        "time/stage1/b": None,
+    }
     assert not list(record.folder.glob("*.tmp"))
 
 
 def test_summary_stays_rectangular_as_columns_appear(tmp_path):
     first, failed, last = create(tmp_path, "first"), create(tmp_path, "failed"), create(tmp_path, "last")
     first.finish("finished", {"test_acc": 1 / 3})
-    failed.finish("failed", {}, error="loss is NaN,\nat \"step\" 7")
+    failed.finish("failed", {}, error='loss is NaN,\nat "step" 7')
     last.finish("interrupted", {"synergy_acc": np.float64(2 / 3), "test_acc": None})
     common = {"name": "l1_ib_digits_3", "seed": "3"}
     assert summary(tmp_path) == [
         common | {"exp_id": "first", "status": "finished", "error": "", "test_acc": repr(1 / 3), "synergy_acc": ""},
-        common | {"exp_id": "failed", "status": "failed", "error": 'loss is NaN, at "step" 7', "test_acc": "",
-                  "synergy_acc": ""},
-        common | {"exp_id": "last", "status": "interrupted", "error": "", "test_acc": "", "synergy_acc": repr(2 / 3)}]
+        common
+        | {
+            "exp_id": "failed",
+            "status": "failed",
+            "error": 'loss is NaN, at "step" 7',
+            "test_acc": "",
+            "synergy_acc": "",
+        },
+        common | {"exp_id": "last", "status": "interrupted", "error": "", "test_acc": "", "synergy_acc": repr(2 / 3)},
+    ]
     with pytest.raises(ValueError, match="status='done'.*finished, failed, interrupted"):
         last.finish("done", {})
 
 
 def test_runs_that_finish_together_all_get_a_row(tmp_path):
     records = [create(tmp_path) for _ in range(12)]
-    threads = [threading.Thread(target=record.finish, args=("finished", {f"column{i % 3}": i}))
-               for i, record in enumerate(records)]
+    threads = [
+        threading.Thread(target=record.finish, args=("finished", {f"column{i % 3}": i}))
+        for i, record in enumerate(records)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -144,8 +163,12 @@ print(len({count for count, _ in seen}))
 def test_rows_of_many_processes_are_neither_lost_nor_torn(tmp_path):
     """Eight, of 50 rows each. A reader that polls meanwhile finds whole files, of a table that only grows."""
     processes, rows = 8, 50
-    done = subprocess.run([sys.executable, "-c", CROWD, tmp_path, str(processes), str(rows)], capture_output=True,
-                          text=True, cwd=pathlib.Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", CROWD, tmp_path, str(processes), str(rows)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).resolve().parents[1],
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 2  # sizes that the reader saw
     with open(tmp_path / "summary.csv", newline="") as file:
@@ -157,8 +180,16 @@ def test_rows_of_many_processes_are_neither_lost_nor_torn(tmp_path):
         assert not any(row[f"column{other}"] for other in range(processes) if str(other) != process)
 
 
-@pytest.mark.parametrize("text", [
-    "\ufeffexp_id;name\nearlier;mine\n", "exp_id,name\nearlier\n", "exp_id,name\nearlier,mine,more\n", "name\nmine\n", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffexp_id;name\nearlier;mine\n",
+        "exp_id,name\nearlier\n",
+        "exp_id,name\nearlier,mine,more\n",
+        "name\nmine\n",
+        "",
+    ],
+)
 def test_a_table_that_is_not_ours_is_put_aside(text, tmp_path, caplog):
     """As spreadsheets and hands leave it; no run is lost for it. Its byte-order mark alone does no harm."""
     record, table = create(tmp_path, "run"), tmp_path / "results" / "summary.csv"
@@ -201,4 +232,9 @@ def test_latest_is_a_text_file_where_a_link_is_not_possible(tmp_path):
     record.finish("finished", {})
     assert (tmp_path / "results" / "latest.txt").read_text() == "first\n"
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        "first", "latest", "latest.txt", "summary.csv", ".summary.csv.lock"}
+        "first",
+        "latest",
+        "latest.txt",
+        "summary.csv",
+        ".summary.csv.lock",
+    }

@@ -1,4 +1,5 @@
 """A run's student under PyTorch's names: read back bitwise here, and run by torchvision."""
+
 import collections
 import json
 import pathlib
@@ -6,18 +7,17 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from launching import launch
 from safetensors import safe_open
 
-from asib_jax import build
-from asib_jax import recipe as recipes
+from asib_jax import build, recipe as recipes
+from asib_jax.errors import UserError
+from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.record import finished
+from asib_jax.record.experiment import Record
 from asib_jax.tools import export
 from asib_jax.weights import checkpoint, origins, reading
-from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record
-from asib_jax.models.ensemble import Networks, Variables, init_network
 from configs import ce_only
-from launching import launch
 
 
 def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
@@ -39,8 +39,9 @@ def save_run(folder, config, model, students):
     record = Record.create(folder, "test", "", config.to_dict())
     last = students["last"]
     variables = Variables({"student": last["params"]}, {"student": last["batch_stats"]})
-    finished.save(record, recipes.read(config), Networks(model),
-                  finished.Finished(variables, students, collections.Counter()))
+    finished.save(
+        record, recipes.read(config), Networks(model), finished.Finished(variables, students, collections.Counter())
+    )
     return record.folder
 
 
@@ -67,8 +68,15 @@ def test_what_the_file_says_of_itself(run):
     assert path == folder / "student.safetensors"
     with safe_open(path, "numpy") as file:
         said = file.metadata()
-    assert said == {"network": "resnet8", "num_classes": "10", "mean": "[0.305]", "std": "[0.376]",
-                    "small_input": "true", "run": folder.name, "student": "best"}
+    assert said == {
+        "network": "resnet8",
+        "num_classes": "10",
+        "mean": "[0.305]",
+        "std": "[0.376]",
+        "small_input": "true",
+        "run": folder.name,
+        "student": "best",
+    }
     assert json.loads(said["mean"]) == list(about["mean"])
     written = path.read_bytes()
     with pytest.raises(UserError, match=r"student\.safetensors exists; choose another with --out"):
@@ -76,10 +84,13 @@ def test_what_the_file_says_of_itself(run):
     assert path.read_bytes() == written
 
 
-@pytest.mark.parametrize("student, out, message", [
-    ("worst", None, r"--student=worst: the run in .* has best, last"),
-    ("best", "student.npz", r"--out=student\.npz must end in \.safetensors"),
-])
+@pytest.mark.parametrize(
+    "student, out, message",
+    [
+        ("worst", None, r"--student=worst: the run in .* has best, last"),
+        ("best", "student.npz", r"--out=student\.npz must end in \.safetensors"),
+    ],
+)
 def test_what_is_refused(run, student, out, message):
     with pytest.raises(ValueError, match=message):
         export.export(run[0], student, "safetensors", out and pathlib.Path(out))

@@ -1,4 +1,5 @@
 """Examples on their way to compiled steps: every step gets its own rows, in order, from wherever they lie."""
+
 import dataclasses
 
 import jax
@@ -6,10 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from networks import make_feed
 
 from asib_jax.engine import devices as devices_
 from asib_jax.engine.feed import on_host
-from networks import make_feed
 
 SIZE = 21  # not a multiple of any number of devices
 GENERATOR = np.random.default_rng(0)
@@ -22,11 +23,13 @@ ROWS = np.concatenate([GENERATOR.permutation(SIZE)[:20], np.arange(SIZE)[-8:]]).
 
 def make_step(axis, traced=None):
     """Gives back the batch as the steps see it, whole; the carry counts them in a way that tells their order."""
+
     def step(carry, factor, controls, batch):
         if traced is not None:
             traced.append(True)
         whole = batch if axis is None else jax.lax.all_gather(batch, axis, tiled=True)
         return factor * carry + jnp.sum(whole["label"]) * controls["weight"], whole
+
     return step
 
 
@@ -49,8 +52,13 @@ def test_every_step_gets_its_rows_in_order(devices, at_once, room_gb):
     assert counts == {1: [1] * 7, 3: [3, 3, 1], 32: [1] * 7}[at_once]
     expected = 1
     for number, (rows, batch) in enumerate(zip(ROWS, seen, strict=True)):
-        wanted = {"row": rows, "image": IMAGE[rows], "nested": {"feat": FEAT[rows]}, "label": LABEL[rows],
-                  "short": SHORT[rows]}
+        wanted = {
+            "row": rows,
+            "image": IMAGE[rows],
+            "nested": {"feat": FEAT[rows]},
+            "label": LABEL[rows],
+            "short": SHORT[rows],
+        }
         jax.tree.map(np.testing.assert_array_equal, batch, wanted)
         expected = 3 * expected + number * int(LABEL[rows].sum())
     assert carry == np.int64(expected).astype(np.int32)
@@ -78,7 +86,7 @@ def test_rows_beyond_the_last_stand_for_no_example():
 
 def test_what_exceeds_the_room_waits_on_the_host():
     """2 KiB on each of two devices: 4 KiB lie there, spread; 5 KiB do not."""
-    feed = make_feed(2, room_gb=2 / 2 ** 20)
+    feed = make_feed(2, room_gb=2 / 2**20)
     first, second = (feed.place(x=np.zeros((rows, 1024), np.uint8)) for rows in (4, 5))
     assert set(first.resident) == {"x"} == set(second.host) and not first.host and not second.resident
     assert [leaf.addressable_shards[0].data.nbytes for leaf in first.resident.values()] == [2048]
@@ -94,7 +102,7 @@ def test_parts_are_of_one_length():
 def test_a_call_stays_within_its_bytes(room_gb):
     """Steps of 2 x 51 MB: of 32 only two fit the 256 MiB that a call's examples may take, and the seventh is alone."""
     feed = make_feed(1, room_gb=room_gb)
-    large = np.broadcast_to(np.zeros((), np.uint8), (SIZE, 51 * 2 ** 20))  # takes no memory
+    large = np.broadcast_to(np.zeros((), np.uint8), (SIZE, 51 * 2**20))  # takes no memory
     examples = dataclasses.replace(on_host(label=LABEL), bytes_each=large.nbytes / SIZE)
     calls = list(feed.calls(feed.compile(make_step(None)), ROWS[:, :2], examples))
     assert [len(call.rows) for call in calls] == [2, 2, 2, 1]

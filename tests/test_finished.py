@@ -1,4 +1,5 @@
 """A finished run on disk and back: what was trained here is stored, what was imported is refound by digest."""
+
 import collections
 import dataclasses
 import json
@@ -52,14 +53,23 @@ def saved(tmp_path_factory, quick_compilation):
     nets = build.build_networks(settings, 10)
     student = build.initial(settings, nets, SHAPE).variables
     trained = init_network(nets.teachers[0], 5, "teacher1", SHAPE)
-    imported, _ = read_weights(settings.teachers[1].weights, "teacher2.weights", nets.teachers[1],
-                               init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE), sha256="")
+    imported, _ = read_weights(
+        settings.teachers[1].weights,
+        "teacher2.weights",
+        nets.teachers[1],
+        init_network(nets.teachers[1], settings.seed, "teacher2", SHAPE),
+        sha256="",
+    )
     imported["params"]["distill_adapter"] = jax.tree.map(lambda leaf: leaf + 1, imported["params"]["distill_adapter"])
-    variables = Variables({**student.params, "teacher1": trained["params"], "teacher2": imported["params"]},
-                          {**student.batch_stats, "teacher1": trained["batch_stats"],
-                           "teacher2": imported["batch_stats"]})
-    done = finished.Finished(variables, {"last": variables.of("student"), "best": variables.of("student")},
-                             collections.Counter({"synergy": 30, "avg (gate shut)": 10}))
+    variables = Variables(
+        {**student.params, "teacher1": trained["params"], "teacher2": imported["params"]},
+        {**student.batch_stats, "teacher1": trained["batch_stats"], "teacher2": imported["batch_stats"]},
+    )
+    done = finished.Finished(
+        variables,
+        {"last": variables.of("student"), "best": variables.of("student")},
+        collections.Counter({"synergy": 30, "avg (gate shut)": 10}),
+    )
     record = Record.create(tmp_path / "results", "l1_ib", "", config.to_dict())
     record.log("weights/teacher2", origins.digest(settings.teachers[1].weights))  # as `teachers.collect` does
     finished.save(record, settings, nets, done)

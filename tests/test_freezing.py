@@ -1,22 +1,22 @@
 """Partial freezing on a hand-made parameter tree, up to an AdamW update; and what it saves in a B-Step."""
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu.parameter_overview import count_parameters
 import pytest
+from clu.parameter_overview import count_parameters
+from networks import CLASSES, convolutions
 
-from asib_jax import b_step, streams
-from asib_jax.objectives import freezing, state
-from asib_jax.objectives.step import make_train_step
-from asib_jax import recipe
+from asib_jax import b_step, recipe, streams
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet
+from asib_jax.objectives import freezing, state
+from asib_jax.objectives.step import make_train_step
 from configs import l0_baseline
-from networks import CLASSES, convolutions
 
 STAGES = ("stem", "layer1", "layer2", "layer3")
 HEADS = ("classifier", "distill_adapter", "residual_adapter")
@@ -36,8 +36,9 @@ def training_names(mask):
     return {name for name, flags in branches.items() if flags == {True}}
 
 
-@pytest.mark.parametrize("level, stages", [
-    (-1, STAGES), (0, ()), (1, ("layer3",)), (2, ("layer2", "layer3")), (4, STAGES)])
+@pytest.mark.parametrize(
+    "level, stages", [(-1, STAGES), (0, ()), (1, ("layer3",)), (2, ("layer2", "layer3")), (4, STAGES)]
+)
 def test_level_names_the_stages_that_train(level, stages):
     """Level 0 trains the heads only, where the document trained everything (SPEC 10.8)."""
     mask = freezing.trainable(make_params(), STAGES, level)
@@ -140,7 +141,8 @@ def test_carry_keeps_the_moments_of_leaves_that_stay(update):
     wider = freezing.carry(state, tx.init(train))
     assert not np.any(optax.tree.get(wider, "mu")["layer3"]["block0"]["conv"]["kernel"])
     np.testing.assert_array_equal(
-        optax.tree.get(wider, "nu")["classifier"]["fc"]["bias"], optax.tree.get(old, "nu")["classifier"]["fc"]["bias"])
+        optax.tree.get(wider, "nu")["classifier"]["fc"]["bias"], optax.tree.get(old, "nu")["classifier"]["fc"]["bias"]
+    )
 
 
 def test_carry_drops_leaves_whose_shape_changed():
@@ -157,13 +159,22 @@ def distillation():
     """A ResNet-8 that learns from the average of two networks of one convolution; 4 images of 16x16, as shapes."""
     model = functools.partial(KDModel, num_classes=CLASSES, mean=(0.5,), std=(0.3,))
     student, *teachers = map(model, (cifar_resnet(8, (4, 6, 8), 4), convolutions(3), convolutions(4)))
-    trees = [jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-             for net in (student, *teachers)]
-    variables = Variables(*({name: tree[kind] for name, tree in zip(("student", "teacher1", "teacher2"), trees)}
-                            for kind in ("params", "batch_stats")))
+    trees = [
+        jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+        for net in (student, *teachers)
+    ]
+    variables = Variables(
+        *(
+            {name: tree[kind] for name, tree in zip(("student", "teacher1", "teacher2"), trees)}
+            for kind in ("params", "batch_stats")
+        )
+    )
     batch = {"image": jnp.zeros((4, 16, 16, 3), jnp.uint8), "label": jnp.arange(4), "index": jnp.arange(4)}
-    controls = {**{name: jnp.float32(1) for name in ("tau", "ramp", "ratio_on", "lr")}, "step": jnp.int32(0),
-                **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "dropout")}}
+    controls = {
+        **{name: jnp.float32(1) for name in ("tau", "ramp", "ratio_on", "lr")},
+        "step": jnp.int32(0),
+        **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "dropout")},
+    }
     return Networks(student, tuple(teachers)), variables, controls, batch
 
 
@@ -187,8 +198,13 @@ def test_frozen_stages_cost_no_gradient_work(distillation, quick_compilation):
         current, frozen = jax.eval_shape(begin, variables)
         step_flops[level] = flops(make_train_step(training.loss, training.tx), current, frozen, controls, batch)
         if level == 0:
-            forward = flops(lambda current, frozen, *args: training.loss(state.join(current, frozen), *args)[0],
-                            current, frozen, controls, batch)
+            forward = flops(
+                lambda current, frozen, *args: training.loss(state.join(current, frozen), *args)[0],
+                current,
+                frozen,
+                controls,
+                batch,
+            )
     assert step_flops[0] < step_flops[1] < step_flops[2] < step_flops[-1]
     classifier = 2 * 4 * 8 * CLASSES + 4 * CLASSES  # its kernel and bias, of 4 images with 8 features
     assert forward + classifier < step_flops[0] < 1.01 * (forward + classifier)

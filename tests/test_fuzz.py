@@ -2,6 +2,7 @@
 
 Short here; `pytest -m slow tests/test_fuzz.py` tries many times as much, each time something else.
 """
+
 import collections
 import copy
 import functools
@@ -18,20 +19,20 @@ from unittest import mock
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from safetensors.numpy import save
-
-from asib_jax.engine import bank_files
-from asib_jax import recipe
-from asib_jax.recipe import checks
-from asib_jax.record import finished
-from asib_jax.weights import origins
-from asib_jax.data import sources
-from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record
-from configs import base, l4_full
 from networks import SHALLOW, make_networks
+from safetensors.numpy import save
 from test_cifar100 import binary_version, python2_pickle, python_version
 from test_torch_pickle import VALUES, tensor, write_stream, write_zip
+
+from asib_jax import recipe
+from asib_jax.data import sources
+from asib_jax.engine import bank_files
+from asib_jax.errors import UserError
+from asib_jax.recipe import checks
+from asib_jax.record import finished
+from asib_jax.record.experiment import Record
+from asib_jax.weights import origins
+from configs import base, l4_full
 
 SHORT = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 LONG = SHORT | {"derandomize": False, "phases": (Phase.generate, Phase.shrink)}
@@ -43,6 +44,7 @@ def fuzz(examples: int, **strategies):
 
     It takes a folder and what is drawn, and gives None where that was refused.
     """
+
     def decorate(test):
         @pytest.mark.parametrize("factor", [1, pytest.param(LONGER, marks=pytest.mark.slow)], ids=["short", "long"])
         def run(factor, folder):
@@ -55,8 +57,10 @@ def fuzz(examples: int, **strategies):
             once = given(**strategies)(once)
             settings(**(SHORT if factor == 1 else LONG), max_examples=examples * factor)(once)()
             print(f"{test.__name__}: {dict(count)}")
+
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run
+
     return decorate
 
 
@@ -75,8 +79,12 @@ def contents() -> dict[str, bytes]:
         state = OrderedDict(w=tensor(), s=tensor(offset=1, size=(2, 2), stride=(1, 2)))
         write_zip(folder / "zip.pth", state)
         write_stream(folder / "stream.bin", {"state_dict": state, "epoch": 3})
-        small = {"x_train": np.zeros((3, 2, 2, 1), np.uint8), "x_test": np.ones((2, 2, 2, 1), np.uint8),
-                 "y_train": np.array([0, 1, 2]), "y_test": np.array([1, 0])}
+        small = {
+            "x_train": np.zeros((3, 2, 2, 1), np.uint8),
+            "x_test": np.ones((2, 2, 2, 1), np.uint8),
+            "y_train": np.array([0, 1, 2]),
+            "y_test": np.array([1, 0]),
+        }
         np.savez(folder / "data.npz", **small)
         np.savez_compressed(folder / "named.npz", **small, class_names=np.array(["a", "b", "c"]))
         np.savez(folder / "part.npz", data=np.zeros((2, 3072), np.uint8), labels=np.array([1, 1000], np.uint16))
@@ -124,8 +132,7 @@ def damaged(draw, *names: str) -> tuple[str, bytes]:
         return name, bytes(content[: draw(st.integers(0, 16))]) + draw(st.binary(max_size=300))
     where = st.integers(0, len(content))
     if draw(st.booleans()):  # most formats keep what matters at their ends
-        where = st.one_of(st.integers(0, min(400, len(content))),
-                          st.integers(max(0, len(content) - 700), len(content)))
+        where = st.one_of(st.integers(0, min(400, len(content))), st.integers(max(0, len(content) - 700), len(content)))
     for _ in range(draw(st.integers(1, 4))):
         kind, at = draw(st.sampled_from(("bit", "byte", "number", "cut", "drop", "insert", "repeat"))), draw(where)
         if kind == "bit" and at < len(content):
@@ -133,8 +140,9 @@ def damaged(draw, *names: str) -> tuple[str, bytes]:
         elif kind == "byte" and at < len(content):
             content[at] = draw(st.integers(0, 255))
         elif kind == "number":
-            content[at : at + 4] = draw(st.sampled_from((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f",
-                                                         b"\0\0\0\x80", b"\1\0\0\0")))
+            content[at : at + 4] = draw(
+                st.sampled_from((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\1\0\0\0"))
+            )
         elif kind == "cut":
             del content[at:]
         elif kind == "drop":
@@ -166,7 +174,7 @@ def checked(data):
     if data is not None:
         for split in (data.train, data.test):
             assert split.image.dtype == np.uint8 and split.image.ndim == 4 and len(split.image) == len(split.label) > 0
-            assert 0 <= split.label.min() and split.label.max() < data.num_classes
+            assert split.label.min() >= 0 and split.label.max() < data.num_classes
     return data
 
 
@@ -202,8 +210,13 @@ def test_cifar100_archives(folder, drawn):
     return checked(only_user_errors(sources.load, "cifar100", path=str(folder / name)))
 
 
-@fuzz(400, drawn=damaged(*(f"{kind}/{name}" for kind in ("python", "python3") for name in ("train", "test", "meta")),
-                         *(f"binary/{name}" for name in ("train.bin", "test.bin", "fine_label_names.txt"))))
+@fuzz(
+    400,
+    drawn=damaged(
+        *(f"{kind}/{name}" for kind in ("python", "python3") for name in ("train", "test", "meta")),
+        *(f"binary/{name}" for name in ("train.bin", "test.bin", "fine_label_names.txt")),
+    ),
+)
 def test_cifar100_folders(folder, drawn):
     name, content = drawn
     kind = name.partition("/")[0]
@@ -228,8 +241,12 @@ def test_pictures(folder, drawn):
 @functools.cache
 def bank_file() -> bytes:
     out = io.BytesIO()
-    np.savez(out, logits=np.zeros((3, 2, 5), np.float32), teacher1=np.zeros((3, 12), np.uint8),
-             teacher2=np.zeros((3, 16), np.uint8))
+    np.savez(
+        out,
+        logits=np.zeros((3, 2, 5), np.float32),
+        teacher1=np.zeros((3, 12), np.uint8),
+        teacher2=np.zeros((3, 16), np.uint8),
+    )
     return out.getvalue()
 
 
@@ -248,21 +265,38 @@ def test_stored_outputs(folder, at, change, dropped):
 
 # --- configurations --------------------------------------------------------------------------------------------------
 
-SCALARS = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-           | st.sampled_from((0, 1, -1, 2**31, 2**63, 2**70, 1e308, 1e-320, float("inf"), float("nan"), "", "~")))
-VALUES_OF_ANY_TYPE = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-                                  | st.dictionaries(st.text(max_size=4), inner, max_size=2), max_leaves=4)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from((0, 1, -1, 2**31, 2**63, 2**70, 1e308, 1e-320, float("inf"), float("nan"), "", "~"))
+)
+VALUES_OF_ANY_TYPE = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
 
 
 def keys(config: dict, prefix: str = "") -> list[str]:
     """Every key and every group's name, dotted."""
-    return [name for key, value in config.items() for name in
-            [prefix + key, *(keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ())]]
+    return [
+        name
+        for key, value in config.items()
+        for name in [prefix + key, *(keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ())]
+    ]
 
 
 CONFIGS = [base.get_config().to_dict(), l4_full.get_config("digits").to_dict()]
-LIKE = {name: value for config in CONFIGS for name, value in
-        ((key, functools.reduce(dict.__getitem__, key.split("."), config)) for key in keys(config))}
+LIKE = {
+    name: value
+    for config in CONFIGS
+    for name, value in ((key, functools.reduce(dict.__getitem__, key.split("."), config)) for key in keys(config))
+}
 
 
 @st.composite
@@ -270,15 +304,23 @@ def override(draw) -> tuple[str, object]:
     """A key, mostly one that exists, and a value, mostly of its type."""
     known = draw(st.sampled_from(sorted(LIKE)))
     key = draw(st.just(known) | st.just(known) | st.just(known) | st.text(max_size=12))
-    by_type = {bool: st.booleans(), int: st.integers(-3, 40) | st.integers(), float: st.floats() | st.floats(0, 4),
-               str: st.text(max_size=12) | st.sampled_from(sorted(v for v in LIKE.values() if isinstance(v, str))),
-               tuple: st.lists(st.integers(-2, 9) | st.floats(0, 9), max_size=4).map(tuple)}
+    by_type = {
+        bool: st.booleans(),
+        int: st.integers(-3, 40) | st.integers(),
+        float: st.floats() | st.floats(0, 4),
+        str: st.text(max_size=12) | st.sampled_from(sorted(v for v in LIKE.values() if isinstance(v, str))),
+        tuple: st.lists(st.integers(-2, 9) | st.floats(0, 9), max_size=4).map(tuple),
+    }
     alike = by_type.get(type(LIKE[known]), VALUES_OF_ANY_TYPE)
     return key, draw(alike | alike | VALUES_OF_ANY_TYPE)
 
 
-@fuzz(300, number=st.integers(0, 1), changes=st.lists(override(), min_size=1, max_size=4),
-      dropped=st.none() | st.none() | st.none() | st.sampled_from(sorted(LIKE)))
+@fuzz(
+    300,
+    number=st.integers(0, 1),
+    changes=st.lists(override(), min_size=1, max_size=4),
+    dropped=st.none() | st.none() | st.none() | st.sampled_from(sorted(LIKE)),
+)
 def test_configurations(folder, number, changes, dropped):
     """Changed anywhere, to anything; one key may be missing. What is read and checked then describes a run."""
     config = copy.deepcopy(CONFIGS[number])
@@ -291,8 +333,9 @@ def test_configurations(folder, number, changes, dropped):
             group[leaf] = value
     if dropped:
         *groups, leaf = dropped.split(".")
-        group = functools.reduce(lambda group, name: group.get(name, {}) if isinstance(group, dict) else {}, groups,
-                                 config)
+        group = functools.reduce(
+            lambda group, name: group.get(name, {}) if isinstance(group, dict) else {}, groups, config
+        )
         if isinstance(group, dict):
             group.pop(leaf, None)
     read = only_user_errors(recipe.read, config)
@@ -314,8 +357,13 @@ def test_damaged_run_folders(folder, at, change, dropped):
     return only_user_errors(finished.read_recipe, folder)
 
 
-@fuzz(300, exp_id=st.text(max_size=12) | st.sampled_from((".", "..", "latest", "summary.csv", "teachers", "x" * 300,
-                                                          "/", "a/b", "a\0", ".x", "latest.txt")))
+@fuzz(
+    300,
+    exp_id=st.text(max_size=12)
+    | st.sampled_from(
+        (".", "..", "latest", "summary.csv", "teachers", "x" * 300, "/", "a/b", "a\0", ".x", "latest.txt")
+    ),
+)
 def test_names_of_runs(folder, exp_id):
     """Only ever a new folder in results_dir."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -328,8 +376,9 @@ def test_names_of_runs(folder, exp_id):
     return record
 
 
-PARTS = st.sampled_from(("hf:", "me", "net", "/", "@", "main", "..", ".", "~", "\0", " ", "w.npz", "refs/pr/1", "-",
-                         "--", "é", "x" * 100)) | st.text(max_size=4)
+PARTS = st.sampled_from(
+    ("hf:", "me", "net", "/", "@", "main", "..", ".", "~", "\0", " ", "w.npz", "refs/pr/1", "-", "--", "é", "x" * 100)
+) | st.text(max_size=4)
 
 
 @fuzz(400, reference=st.lists(PARTS, max_size=8).map("".join), prefix=st.sampled_from(("hf:", "hf:me/net", "")))

@@ -1,4 +1,5 @@
 """Several hosts, as processes of this machine: they compute what one does, agree first, and end together."""
+
 import csv
 import os
 import pathlib
@@ -20,14 +21,30 @@ from asib_jax.weights import checkpoint
 
 TESTS = pathlib.Path(__file__).resolve().parent
 FLAGS = {
-    "dataset.name": "npz", "dataset.path": "colours.npz", "dataset.batch_size": 8, "dataset.data_aug": 0,
+    "dataset.name": "npz",
+    "dataset.path": "colours.npz",
+    "dataset.batch_size": 8,
+    "dataset.data_aug": 0,
     "dataset.val_fraction": 0.2,
-    "model.student.name": "tiny", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
-    **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (
-        ("weights", ""), ("finetune_epochs", 0), ("train_epochs", 1), ("warmup_epochs", 0))},
-    "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "teacher_adapt_epochs": 1,
-    "student_epochs_per_stage": "(1,)", "synergy_only_epochs": 0, "enable_kd_after_syn_acc": 0.2,
-    "schedule.lr_warmup_epochs": 0, "optimizer": "sgd", "exp_id": "run",
+    "model.student.name": "tiny",
+    "teacher1.name": "tiny_teacher",
+    "teacher2.name": "tiny_teacher",
+    **{
+        f"teacher{k}.{key}": value
+        for k in (1, 2)
+        for key, value in (("weights", ""), ("finetune_epochs", 0), ("train_epochs", 1), ("warmup_epochs", 0))
+    },
+    "distill_out_dim": 8,
+    "ib_mbm_out_dim": 8,
+    "ib_mbm_n_head": 2,
+    "use_amp": False,
+    "teacher_adapt_epochs": 1,
+    "student_epochs_per_stage": "(1,)",
+    "synergy_only_epochs": 0,
+    "enable_kd_after_syn_acc": 0.2,
+    "schedule.lr_warmup_epochs": 0,
+    "optimizer": "sgd",
+    "exp_id": "run",
 }
 
 
@@ -46,15 +63,32 @@ def launch(tmp_path):
             folder = tmp_path / f"{results.replace('/', '_')}-{number}"
             folder.mkdir()
             if has_data:
-                np.savez(folder / "colours.npz", x_train=training.image, y_train=training.label, x_test=test.image,
-                         y_test=test.label)
+                np.savez(
+                    folder / "colours.npz",
+                    x_train=training.image,
+                    y_train=training.label,
+                    x_test=test.image,
+                    y_test=test.label,
+                )
             flags = FLAGS | {"results_dir": tmp_path / results} | flags
             joined = [f"--coordinator={address}", f"--processes={len(own)}", f"--process={number}"] * (len(own) > 1)
-            started.append(subprocess.Popen(
-                [sys.executable, TESTS / "one_host.py", "2", f"--config={TESTS.parent}/configs/l1_ib.py", *joined,
-                 *(f"--config.{key}={value}" for key, value in flags.items())],
-                cwd=folder, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT))
+            started.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        TESTS / "one_host.py",
+                        "2",
+                        f"--config={TESTS.parent}/configs/l1_ib.py",
+                        *joined,
+                        *(f"--config.{key}={value}" for key, value in flags.items()),
+                    ],
+                    cwd=folder,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )
         return started[-len(own) :]
 
     yield start
@@ -115,8 +149,9 @@ def test_two_hosts_train_what_one_does_though_a_signal_stops_them(launch, tmp_pa
 def test_hosts_that_disagree_stop(launch, tmp_path):
     """Another seed on the second: both name it, and there is no result. Of a run without `exp_id`, whose folder the
     second does not know."""
-    for number, (status, told) in enumerate(ends(launch("results", ({"exp_id": ""}, True),
-                                                        ({"exp_id": "", "seed": 5}, True)))):
+    for number, (status, told) in enumerate(
+        ends(launch("results", ({"exp_id": ""}, True), ({"exp_id": "", "seed": 5}, True)))
+    ):
         assert status == 2
         assert f"seed is not the same on host 1 as on host 0 (here {5 * number})" in told
     assert row(tmp_path / "results")["status"] == "failed"
@@ -131,8 +166,12 @@ def test_a_host_that_fails_ends_the_other(launch, tmp_path):
 
 
 def test_how_hosts_are_named():
-    for address, processes, process in (("there", 2, 0), ("there:1234", None, 0), ("there:1234", 2, None),
-                                        ("there:1234", 2, 2)):
+    for address, processes, process in (
+        ("there", 2, 0),
+        ("there:1234", None, 0),
+        ("there:1234", 2, None),
+        ("there:1234", 2, 2),
+    ):
         with pytest.raises(ValueError, match=f"--coordinator={address} .*--process={process}: give HOST:PORT"):
             hosts.joined(address, processes, process, int).__enter__()
     with pytest.raises(ValueError, match="--processes and --process need --coordinator"):

@@ -1,4 +1,5 @@
 """The fusion network against a float64 numpy re-implementation and PyTorch's attention."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,18 @@ FEATURES = GENERATOR.normal(size=(BATCH, TEACHERS, 7)).astype(np.float32)
 
 
 def make(**fields):
-    return IB_MBM(**{"dim": DIM, "num_heads": HEADS, "use_ib": True, "feature_norm": "none", "logvar_clip": 6.0,
-                     "min_std": 1e-3, "residual": True} | fields)
+    return IB_MBM(
+        **{
+            "dim": DIM,
+            "num_heads": HEADS,
+            "use_ib": True,
+            "feature_norm": "none",
+            "logvar_clip": 6.0,
+            "min_std": 1e-3,
+            "residual": True,
+        }
+        | fields
+    )
 
 
 def random_variables(module, *inputs, seed=1):
@@ -46,12 +57,9 @@ def attention_by_hand(query, teachers, p, heads):
     return dense(read, p["out"])
 
 
-@pytest.mark.parametrize("fields", [
-    {},
-    {"feature_norm": "l2", "logvar_clip": 0.7},
-    {"use_ib": False, "residual": False},
-    {"min_std": 0.9},
-])
+@pytest.mark.parametrize(
+    "fields", [{}, {"feature_norm": "l2", "logvar_clip": 0.7}, {"use_ib": False, "residual": False}, {"min_std": 0.9}]
+)
 def test_equals_numpy(fields):
     """mu, logvar and the clipped share to 1e-4 of float64; the variants clip on both sides, on one, or not at all."""
     model = make(**fields)
@@ -63,8 +71,12 @@ def test_equals_numpy(fields):
     if model.feature_norm == "l2":
         q, kv = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, kv))
     query = dense(q, p["query"])
-    s = attention_by_hand(layer_norm(query, p["query_norm"]), layer_norm(dense(kv, p["teachers"]), p["teachers_norm"]),
-                          p["attention"], HEADS)
+    s = attention_by_hand(
+        layer_norm(query, p["query_norm"]),
+        layer_norm(dense(kv, p["teachers"]), p["teachers_norm"]),
+        p["attention"],
+        HEADS,
+    )
     s = layer_norm(s + query, p["norm"]) if model.residual else s
     np.testing.assert_allclose(actual.mu, dense(s, p["mu"]), rtol=1e-4, atol=1e-4)
     assert ("norm" in p) == model.residual
@@ -83,6 +95,7 @@ def test_equals_numpy(fields):
 def test_attention_equals_pytorch():
     """nn.MultiheadAttention with its key bias set to anything: it changes nothing, so we have none. 1e-5."""
     import torch
+
     query = GENERATOR.normal(size=(BATCH, DIM)).astype(np.float32)
     teachers = GENERATOR.normal(size=(BATCH, TEACHERS, DIM)).astype(np.float32)
     module = TeacherAttention(HEADS)
@@ -90,12 +103,17 @@ def test_attention_equals_pytorch():
     p = variables["params"]
     assert set(p["key"]) == {"kernel"}
     theirs = torch.nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-    theirs.load_state_dict({name: torch.tensor(value) for name, value in {
-        "in_proj_weight": np.concatenate([p[name]["kernel"].T for name in ("query", "key", "value")]),
-        "in_proj_bias": np.concatenate([p["query"]["bias"], np.full(DIM, 3, np.float32), p["value"]["bias"]]),
-        "out_proj.weight": p["out"]["kernel"].T,
-        "out_proj.bias": p["out"]["bias"],
-    }.items()})
+    theirs.load_state_dict(
+        {
+            name: torch.tensor(value)
+            for name, value in {
+                "in_proj_weight": np.concatenate([p[name]["kernel"].T for name in ("query", "key", "value")]),
+                "in_proj_bias": np.concatenate([p["query"]["bias"], np.full(DIM, 3, np.float32), p["value"]["bias"]]),
+                "out_proj.weight": p["out"]["kernel"].T,
+                "out_proj.bias": p["out"]["bias"],
+            }.items()
+        }
+    )
     with torch.no_grad():
         expected, _ = theirs(*(torch.tensor(x) for x in (query[:, None], teachers, teachers)))
     np.testing.assert_allclose(module.apply(variables, query, teachers), expected[:, 0], rtol=1e-5, atol=1e-5)
@@ -105,15 +123,21 @@ def test_initial_distributions():
     """Uniform within PyTorch's bounds: support and spread (5 % over 1,600 draws); biases of the attention zero."""
     params = jax.jit(make(dim=40).init)(jax.random.key(0), QUERY, FEATURES)["params"]
     attention, joint = params["attention"], (6 / (40 + 3 * 40)) ** 0.5
-    for kernel, bound in ((params["query"]["kernel"], 6 ** -0.5), (params["teachers"]["kernel"], 7 ** -0.5),
-                          (params["mu"]["kernel"], 40 ** -0.5), (params["logvar"]["kernel"], 40 ** -0.5),
-                          (attention["query"]["kernel"], joint), (attention["key"]["kernel"], joint),
-                          (attention["value"]["kernel"], joint), (attention["out"]["kernel"], 40 ** -0.5)):
+    for kernel, bound in (
+        (params["query"]["kernel"], 6**-0.5),
+        (params["teachers"]["kernel"], 7**-0.5),
+        (params["mu"]["kernel"], 40**-0.5),
+        (params["logvar"]["kernel"], 40**-0.5),
+        (attention["query"]["kernel"], joint),
+        (attention["key"]["kernel"], joint),
+        (attention["value"]["kernel"], joint),
+        (attention["out"]["kernel"], 40**-0.5),
+    ):
         assert 0.95 * bound < np.abs(kernel).max() <= bound
         np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.05 if kernel.size >= 1600 else 0.15)
     for name in ("query", "value", "out"):
         np.testing.assert_array_equal(attention[name]["bias"], 0)
-    assert 0 < np.abs(params["query"]["bias"]).max() <= 6 ** -0.5
+    assert 0 < np.abs(params["query"]["bias"]).max() <= 6**-0.5
 
 
 def test_l2_norm_of_a_zero_feature_has_a_finite_gradient():
@@ -129,10 +153,13 @@ def test_sample():
     np.testing.assert_allclose(sample(latent, np.float32([[3, -2]])), [[1 + 2 * 3, 2 - 0.5 * 2]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"num_heads": 3}, "ib_mbm_n_head = 3 does not divide ib_mbm_out_dim = 8"),
-    ({"feature_norm": "l1"}, "ib_mbm_feature_norm = 'l1' must be one of none, l2"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 3}, "ib_mbm_n_head = 3 does not divide ib_mbm_out_dim = 8"),
+        ({"feature_norm": "l1"}, "ib_mbm_feature_norm = 'l1' must be one of none, l2"),
+    ],
+)
 def test_impossible_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)

@@ -1,4 +1,5 @@
 """SIGKILL at random moments of a real run, and what it comes to in the end: bit for bit what it would have been."""
+
 import os
 import pathlib
 import random
@@ -16,9 +17,17 @@ from tiny_runs import SMALL, write_data
 from asib_jax.record import experiment, signals, snapshots
 
 TESTS = pathlib.Path(__file__).resolve().parent
-TINY = SMALL | {"teacher_adapt_epochs": 4, "student_epochs_per_stage": (1, 16), "train_control": False,
-                "tensorboard": False, "checkpoint_steps": 4} | {
-    f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("train_epochs", 3), ("warmup_epochs", 0))}
+TINY = (
+    SMALL
+    | {
+        "teacher_adapt_epochs": 4,
+        "student_epochs_per_stage": (1, 16),
+        "train_control": False,
+        "tensorboard": False,
+        "checkpoint_steps": 4,
+    }
+    | {f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("train_epochs", 3), ("warmup_epochs", 0))}
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +35,12 @@ def tiny(tmp_path_factory):
     """A run that takes seconds: `one_host.py` on one device, its configuration and what is changed in it."""
     data = write_data(tmp_path_factory.mktemp("data"))
     changes = TINY | {"dataset.path": data}
-    return [TESTS / "one_host.py", "1", f"--config={ROOT}/configs/l2_cccp.py",
-            *(f"--config.{key}={value}" for key, value in changes.items())]
+    return [
+        TESTS / "one_host.py",
+        "1",
+        f"--config={ROOT}/configs/l2_cccp.py",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+    ]
 
 
 DIGITS = [ROOT / "launch" / "main.py", f"--config={ROOT}/configs/l2_cccp.py:digits", "--config.checkpoint_steps=7"]
@@ -37,8 +50,10 @@ def start(command, results, *flags):
     """The run as a process, its output in results.log."""
     return subprocess.Popen(
         [sys.executable, *command, "--config.exp_id=run", f"--config.results_dir={results}", *flags],
-        stdout=open(f"{results}.log", "a"), stderr=subprocess.STDOUT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"})
+        stdout=open(f"{results}.log", "a"),
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+    )
 
 
 def lines_of(results):
@@ -107,8 +122,7 @@ def test_killed_in_every_twentieth_of_the_run(tmp_path):
     for number in range(20):
         results = tmp_path / f"results{number}"
         line = round((number + draw.random()) / 20 * length)
-        while not killed(DIGITS, results, delay=draw.uniform(0, 0.1),
-                         until=lambda lines: len(lines) >= line):
+        while not killed(DIGITS, results, delay=draw.uniform(0, 0.1), until=lambda lines: len(lines) >= line):
             shutil.rmtree(results)
             line -= 1  # the last ones come all at once
         last = snapshots.last_whole(results / "run")

@@ -1,22 +1,32 @@
 """The command line as a user meets it: whole runs."""
+
 import csv
 import json
 
 import pytest
-
 from launching import launch, launch_process
 from tiny_runs import tiny_networks
 
 CONFIGS = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
-SHORT = ("--config.num_devices=1", "--config.model.student.name=tiny_scratch",
-         "--config.student_epochs_per_stage=(1,1)", "--config.schedule.lr_warmup_epochs=1")
-TEACHERS = ("--config.teacher_adapt_epochs=1", *(
-    f"--config.teacher{k}.{key}" for k in (1, 2) for key in ("name=tiny_teacher", "train_epochs=1", "warmup_epochs=1")))
+SHORT = (
+    "--config.num_devices=1",
+    "--config.model.student.name=tiny_scratch",
+    "--config.student_epochs_per_stage=(1,1)",
+    "--config.schedule.lr_warmup_epochs=1",
+)
+TEACHERS = (
+    "--config.teacher_adapt_epochs=1",
+    *(
+        f"--config.teacher{k}.{key}"
+        for k in (1, 2)
+        for key in ("name=tiny_teacher", "train_epochs=1", "warmup_epochs=1")
+    ),
+)
 
 
 def table(text: str) -> list[str]:
     lines = text.splitlines()
-    return lines[next(i for i, line in enumerate(lines) if line.startswith("name")):][:13]
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("name")) :][:13]
 
 
 @pytest.fixture
@@ -43,14 +53,25 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     assert rows[0]["test_acc_best"] == repr(metrics["final/test_acc_best"])
     assert rows[1]["test_acc_synergy_best"] == ""  # not measured, so empty, not 0
     assert metrics["final/test_count"] == 539
-    assert {"stage1/a/epoch01/val_synergy", "stage2/b/epoch01/val_student", "control/stage2/b/epoch01/val_control",
-            "stage1/b/before/val_without_teachers"} <= metrics.keys()
+    assert {
+        "stage1/a/epoch01/val_synergy",
+        "stage2/b/epoch01/val_student",
+        "control/stage2/b/epoch01/val_control",
+        "stage1/b/before/val_without_teachers",
+    } <= metrics.keys()
 
     shown = table(first.stderr)
     assert [line.split("  ")[0] for line in shown[1:10]] == [
-        "teacher1 (tiny_teacher)", "teacher2 (tiny_teacher)", "teachers' average", "synergy ensemble",
-        "synergy, teachers zeroed", "student without teachers, last", "student without teachers, best on validation",
-        "student, last", "student, best on validation"]
+        "teacher1 (tiny_teacher)",
+        "teacher2 (tiny_teacher)",
+        "teachers' average",
+        "synergy ensemble",
+        "synergy, teachers zeroed",
+        "student without teachers, last",
+        "student without teachers, best on validation",
+        "student, last",
+        "student, best on validation",
+    ]
     again = launch("evaluate", f"--run={folder}")
     assert again.returncode == 0, again.stderr
     assert table(again.stdout) == shown

@@ -1,10 +1,12 @@
 """Dropout and stochastic depth: values, and that every network, place and example draws for itself."""
+
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import convolutions, make_batch, random_values, variable_shapes
 
 from asib_jax import streams
 from asib_jax.models.convnext import Block
@@ -12,7 +14,6 @@ from asib_jax.models.ensemble import Mode, Networks, Variables, classify, run_te
 from asib_jax.models.ib_mbm import SynergyHead
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.layers import Architecture, chain, dropout, stochastic_depth
-from networks import convolutions, make_batch, random_values, variable_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = jax.random.split(jax.random.key(0), 64)
@@ -21,7 +22,7 @@ KEYS = jax.random.split(jax.random.key(0), 64)
 def test_dropout_and_stochastic_depth():
     """Entries, or examples as a whole, are 0 at the rate and else divided by what is left; nothing without keys."""
     x = np.random.default_rng(0).uniform(1, 2, (64, 3, 3, 8)).astype(np.float32)
-    for drop, shape, spread in ((dropout, x.shape, 0.5 / 4608 ** 0.5), (stochastic_depth, (64, 1, 1, 1), 0.5 / 8)):
+    for drop, shape, spread in ((dropout, x.shape, 0.5 / 4608**0.5), (stochastic_depth, (64, 1, 1, 1), 0.5 / 8)):
         dropped = np.asarray(drop(x, 0.25, KEYS))
         kept = np.broadcast_to((dropped > 0)[:, : shape[1], : shape[2], : shape[3]], x.shape)
         np.testing.assert_allclose(dropped, np.where(kept, x / 0.75, 0), rtol=1e-6)
@@ -62,8 +63,8 @@ def test_networks_draw_apart():
     values = random_values(variable_shapes(teacher))
     one, zero = np.ones(6, np.float32), np.zeros(6, np.float32)
     head = {"fc1": {"kernel": np.diag(zero), "bias": one}, "fc2": {"kernel": np.diag(one), "bias": zero}}
-    params = {name: values["params"] for name in nets.teacher_names} | {"synergy_head": head}
-    variables = Variables(params, {name: values["batch_stats"] for name in nets.teacher_names})
+    params = dict.fromkeys(nets.teacher_names, values["params"]) | {"synergy_head": head}
+    variables = Variables(params, dict.fromkeys(nets.teacher_names, values["batch_stats"]))
     pixels, keys, modes = make_batch()["image"], KEYS[:8], (Mode(train=True),) * 2
     plain, dropped = (np.asarray(run_teachers(nets, variables, pixels, modes, own)[0].logits) for own in (None, keys))
     np.testing.assert_array_equal(plain[:, 0], plain[:, 1])

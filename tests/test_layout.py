@@ -1,4 +1,5 @@
 """The shape of the code: imports point one way, nothing is long, and no configuration key is dead."""
+
 import ast
 import dataclasses
 import graphlib
@@ -20,8 +21,13 @@ GROUND = ("errors", "streams")
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION = 300, 79, 60
 
 # A group of keys in a recipe: the class that holds it. "" is the recipe itself.
-GROUPS = {"": recipe.Recipe, "dataset": recipe.DatasetRecipe, "student": recipe.StudentRecipe,
-          "teachers": recipe.TeacherRecipe, "schedule": recipe.ScheduleRecipe}
+GROUPS = {
+    "": recipe.Recipe,
+    "dataset": recipe.DatasetRecipe,
+    "student": recipe.StudentRecipe,
+    "teachers": recipe.TeacherRecipe,
+    "schedule": recipe.ScheduleRecipe,
+}
 CHECKED_ONLY = {"num_stages"}  # compared with the length of student_epochs_per_stage
 
 
@@ -48,12 +54,14 @@ def imports(tree: ast.AST) -> set[str]:
 
 def graph(sources: dict[str, str]) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports; sources: module -> text."""
+
     def module(found: str) -> str:
         name = found.removeprefix("asib_jax.")
         return name if name in sources else name.rpartition(".")[0]
 
-    return {name: {module(found) for found in imports(ast.parse(text))} & sources.keys()
-            for name, text in sources.items()}
+    return {
+        name: {module(found) for found in imports(ast.parse(text))} & sources.keys() for name, text in sources.items()
+    }
 
 
 def wing(module: str) -> str:
@@ -63,8 +71,12 @@ def wing(module: str) -> str:
 
 def upward(arrows: dict[str, set[str]]) -> list[str]:
     """Imports from a wing above, as "importer <- imported"."""
-    return sorted(f"{name} <- {module}" for name, modules in arrows.items() for module in modules
-                  if WINGS.index(wing(module)) > WINGS.index(wing(name)))
+    return sorted(
+        f"{name} <- {module}"
+        for name, modules in arrows.items()
+        for module in modules
+        if WINGS.index(wing(module)) > WINGS.index(wing(name))
+    )
 
 
 def cycle(arrows: dict[str, set[str]]) -> list[str]:
@@ -101,8 +113,15 @@ def test_no_imports_go_round_within_a_wing(arrows):
 
 def test_a_wrong_import_is_found():
     def found(**more):
-        sources = {"errors": "", "data": "", "data.x": "def f():\n    import asib_jax.errors", "data.y": "",
-                   "train": "", "tools": "", "tools.z": "from asib_jax import train\nfrom asib_jax.data.x import f"}
+        sources = {
+            "errors": "",
+            "data": "",
+            "data.x": "def f():\n    import asib_jax.errors",
+            "data.y": "",
+            "train": "",
+            "tools": "",
+            "tools.z": "from asib_jax import train\nfrom asib_jax.data.x import f",
+        }
         arrows = graph(sources | more)
         return upward(arrows), set(cycle(arrows))
 
@@ -133,8 +152,11 @@ def test_linen_stays_in_models():
 
 def functions(tree: ast.AST) -> dict[str, int]:
     """Length in lines of every function in `tree`, by name and line."""
-    return {f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {
+        f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
 
 
 def test_files_and_functions_are_short():
@@ -207,12 +229,18 @@ def reads(source: str) -> set[tuple[str, str]]:
 def property_reads() -> dict[tuple[str, str], set[tuple[str, str]]]:
     """(group, property) -> the (group, attribute) pairs of `self` it reads, for every property of a group's class."""
     classes = {cls.__name__: group for group, cls in GROUPS.items()}
-    return {(classes[cls.name], function.name): {
-                (classes[cls.name], node.attr) for node in ast.walk(function)
-                if isinstance(node, ast.Attribute) and last_name(node.value) == "self"}
-            for path in files("asib_jax/recipe") for cls in ast.parse(path.read_text()).body
-            if isinstance(cls, ast.ClassDef) and cls.name in classes
-            for function in cls.body if isinstance(function, ast.FunctionDef)}
+    return {
+        (classes[cls.name], function.name): {
+            (classes[cls.name], node.attr)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute) and last_name(node.value) == "self"
+        }
+        for path in files("asib_jax/recipe")
+        for cls in ast.parse(path.read_text()).body
+        if isinstance(cls, ast.ClassDef) and cls.name in classes
+        for function in cls.body
+        if isinstance(function, ast.FunctionDef)
+    }
 
 
 def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
@@ -224,14 +252,21 @@ def dead(groups: dict[str, type], sources: list[str]) -> list[str]:
             if key not in live:
                 live.add(key)
                 todo.append(key)
-    return [f"{group}.{field.name}".lstrip(".") for group, cls in groups.items() for field in dataclasses.fields(cls)
-            if (group, field.name) not in live]
+    return [
+        f"{group}.{field.name}".lstrip(".")
+        for group, cls in groups.items()
+        for field in dataclasses.fields(cls)
+        if (group, field.name) not in live
+    ]
 
 
 def consumers() -> list[str]:
     """The code that acts on keys: all but what declares and checks them, and what tells of a run or re-enacts it."""
-    return [path.read_text() for path in files("asib_jax", "launch")
-            if path.parent not in (PACKAGE / "recipe", PACKAGE / "tools")]
+    return [
+        path.read_text()
+        for path in files("asib_jax", "launch")
+        if path.parent not in (PACKAGE / "recipe", PACKAGE / "tools")
+    ]
 
 
 def test_every_key_is_read_by_the_code():
@@ -241,12 +276,15 @@ def test_every_key_is_read_by_the_code():
 def test_a_dead_key_is_found():
     """A made-up key; one whose name another group has; one that only an unread property reads."""
     made_up = dataclasses.make_dataclass("MadeUp", [("made_up", int, 0)], bases=(recipe.Recipe,), frozen=True)
-    schedule = dataclasses.make_dataclass("Schedule", [("weights", str, "")], bases=(recipe.ScheduleRecipe,),
-                                          frozen=True)
+    schedule = dataclasses.make_dataclass(
+        "Schedule", [("weights", str, "")], bases=(recipe.ScheduleRecipe,), frozen=True
+    )
     found = dead(GROUPS | {"": made_up, "schedule": schedule}, consumers())
     assert set(found) == CHECKED_ONLY | {"made_up", "schedule.weights"}
-    source = ("def f(recipe):\n  options = recipe.dataset\n"
-              "  return options.name, [t.name for t in recipe.teachers], recipe.a_epochs")
+    source = (
+        "def f(recipe):\n  options = recipe.dataset\n"
+        "  return options.name, [t.name for t in recipe.teachers], recipe.a_epochs"
+    )
     read = {"dataset.name", "teachers.name", "teacher_adapt_epochs", "cccp_nt", "use_cccp", "dataset", "teachers"}
     assert set(dead(GROUPS, [source])) == set(dead(GROUPS, [""])) - read
 
@@ -256,6 +294,10 @@ def test_every_weight_given_to_a_loss_is_read():
     for cls, name in ((ATerms, "a_loss"), (BTerms, "b_loss")):
         tree = ast.parse((PACKAGE / "objectives" / f"{name}.py").read_text())
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        loads = {node.attr for function in functions for node in ast.walk(function)
-                 if isinstance(node, ast.Attribute) and last_name(node.value) == "terms"}
+        loads = {
+            node.attr
+            for function in functions
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute) and last_name(node.value) == "terms"
+        }
         assert {field.name for field in dataclasses.fields(cls)} <= loads

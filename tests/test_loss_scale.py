@@ -3,6 +3,7 @@
 A loss of one product, whose float16 gradient is a power of two, says exactly where the range ends; a network of
 convolutions says that what holds for it holds for BatchNorm and AdamW.
 """
+
 import functools
 
 import jax
@@ -21,8 +22,13 @@ from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import make_train_step
 
 BATCH = make_batch()
-CONTROLS = {"lr": jnp.float32(0.1), "step": jnp.int32(0), "augment_key": streams.key(0, "augment"),
-            "mix_key": streams.key(0, "mix"), "dropout_key": streams.key(0, "dropout")}
+CONTROLS = {
+    "lr": jnp.float32(0.1),
+    "step": jnp.int32(0),
+    "augment_key": streams.key(0, "augment"),
+    "mix_key": streams.key(0, "mix"),
+    "dropout_key": streams.key(0, "dropout"),
+}
 ADAMW = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
 SGD = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
 START = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(1024), growth_interval=2)
@@ -34,6 +40,7 @@ def same(a, b):
 
 
 # A loss of one product -----------------------------------------------------------------------------------------------
+
 
 def product(variables, controls, batch, axis_name=None):
     """mean(w x) in float16. Before unscaling, the gradient of an example is scale x / examples on its device."""
@@ -87,14 +94,17 @@ def test_an_overflow_on_any_device_skips_the_step_on_all(count):
     first, overflow, third = (after for after, _ in history[:3])
     assert same(first._replace(loss_scale=None), overflow._replace(loss_scale=None))
     for part in ("params", "batch_stats", "opt_state"):
-        assert not any(same(a, b) for a, b in zip(jax.tree.leaves(getattr(overflow, part)),
-                                                  jax.tree.leaves(getattr(third, part)), strict=True))
+        assert not any(
+            same(a, b)
+            for a, b in zip(
+                jax.tree.leaves(getattr(overflow, part)), jax.tree.leaves(getattr(third, part)), strict=True
+            )
+        )
 
 
 def test_two_devices_reach_the_state_of_one():
     """After the overflow, too: to 1e-6, as the mean over devices may round otherwise."""
-    one, two = (take(*product_run(devices), BATCHES, devices)[-1][0]
-                for devices in map(placing.run_devices, (1, 2)))
+    one, two = (take(*product_run(devices), BATCHES, devices)[-1][0] for devices in map(placing.run_devices, (1, 2)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
 
 
@@ -123,6 +133,7 @@ def test_an_epoch_of_overflows_alone_is_an_error():
 
 # A network -----------------------------------------------------------------------------------------------------------
 
+
 def network_run(dtype, tx, ce_alpha=1.0):
     """A supervised step of a small network that computes in `dtype`, not compiled yet, and its first state."""
     student = make_networks(**SHALLOW).student.clone(adapter_dim=0)
@@ -136,9 +147,9 @@ def network_run(dtype, tx, ce_alpha=1.0):
 def test_an_overflow_leaves_parameters_moments_and_statistics_of_a_network():
     """From 2^40 the scale halves, and nothing else changes, until a step's gradients are finite; that one moves all."""
     step, _, current, frozen = network_run("float16", ADAMW)
-    first = current = current._replace(loss_scale=START.replace(scale=jnp.float32(2.0 ** 40)))
+    first = current = current._replace(loss_scale=START.replace(scale=jnp.float32(2.0**40)))
     step = jax.jit(step)
-    for skips in range(40):
+    for skips in range(40):  # noqa: B007  # how many there were counts afterwards
         before, (current, metrics) = current, step(current, frozen, CONTROLS, BATCH)
         if not metrics["skipped"]:
             break
@@ -186,6 +197,7 @@ def test_other_types_take_the_plain_step(dtype):
     def plain(current, frozen, controls, batch):
         def objective(params):
             return loss(state.join(current._replace(params=params), frozen), controls, batch)
+
         (_, (stats, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(current.params)
         directions, opt_state = ADAMW.update(grads, current.opt_state, current.params)
         params = jax.tree.map(lambda p, d: p - controls["lr"] * d, current.params, directions)

@@ -1,4 +1,5 @@
 """Losses against float64 numpy: values and gradients (central differences or closed forms)."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,7 @@ def central_difference(function, x, step=1e-6):
 
 def value_and_grad(function, x):
     """Per-sample values and the gradient of their sum, jitted, from a float32 input."""
+
     def total(x):
         value = function(x)
         return value.sum(), value
@@ -58,16 +60,26 @@ def kl(x, target, tau):
     return tau**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
-@pytest.mark.parametrize("function, reference, x", [
-    (lambda x: losses.cross_entropy(x, LABELS), lambda x: smoothed_ce(x, 0), LOGITS),
-    (lambda x: losses.cross_entropy(x, LABELS, 0.1), lambda x: smoothed_ce(x, 0.1), LOGITS),
-    (lambda x: losses.kd(x, TARGET, 3.0), lambda x: kl(x, TARGET, 3.0), LOGITS),
-    (lambda mu: losses.gaussian_kl(mu, TARGET),
-     lambda mu: -0.5 * (1 + TARGET - mu**2 - np.exp(TARGET)).sum(-1), LOGITS),
-    (lambda logvar: losses.gaussian_kl(LOGITS, logvar),
-     lambda logvar: -0.5 * (1 + logvar - LOGITS**2 - np.exp(logvar)).sum(-1), TARGET),
-    (lambda x: losses.feature_kd(x, TARGET), lambda x: ((x - TARGET) ** 2).sum(-1), LOGITS),
-], ids=["ce", "smoothed_ce", "kd", "gaussian_kl_mu", "gaussian_kl_logvar", "feature_kd"])
+@pytest.mark.parametrize(
+    "function, reference, x",
+    [
+        (lambda x: losses.cross_entropy(x, LABELS), lambda x: smoothed_ce(x, 0), LOGITS),
+        (lambda x: losses.cross_entropy(x, LABELS, 0.1), lambda x: smoothed_ce(x, 0.1), LOGITS),
+        (lambda x: losses.kd(x, TARGET, 3.0), lambda x: kl(x, TARGET, 3.0), LOGITS),
+        (
+            lambda mu: losses.gaussian_kl(mu, TARGET),
+            lambda mu: -0.5 * (1 + TARGET - mu**2 - np.exp(TARGET)).sum(-1),
+            LOGITS,
+        ),
+        (
+            lambda logvar: losses.gaussian_kl(LOGITS, logvar),
+            lambda logvar: -0.5 * (1 + logvar - LOGITS**2 - np.exp(logvar)).sum(-1),
+            TARGET,
+        ),
+        (lambda x: losses.feature_kd(x, TARGET), lambda x: ((x - TARGET) ** 2).sum(-1), LOGITS),
+    ],
+    ids=["ce", "smoothed_ce", "kd", "gaussian_kl_mu", "gaussian_kl_logvar", "feature_kd"],
+)
 def test_value_and_gradient_match_float64(function, reference, x):
     value, gradient = value_and_grad(function, x)
     np.testing.assert_allclose(value, reference(x), rtol=2e-5)
@@ -90,7 +102,8 @@ def test_kd_is_finite_with_full_gradient_at_extreme_logits(tau):
     np.testing.assert_allclose(value, kl(student, EXTREME[:2], tau), rtol=1e-5)
     assert np.abs(gradient).max() > 0.9 * tau
     np.testing.assert_allclose(
-        gradient, tau * (softmax(student / tau) - softmax(EXTREME[:2] / tau)), rtol=1e-3, atol=1e-6)
+        gradient, tau * (softmax(student / tau) - softmax(EXTREME[:2] / tau)), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_kd_is_zero_not_nan_where_target_and_student_exclude_a_class():
@@ -159,9 +172,14 @@ def test_certainty_weight_spreads_clips_and_cannot_be_gamed():
     np.testing.assert_array_equal(gradient, np.zeros((4, 2)))
 
 
-@pytest.mark.parametrize("mode, disagree", [
-    ("pred", [False, True, True, False]), ("both_wrong", [False, False, True, True]),
-    ("any_wrong", [False, True, True, True])])
+@pytest.mark.parametrize(
+    "mode, disagree",
+    [
+        ("pred", [False, True, True, False]),
+        ("both_wrong", [False, False, True, True]),
+        ("any_wrong", [False, True, True, True]),
+    ],
+)
 def test_disagreement_weight(mode, disagree):
     predictions = np.array([[0, 0, 2, 2], [0, 1, 1, 2], [0, 0, 2, 2]])  # three teachers, four samples, all labelled 0
     weight = losses.disagreement_weight(one_hot(predictions.T, 3), np.zeros(4, int), mode, 2.0, 0.5)
@@ -189,8 +207,9 @@ def test_accuracy_is_the_share_of_labels_with_the_largest_logit():
     assert losses.accuracy(one_hot(np.array([0, 3, 4, 2]), 5), LABELS) == 0.75
 
 
-@pytest.mark.parametrize("ce, kd, ratio", [(1.0, 8.0, 0.25), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 5.0, 0.0),
-                                           (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "ce, kd, ratio", [(1.0, 8.0, 0.25), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 5.0, 0.0), (0.0, 0.0, 0.0)]
+)
 def test_kd_ratio_holds_kd_below_twice_ce_without_gradient(ce, kd, ratio):
     assert losses.kd_ratio(jnp.float32(ce), jnp.float32(kd), 2.0) == ratio
     np.testing.assert_array_equal(jax.grad(losses.kd_ratio, (0, 1))(ce, kd, 2.0), [0, 0])

@@ -1,4 +1,5 @@
 """Every program of a run lowers for GPUs and for TPUs, of which none need be here: all is told from shapes."""
+
 import collections
 import functools
 import re
@@ -49,8 +50,14 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
     sizes, size = sources.sizes(recipe.dataset.name), recipe.dataset.batch_size
     nets = build.build_networks(recipe, sizes.num_classes)
     variables = build.variable_shapes(recipe, nets, sizes.image_shape)
-    phases = train.phases_of(recipe, nets, variables.params, images={"train": 1000, "teacher_train": 1000},
-                             train=dict.fromkeys(nets.teacher_names), calibrate=True)
+    phases = train.phases_of(
+        recipe,
+        nets,
+        variables.params,
+        images={"train": 1000, "teacher_train": 1000},
+        train=dict.fromkeys(nets.teacher_names),
+        calibrate=True,
+    )
     known = set()
     for phase in phases:
         if (phase.optimizer, str(phase.training.mask)) not in known:
@@ -60,8 +67,10 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
                 stored = plan.batch_shapes(sizes, size, phase.nets, phase.reads)
                 yield f"{phase.name} from banks", training(recipe, phase, variables, stored)
     batch = plan.batch_shapes(sizes, size, nets)
-    counts = {**dict.fromkeys(("student", "synergy", "without_teachers", "examples"), shape(jnp.int32)),
-              "rows": shape(jnp.uint32)}
+    counts = {
+        **dict.fromkeys(("student", "synergy", "without_teachers", "examples"), shape(jnp.int32)),
+        "rows": shape(jnp.uint32),
+    }
     evaluated = batch | plan.batch_shapes(sizes, size, nets, frozenset({"teachers"}))
     yield "evaluation", Program(make_eval_step(nets), counts, variables, {"size": shape(jnp.int32)}, evaluated, {})
     for who in ("teachers", "student"):
@@ -71,8 +80,13 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
 
 def training(recipe: Recipe, phase: Phase, variables: Variables, batch: dict[str, Any]) -> Program:
     own = variables.only(phase.uses)
-    begin = functools.partial(state.begin, mask=phase.training.mask, trained_stats=phase.training.trained_stats, tx=phase.training.tx,
-                              compute_dtype=recipe.compute_dtype)
+    begin = functools.partial(
+        state.begin,
+        mask=phase.training.mask,
+        trained_stats=phase.training.trained_stats,
+        tx=phase.training.tx,
+        compute_dtype=recipe.compute_dtype,
+    )
     current, frozen = jax.eval_shape(lambda own: begin(with_narrow_teachers(phase.nets, own)), own)
     controls = jax.eval_shape(lambda: phase.controls(Progress(), 0))
     each = {"lr": shape(jnp.float32), "step": shape(jnp.int32)}
@@ -81,13 +95,15 @@ def training(recipe: Recipe, phase: Phase, variables: Variables, batch: dict[str
 
 def lowered(program: Program, platforms: tuple[str, ...] = PLATFORMS) -> dict[str, str]:
     """By platform, the text of the program that a run compiles for one device, of a call of two steps in a loop."""
+
     def steps(tree):
         return jax.tree.map(lambda leaf: shape(leaf.dtype, 2, *leaf.shape), tree)
 
     rows = shape(jnp.int32, 2, *program.batch["label"].shape)
     call = compile_steps(program.step, jax.devices()[:1])
-    traced = call.trace(program.carry, program.fixed, program.controls, {}, steps(program.batch), rows,
-                        steps(program.each))
+    traced = call.trace(
+        program.carry, program.fixed, program.controls, {}, steps(program.batch), rows, steps(program.each)
+    )
     return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms}
 
 
@@ -110,8 +126,17 @@ def test_every_program_of_a_run_lowers(profile):
             found = products(text)
             assert found and not found["f32", False], (name, platform, found)  # float32 is not TF32, nor bfloat16
             assert "custom_call" not in text, (name, platform)  # nothing but XLA is needed
-    assert {"teacher1", "teacher2", "calibration", "stage1/a", "stage1/a from banks", "stage1/b", "evaluation",
-            "reader of teachers", "reader of student"} <= set(names)
+    assert {
+        "teacher1",
+        "teacher2",
+        "calibration",
+        "stage1/a",
+        "stage1/a from banks",
+        "stage1/b",
+        "evaluation",
+        "reader of teachers",
+        "reader of student",
+    } <= set(names)
 
 
 def test_what_only_a_cpu_can_do_does_not_lower():
@@ -119,8 +144,14 @@ def test_what_only_a_cpu_can_do_does_not_lower():
     only_cpu = Primitive("only_cpu")
     only_cpu.def_abstract_eval(lambda x: x)
     mlir.register_lowering(only_cpu, lambda context, x: [x], platform="cpu")
-    program = Program(lambda carry, fixed, controls, batch: (only_cpu.bind(carry), batch["label"]), shape(jnp.float32),
-                      (), {}, {"label": shape(jnp.int32, 4)}, {})
+    program = Program(
+        lambda carry, fixed, controls, batch: (only_cpu.bind(carry), batch["label"]),
+        shape(jnp.float32),
+        (),
+        {},
+        {"label": shape(jnp.int32, 4)},
+        {},
+    )
     assert "module" in lowered(program, ("cpu",))["cpu"]
     for platform in PLATFORMS:
         with pytest.raises(NotImplementedError, match=f"only_cpu.*{platform}"):

@@ -1,15 +1,16 @@
 """Backbones and KDModel: exact sizes, what freezing and training do to statistics, and every output by another path."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import full_size_shapes, variable_shapes
 
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers, create_student_by_name, create_teacher_by_name
-from asib_jax.models.layers import Architecture
 from asib_jax.models.convnext import convnext
 from asib_jax.models.kd_model import KDModel, stage_names
+from asib_jax.models.layers import Architecture
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
-from networks import full_size_shapes, variable_shapes
 
 # (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's or timm's;
 # small stems have 64 * 3 * (49 - 9) and 96 * 3 * (16 - 9) fewer, those not listed as many.
@@ -75,8 +76,7 @@ def test_every_model_has_its_exact_size():
 
 def test_stages_are_declared_in_order():
     assert stage_names(tiny()) == ("stem", "layer1", "layer2", "layer3")
-    assert stage_names(tiny(imagenet_resnet((1, 1, 1, 1), True))) == (
-        "stem", "layer1", "layer2", "layer3", "layer4")
+    assert stage_names(tiny(imagenet_resnet((1, 1, 1, 1), True))) == ("stem", "layer1", "layer2", "layer3", "layer4")
 
 
 def test_names():
@@ -121,6 +121,7 @@ def test_forward_equals_its_parts_by_hand():
 
 def test_adapters_leave_the_initial_network_as_it_is():
     """Same key, bitwise the same backbone and classifier; and the residual adapter starts as the identity."""
+
     def init_and_run(model):
         variables = model.init(jax.random.key(3), PIXELS, train=False)
         return variables, model.apply(variables, PIXELS, train=False)
@@ -155,17 +156,20 @@ def test_initial_values():
     np.testing.assert_array_equal(block["bn1"]["scale"], 1)
     np.testing.assert_array_equal(block["bn1"]["bias"], 0)
     for leaf in params["classifier"].values():
-        bound = 40 ** -0.5
+        bound = 40**-0.5
         assert 0.98 * bound < np.max(np.abs(leaf)) <= bound
         np.testing.assert_allclose(np.std(leaf), bound / np.sqrt(3), rtol=0.03 if leaf.ndim == 2 else 0.1)
 
 
-@pytest.mark.parametrize(("options", "moving"), [
-    ({}, {"stem", "layer1", "layer2", "layer3"}),
-    ({"frozen_stages": 2}, {"layer2", "layer3"}),
-    ({"frozen_stages": 4}, set()),
-    ({"freeze_bn": True}, set()),
-])
+@pytest.mark.parametrize(
+    ("options", "moving"),
+    [
+        ({}, {"stem", "layer1", "layer2", "layer3"}),
+        ({"frozen_stages": 2}, {"layer2", "layer3"}),
+        ({"frozen_stages": 4}, set()),
+        ({"freeze_bn": True}, set()),
+    ],
+)
 def test_frozen_stages_keep_their_statistics(options, moving):
     model = tiny()
     variables = random_variables(model)
@@ -218,16 +222,29 @@ def test_normalisation_fits_the_channels():
     """One value serves every channel; uint8 and float pixels are the same; another count is an error."""
     one, three = tiny(mean=(0.3,), std=(0.2,)), tiny(mean=(0.3,) * 3, std=(0.2,) * 3)
     variables = random_variables(one)
-    logits = jax.jit(lambda: (one.apply(variables, PIXELS, train=False).logit,
-                              three.apply(variables, PIXELS.astype(np.float32), train=False).logit))()
+    logits = jax.jit(
+        lambda: (
+            one.apply(variables, PIXELS, train=False).logit,
+            three.apply(variables, PIXELS.astype(np.float32), train=False).logit,
+        )
+    )()
     np.testing.assert_array_equal(*logits)
     with pytest.raises(ValueError, match="mean = .* has 3 values, the images have 1 channels: set mean to"):
         tiny().init(jax.random.key(0), PIXELS[..., :1], train=False)
 
 
 def test_fusion_for_teachers_of_different_widths():
-    fields = {"dim": 8, "num_heads": 2, "use_ib": True, "feature_norm": "none", "logvar_clip": 6.0, "min_std": 1e-3,
-              "residual": True, "dropout": 0.1, "learnable_temperature": True}
+    fields = {
+        "dim": 8,
+        "num_heads": 2,
+        "use_ib": True,
+        "feature_norm": "none",
+        "logvar_clip": 6.0,
+        "min_std": 1e-3,
+        "residual": True,
+        "dropout": 0.1,
+        "learnable_temperature": True,
+    }
     narrow, wide = tiny(), tiny(cifar_resnet(8, widths=(2, 3, 6)))
     with pytest.raises(ValueError, match=r"different widths \[4, 6\]: set use_distillation_adapter=True"):
         build_ib_mbm_from_teachers([narrow, wide], **fields)

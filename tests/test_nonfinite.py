@@ -1,4 +1,5 @@
 """Steps that are not finite: NaN put into a batch, a weight, a teacher's outputs; on one of two devices; in a row."""
+
 import functools
 
 import jax
@@ -16,12 +17,27 @@ from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import TERMS, make_train_step
 
-A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
-                 feat_kd_alpha=0.3, reg_lambda=0.1, ib_mbm_reg_lambda=0.1, label_smoothing=0.0, min_cw=0.1, data_aug=0)
+A_TERMS = ATerms(
+    synergy_ce_alpha=0.6,
+    synergy_kd_alpha=1.1,
+    kd_alpha=0.35,
+    cccp_alpha=0.25,
+    cccp_tau=4.0,
+    feat_kd_alpha=0.3,
+    reg_lambda=0.1,
+    ib_mbm_reg_lambda=0.1,
+    label_smoothing=0.0,
+    min_cw=0.1,
+    data_aug=0,
+)
 B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", kd_max_ratio=1.0, feat_kd_alpha=0.3)
-CONTROLS = {**{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "ramp", "ratio_on")},
-            "average_share": jnp.float32(0.3), "lr": jnp.float32(0.1), "step": jnp.int32(0),
-            **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "noise", "dropout")}}
+CONTROLS = {
+    **{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "ramp", "ratio_on")},
+    "average_share": jnp.float32(0.3),
+    "lr": jnp.float32(0.1),
+    "step": jnp.int32(0),
+    **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "noise", "dropout")},
+}
 ADAMW = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,6 +48,7 @@ def same(a, b):
 
 
 # A step --------------------------------------------------------------------------------------------------------------
+
 
 @functools.cache
 def make(kind):
@@ -50,8 +67,9 @@ def make(kind):
 def batch_of_floats():
     """A batch whose images and stored teachers' outputs can hold NaN."""
     batch, draw = make_batch(), np.random.default_rng(0).normal
-    teachers = TeacherOutputs(tuple(np.float32(draw(size=(8, width))) for width in (3, 4)),
-                              np.float32(draw(size=(8, 2, CLASSES))))
+    teachers = TeacherOutputs(
+        tuple(np.float32(draw(size=(8, width))) for width in (3, 4)), np.float32(draw(size=(8, 2, CLASSES)))
+    )
     return {**batch, "image": np.float32(batch["image"]), "teachers": teachers}
 
 
@@ -63,12 +81,20 @@ def with_nan(tree):
     return jax.tree.unflatten(jax.tree.structure(tree), [first, *others])
 
 
-@pytest.mark.parametrize("kind, where, broken", [
-    ("b", "image", "ce, kd, feat_kd"), ("b", "student", "ce, kd"), ("b", "feature", "kd, feat_kd"),
-    ("b", "logit", "kd"), ("b", "ib_mbm", "kd, feat_kd"),
-    ("a", "feature", "ce, kd_average, kd_student, gaussian_kl, cccp, feat_kd"), ("a", "logit", "kd_average"),
-    ("a", "synergy_head", "ce, kd_average, kd_student, cccp, ib_mbm_reg"), ("a", "teacher1", "reg"),
-])
+@pytest.mark.parametrize(
+    "kind, where, broken",
+    [
+        ("b", "image", "ce, kd, feat_kd"),
+        ("b", "student", "ce, kd"),
+        ("b", "feature", "kd, feat_kd"),
+        ("b", "logit", "kd"),
+        ("b", "ib_mbm", "kd, feat_kd"),
+        ("a", "feature", "ce, kd_average, kd_student, gaussian_kl, cccp, feat_kd"),
+        ("a", "logit", "kd_average"),
+        ("a", "synergy_head", "ce, kd_average, kd_student, cccp, ib_mbm_reg"),
+        ("a", "teacher1", "reg"),
+    ],
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_terms(kind, where, broken):
     """One NaN, the student's in its classifier; the state stays bitwise; the same step without it moves the state."""
     _, step, current, frozen = make(kind)
@@ -77,8 +103,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_terms(kind, whe
         batch = {**batch, "image": with_nan(batch["image"])}
     elif where in ("feature", "logit"):
         feats, logits = batch["teachers"]
-        batch = {**batch, "teachers": TeacherOutputs(with_nan(feats), logits) if where == "feature" else
-                 TeacherOutputs(feats, with_nan(logits))}
+        batch = {
+            **batch,
+            "teachers": TeacherOutputs(with_nan(feats), logits)
+            if where == "feature"
+            else TeacherOutputs(feats, with_nan(logits)),
+        }
     elif where in current.params:
         current = current._replace(params={**current.params, where: with_nan(current.params[where])})
     else:
@@ -113,6 +143,7 @@ def test_every_metric_is_a_term_in_its_place_or_follows_from_terms(kind):
 
 # A run of steps ------------------------------------------------------------------------------------------------------
 
+
 def product(variables, controls, batch, axis_name=None):
     """The mean of (w1 + w2) x, whose gradient is that of x for both; a statistic keeps that mean, too."""
     value = jnp.mean(jnp.sum(variables.params["w"]["kernel"]) * batch["x"])
@@ -122,8 +153,15 @@ def product(variables, controls, batch, axis_name=None):
 def begin(devices, limit=20, **options):
     """Of SGD with momentum on two examples a step; NaN lies on the last device alone."""
     tx = optimizers.make_optimizer("sgd", weight_decay=0.5, grad_clip_norm=0.0)
-    return make_running(functools.partial(product, axis_name="devices" if devices > 1 else None), tx, [1.0, 1.0],
-                        rate=lambda step: 0.25, devices=devices, limit=limit, **options)
+    return make_running(
+        functools.partial(product, axis_name="devices" if devices > 1 else None),
+        tx,
+        [1.0, 1.0],
+        rate=lambda step: 0.25,
+        devices=devices,
+        limit=limit,
+        **options,
+    )
 
 
 GOOD = [(1, 2), (0.5, -1), (3, 1), (-2, 0.25)]
@@ -156,8 +194,11 @@ def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
     """Steps 8, and 10 to 12: the third in a row of these is one too many, wherever a compiled call ends."""
     batches = [(1, 2), (1, np.nan), (1, 2), (1, np.nan), (1, np.nan), (1, np.nan), (1, 2)]
     running = begin(devices, limit=3, steps_a_call=steps_a_call)
-    with pytest.raises(FloatingPointError, match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* "
-                                                 r"broke in ce\. .*grad_clip_norm.*max_nonfinite_steps"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* "
+        r"broke in ce\. .*grad_clip_norm.*max_nonfinite_steps",
+    ):
         running.run_epoch(calls_of(running, batches), {})
     assert running.watch.in_a_row == 3 and running.watch.skipped == 4
     running = begin(devices, limit=4, steps_a_call=steps_a_call)
@@ -166,6 +207,7 @@ def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
 
 def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():
     """Of a step that trains nothing, as the pass that sets them: the loss does not see x."""
+
     def loss(variables, controls, batch):
         return jnp.zeros(()), ({"w": {"mean": jnp.mean(batch["x"])}}, {"loss": jnp.zeros(())})
 
@@ -180,8 +222,8 @@ def test_only_a_batch_statistic_that_is_not_finite_keeps_its_value():
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(devices):
-    """x is no factor of w: the gradient is 1 whatever x. Of two devices x is the second one's, and both skip the step.
-    """
+    """x is no factor of w: the gradient is 1 whatever x. Of two devices x is the second one's; both skip the step."""
+
     def loss(variables, controls, batch):
         value = variables.params["w"]["kernel"][0] + jnp.mean(batch["x"])
         return value, ({}, {"loss": value})
@@ -190,8 +232,7 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(devices):
     variables = Variables({"w": {"kernel": jnp.float32([1.0])}}, {})
     current, frozen = state.begin(variables, {"w": True}, (), tx)
     axis = "devices" if devices > 1 else None
-    step = jax.vmap(make_train_step(loss, tx, axis_name=axis), (None, None, None, 0), axis_name=axis,
-                    axis_size=devices)
+    step = jax.vmap(make_train_step(loss, tx, axis_name=axis), (None, None, None, 0), axis_name=axis, axis_size=devices)
     for x, w, skipped in ((2.0, 0.5, 0), (np.inf, 0.5, 1), (3.0, 0.0, 0)):
         examples = np.float32([[1.0], [x]])[-devices:]
         after, metrics = jax.jit(step)(current, frozen, {"lr": jnp.float32(0.5)}, {"x": examples})
@@ -202,6 +243,7 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(devices):
 
 
 # The watch -----------------------------------------------------------------------------------------------------------
+
 
 def test_a_streak_goes_on_over_calls_and_over_a_resumption():
     skipped = {"skipped": np.float32([0, 1]), "ce": np.float32([1, np.inf])}

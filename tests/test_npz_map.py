@@ -1,4 +1,5 @@
 """Uncompressed images stay in their .npz file: the same values as read ones, and errors where the file is not whole."""
+
 import io
 import struct
 import zipfile
@@ -73,15 +74,18 @@ def test_small_and_column_major_arrays_are_read(tmp_path, monkeypatch):
     assert not is_mapped(read(path))
 
 
-@pytest.mark.parametrize("content, message", [
-    (npy(IMAGES, shape=(10**9, 8, 8, 3)), r"its shape \[1000000000, 8, 8, 3\] does not fit the 1344 bytes it has"),
-    (npy(IMAGES)[:-1], r"its shape \[7, 8, 8, 3\] does not fit the 1343 bytes it has"),
-    (npy(IMAGES, shape=(-7, 8, 8, 3)), r"its shape \[-7, .* does not fit"),
-    (npy(IMAGES, shape=(-7, -8, 8, 3)), "negative"),
-    (npy(IMAGES)[:60], "EOF"),
-    (b"pixels" * 100, "magic string"),
-    (npy(IMAGES, descr="|O"), "allow_pickle=False"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (npy(IMAGES, shape=(10**9, 8, 8, 3)), r"its shape \[1000000000, 8, 8, 3\] does not fit the 1344 bytes it has"),
+        (npy(IMAGES)[:-1], r"its shape \[7, 8, 8, 3\] does not fit the 1343 bytes it has"),
+        (npy(IMAGES, shape=(-7, 8, 8, 3)), r"its shape \[-7, .* does not fit"),
+        (npy(IMAGES, shape=(-7, -8, 8, 3)), "negative"),
+        (npy(IMAGES)[:60], "EOF"),
+        (b"pixels" * 100, "magic string"),
+        (npy(IMAGES, descr="|O"), "allow_pickle=False"),
+    ],
+)
 def test_malformed_member_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=rf"own\.npz: array x cannot be read .*{message}"):
         read(write(tmp_path / "own.npz", content))

@@ -1,5 +1,6 @@
 """Optimizers against their published equations in float64: as they are made, and as each training makes its own of the
 recipe."""
+
 import dataclasses
 
 import jax
@@ -13,15 +14,19 @@ from asib_jax.objectives import optimizers
 from configs import l2_cccp
 
 GENERATOR = np.random.default_rng(0)
-SHAPES = {"ib_mbm": {"code": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (2,), "bias": (2,)}},
-          "student": {"stage0": {"conv": {"kernel": (1, 1, 2, 2)}, "bn": {"scale": (2,), "bias": (2,)}}},
-          "synergy_head": {"log_temperature": ()}, "teacher2": {"classifier": {"kernel": (2, 2), "bias": (2,)}}}
+SHAPES = {
+    "ib_mbm": {"code": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (2,), "bias": (2,)}},
+    "student": {"stage0": {"conv": {"kernel": (1, 1, 2, 2)}, "bn": {"scale": (2,), "bias": (2,)}}},
+    "synergy_head": {"log_temperature": ()},
+    "teacher2": {"classifier": {"kernel": (2, 2), "bias": (2,)}},
+}
 RATES = (0.1, 0.03, 0.05)
 
 
 def draw():
-    return jax.tree.map(lambda shape: GENERATOR.normal(size=shape), SHAPES,
-                        is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(
+        lambda shape: GENERATOR.normal(size=shape), SHAPES, is_leaf=lambda node: isinstance(node, tuple)
+    )
 
 
 PARAMS, GRADS = draw(), [draw() for _ in RATES]
@@ -46,7 +51,7 @@ def run(tx):
 
 
 def clipped(grads, bound):
-    norm = np.sqrt(sum((g ** 2).sum() for g in leaves(grads).values()))
+    norm = np.sqrt(sum((g**2).sum() for g in leaves(grads).values()))
     assert not bound or bound < norm
     return {path: g * bound / norm if bound else g for path, g in leaves(grads).items()}
 
@@ -58,8 +63,8 @@ def adamw(weight_decay, bound, factors={}):
     for t, (rate, grads) in enumerate(zip(RATES, GRADS), 1):
         for path, g in clipped(grads, bound).items():
             m[path] = 0.9 * m.get(path, 0) + 0.1 * g
-            v[path] = 0.999 * v.get(path, 0) + 0.001 * g ** 2
-            direction = m[path] / (1 - 0.9 ** t) / (np.sqrt(v[path] / (1 - 0.999 ** t)) + 1e-8)
+            v[path] = 0.999 * v.get(path, 0) + 0.001 * g**2
+            direction = m[path] / (1 - 0.9**t) / (np.sqrt(v[path] / (1 - 0.999**t)) + 1e-8)
             direction = direction + (weight_decay * params[path] if decayed(path) else 0)
             params[path] = params[path] - rate * factors.get(path.split("'")[1], 1.0) * direction
     return params
@@ -83,14 +88,20 @@ def assert_equal(actual, expected):
         np.testing.assert_allclose(actual[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"kind": "adamw", "weight_decay": 0.3, "grad_clip_norm": 0.0}, lambda: adamw(0.3, 0)),
-    ({"kind": "adamw", "weight_decay": 0.0, "grad_clip_norm": 0.5}, lambda: adamw(0.0, 0.5)),
-    ({"kind": "adamw", "weight_decay": 0.3, "grad_clip_norm": 0.5, "factors": {"ib_mbm": 10.0, "student": 0.5}},
-     lambda: adamw(0.3, 0.5, {"ib_mbm": 10.0, "student": 0.5})),
-    ({"kind": "sgd", "weight_decay": 0.3, "grad_clip_norm": 0.0, "momentum": 0.7}, lambda: sgd(0.3, 0, 0.7)),
-    ({"kind": "sgd", "weight_decay": 0.0, "grad_clip_norm": 0.5}, lambda: sgd(0.0, 0.5, 0.9)),
-], ids=["adamw", "adamw_clipped", "adamw_factors", "sgd", "sgd_clipped"])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"kind": "adamw", "weight_decay": 0.3, "grad_clip_norm": 0.0}, lambda: adamw(0.3, 0)),
+        ({"kind": "adamw", "weight_decay": 0.0, "grad_clip_norm": 0.5}, lambda: adamw(0.0, 0.5)),
+        (
+            {"kind": "adamw", "weight_decay": 0.3, "grad_clip_norm": 0.5, "factors": {"ib_mbm": 10.0, "student": 0.5}},
+            lambda: adamw(0.3, 0.5, {"ib_mbm": 10.0, "student": 0.5}),
+        ),
+        ({"kind": "sgd", "weight_decay": 0.3, "grad_clip_norm": 0.0, "momentum": 0.7}, lambda: sgd(0.3, 0, 0.7)),
+        ({"kind": "sgd", "weight_decay": 0.0, "grad_clip_norm": 0.5}, lambda: sgd(0.0, 0.5, 0.9)),
+    ],
+    ids=["adamw", "adamw_clipped", "adamw_factors", "sgd", "sgd_clipped"],
+)
 def test_updates_equal_the_equations(options, expected):
     """With decay on kernels, and on nothing else, as the equations have it."""
     assert_equal(run(optimizers.make_optimizer(**options)), expected())
@@ -103,11 +114,14 @@ def test_a_gradient_within_the_bound_is_not_scaled():
 
 def test_decay_is_for_kernels_alone():
     assert {path for path, yes in leaves(optimizers.decayed(PARAMS)).items() if yes} == {
-        "['ib_mbm']['code']['kernel']", "['student']['stage0']['conv']['kernel']",
-        "['teacher2']['classifier']['kernel']"}
+        "['ib_mbm']['code']['kernel']",
+        "['student']['stage0']['conv']['kernel']",
+        "['teacher2']['classifier']['kernel']",
+    }
 
 
 # Of the recipe -------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def transformation():
@@ -118,8 +132,9 @@ def transformation():
     def make(step, teacher={}, **changes):
         made = recipe.read(l2_cccp.get_config("digits"))
         first, second = made.teachers
-        made = dataclasses.replace(made, teachers=(first, dataclasses.replace(second, **teacher)), grad_clip_norm=0.5,
-                                   **changes)
+        made = dataclasses.replace(
+            made, teachers=(first, dataclasses.replace(second, **teacher)), grad_clip_norm=0.5, **changes
+        )
         if step == "teacher2":
             return teachers.make_training(made, nets, 1, params).tx
         return {"a": a_step, "b": b_step}[step].make_training(made, nets, params, 0).tx
@@ -127,16 +142,29 @@ def transformation():
     return make
 
 
-@pytest.mark.parametrize("step, changes, expected", [
-    ("b", {"student_weight_decay": 0.3}, lambda: adamw(0.3, 0.5)),
-    ("b", {"student_weight_decay": 0.3, "optimizer": "sgd", "momentum": 0.7}, lambda: sgd(0.3, 0.5, 0.7)),
-    ("a", {"a_step_lr": 2e-4, "ib_mbm_lr_factor": 7.0},
-     lambda: adamw(0.0, 0.5, {"ib_mbm": 7.0, "synergy_head": 7.0})),
-    ("a", {"a_step_lr": 2e-4, "teacher_lr": 6e-4, "a_step_weight_decay": 0.2, "ib_mbm_lr_factor": 1.0},
-     lambda: adamw(0.2, 0.5, {"teacher2": 3.0})),
-    ("teacher2", {"teacher": {"train_weight_decay": 0.3, "finetune_weight_decay": 0.1}}, lambda: adamw(0.3, 0.5)),
-    ("teacher2", {"teacher": {"train_weight_decay": 0.3, "finetune_weight_decay": 0.1, "weights": "given.npz"}},
-     lambda: adamw(0.1, 0.5)),
-], ids=["student", "student_sgd", "fusion_rate", "teacher_rate", "teacher", "given_teacher"])
+@pytest.mark.parametrize(
+    "step, changes, expected",
+    [
+        ("b", {"student_weight_decay": 0.3}, lambda: adamw(0.3, 0.5)),
+        ("b", {"student_weight_decay": 0.3, "optimizer": "sgd", "momentum": 0.7}, lambda: sgd(0.3, 0.5, 0.7)),
+        (
+            "a",
+            {"a_step_lr": 2e-4, "ib_mbm_lr_factor": 7.0},
+            lambda: adamw(0.0, 0.5, {"ib_mbm": 7.0, "synergy_head": 7.0}),
+        ),
+        (
+            "a",
+            {"a_step_lr": 2e-4, "teacher_lr": 6e-4, "a_step_weight_decay": 0.2, "ib_mbm_lr_factor": 1.0},
+            lambda: adamw(0.2, 0.5, {"teacher2": 3.0}),
+        ),
+        ("teacher2", {"teacher": {"train_weight_decay": 0.3, "finetune_weight_decay": 0.1}}, lambda: adamw(0.3, 0.5)),
+        (
+            "teacher2",
+            {"teacher": {"train_weight_decay": 0.3, "finetune_weight_decay": 0.1, "weights": "given.npz"}},
+            lambda: adamw(0.1, 0.5),
+        ),
+    ],
+    ids=["student", "student_sgd", "fusion_rate", "teacher_rate", "teacher", "given_teacher"],
+)
 def test_each_training_takes_the_numbers_of_the_recipe(transformation, step, changes, expected):
     assert_equal(run(transformation(step, **changes)), expected())

@@ -1,4 +1,5 @@
 """Splits that share examples are refused; copies under another index are counted, against a loop over all pairs."""
+
 import logging
 
 import numpy as np
@@ -12,16 +13,23 @@ from asib_jax.data.sources import Split
 def split(first_index, *images):
     """Of 2x2 images given as (colour, label)."""
     colours, labels = zip(*images)
-    return Split(np.uint8(colours).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8), np.int32(labels),
-                 first_index + np.arange(len(images), dtype=np.int32))
+    return Split(
+        np.uint8(colours).reshape(-1, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8),
+        np.int32(labels),
+        first_index + np.arange(len(images), dtype=np.int32),
+    )
 
 
 def by_hand(part, other):
     """(found, with another label) over all pairs."""
-    labels = [{int(other.label[j]) for j in range(len(other.label)) if (other.image[j] == image).all()}
-              for image in part.image]
-    return (sum(bool(found) for found in labels),
-            sum(bool(found) and int(label) not in found for found, label in zip(labels, part.label)))
+    labels = [
+        {int(other.label[j]) for j in range(len(other.label)) if (other.image[j] == image).all()}
+        for image in part.image
+    ]
+    return (
+        sum(bool(found) for found in labels),
+        sum(bool(found) and int(label) not in found for found, label in zip(labels, part.label)),
+    )
 
 
 TEACHER_TRAIN = split(0, (1, 0), (2, 1), (2, 2), (3, 0), (4, 1), (9, 2))
@@ -36,16 +44,28 @@ def data(train=None, teacher_train=TEACHER_TRAIN, validation=VALIDATION, test=TE
 def test_copies_are_counted_in_the_log_too(caplog):
     with caplog.at_level(logging.INFO, "asib_jax"):
         counts = overlap.check(data())
-    expected = {"test_in_train": by_hand(TEST, TEACHER_TRAIN), "test_in_validation": by_hand(TEST, VALIDATION),
-                "validation_in_train": by_hand(VALIDATION, TEACHER_TRAIN)}
+    expected = {
+        "test_in_train": by_hand(TEST, TEACHER_TRAIN),
+        "test_in_validation": by_hand(TEST, VALIDATION),
+        "validation_in_train": by_hand(VALIDATION, TEACHER_TRAIN),
+    }
     assert expected == {"test_in_train": (6, 3), "test_in_validation": (1, 0), "validation_in_train": (1, 1)}
-    assert counts == {f"duplicates/{name}{suffix}": count for name, pair in expected.items()
-                      for suffix, count in zip(("", "_other_label"), pair)}
+    assert counts == {
+        f"duplicates/{name}{suffix}": count
+        for name, pair in expected.items()
+        for suffix, count in zip(("", "_other_label"), pair)
+    }
     assert "6 of test in train (3 with another label)" in caplog.text
 
 
-@pytest.mark.parametrize("test, level", [(TEST, "WARNING"), (split(0, (5, 1), (7, 0)), "WARNING"),  # in validation
-                                         (split(0, (7, 0), (8, 1)), "INFO")])  # though validation shares one with training
+@pytest.mark.parametrize(
+    "test, level",
+    [
+        (TEST, "WARNING"),
+        (split(0, (5, 1), (7, 0)), "WARNING"),  # in validation
+        (split(0, (7, 0), (8, 1)), "INFO"),
+    ],
+)  # though validation shares one with training
 def test_copies_of_test_images_are_a_warning(caplog, test, level):
     with caplog.at_level(logging.INFO, "asib_jax"):
         overlap.check(data(test=test))
@@ -62,14 +82,19 @@ def test_a_students_subset_is_told_apart_from_the_teachers_images():
     assert counts["duplicates/test_in_train"] == 4 != counts["duplicates/test_in_teacher_train"]
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"validation": split(5, (8, 0), (8, 1))}, r"1 examples are in the train and the validation split: \[5\]"),
-    ({"train": TEACHER_TRAIN.take(np.array([0])), "validation": split(5, (8, 0))},
-     r"1 examples are in the teacher_train and the validation split: \[5\]"),
-    ({"train": split(9, (1, 0), (2, 0))}, r"2 examples are the student's and not the teachers': \[9, 10\]"),
-    ({"train": TEACHER_TRAIN.take(np.array([0, 0]))}, "an example is in the train split twice"),
-    ({"test": TEST.take(np.array([3, 2, 3]))}, "an example is in the test split twice"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"validation": split(5, (8, 0), (8, 1))}, r"1 examples are in the train and the validation split: \[5\]"),
+        (
+            {"train": TEACHER_TRAIN.take(np.array([0])), "validation": split(5, (8, 0))},
+            r"1 examples are in the teacher_train and the validation split: \[5\]",
+        ),
+        ({"train": split(9, (1, 0), (2, 0))}, r"2 examples are the student's and not the teachers': \[9, 10\]"),
+        ({"train": TEACHER_TRAIN.take(np.array([0, 0]))}, "an example is in the train split twice"),
+        ({"test": TEST.take(np.array([3, 2, 3]))}, "an example is in the test split twice"),
+    ],
+)
 def test_splits_that_share_examples_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         overlap.check(data(**changes))

@@ -1,19 +1,21 @@
 """Importing weights: the network computes what PyTorch computes, and nothing is left over unnoticed."""
+
 import re
 
 import jax
 import numpy as np
 import pytest
+from networks import variable_shapes
 
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.weights.reading import fit_variables, import_weights
 from asib_jax.weights.torch_names import export_weights
-from networks import variable_shapes
 
 CLASSES = 5
-SMALL = KDModel(cifar_resnet(8, widths=(2, 3, 4), stem=2), CLASSES, (0.5,), (0.25,), adapter_dim=3,
-                residual_adapter=True)
+SMALL = KDModel(
+    cifar_resnet(8, widths=(2, 3, 4), stem=2), CLASSES, (0.5,), (0.25,), adapter_dim=3, residual_adapter=True
+)
 
 
 def zeros_of(model):
@@ -48,16 +50,27 @@ def state_for(model):
 
 
 @pytest.mark.pytorch
-@pytest.mark.parametrize(("block", "widths", "counts", "stem", "architecture", "size"), [
-    ("basic", (4, 6, 8), (2, 2, 2), (3, 4, 1, False), cifar_resnet(14, widths=(4, 6, 8), stem=4), 16),
-    pytest.param("bottleneck", (64, 128, 256, 512), (2, 1, 1, 1), (7, 64, 2, True),
-                 imagenet_resnet((2, 1, 1, 1), False), 64, marks=pytest.mark.slow),
-    ("bottleneck", (64, 128, 256, 512), (1, 1, 1, 1), (3, 64, 1, False), imagenet_resnet((1, 1, 1, 1), True), 16),
-])
+@pytest.mark.parametrize(
+    ("block", "widths", "counts", "stem", "architecture", "size"),
+    [
+        ("basic", (4, 6, 8), (2, 2, 2), (3, 4, 1, False), cifar_resnet(14, widths=(4, 6, 8), stem=4), 16),
+        pytest.param(
+            "bottleneck",
+            (64, 128, 256, 512),
+            (2, 1, 1, 1),
+            (7, 64, 2, True),
+            imagenet_resnet((2, 1, 1, 1), False),
+            64,
+            marks=pytest.mark.slow,
+        ),
+        ("bottleneck", (64, 128, 256, 512), (1, 1, 1, 1), (3, 64, 1, False), imagenet_resnet((1, 1, 1, 1), True), 16),
+    ],
+)
 def test_network_equals_pytorch(block, widths, counts, stem, architecture, size):
     """Outputs, statistics and gradients as `parity.errors` describes; the weights exported again, bit by bit."""
     import parity
     import torch_networks
+
     errors = parity.errors(torch_networks.resnet(block, widths, counts, stem, parity.CLASSES), architecture, size)
     assert parity.within_bounds(errors), errors
 
@@ -92,8 +105,9 @@ def test_what_does_not_fit_is_named():
 
     def refusal(changes=(), without=()):
         with pytest.raises(ValueError) as error:
-            import_weights({k: v for k, v in {**state, **dict(changes)}.items() if k not in without}, variables,
-                           SMALL.architecture)
+            import_weights(
+                {k: v for k, v in {**state, **dict(changes)}.items() if k not in without}, variables, SMALL.architecture
+            )
         return str(error.value)
 
     extra = {f"layer1.{i}.conv1.weight": state["layer1.0.conv1.weight"] for i in range(1, 13)}
@@ -121,7 +135,8 @@ def test_other_classes_and_another_window_keep_their_initial_values():
     assert fresh == {
         "params/stem/conv/kernel": "conv1.weight (7, 7, 3, 2), the model's params/stem/conv/kernel (3, 3, 3, 2)",
         "params/classifier/kernel": "fc.weight (4, 9), the model's params/classifier/kernel (4, 5)",
-        "params/classifier/bias": "fc.bias (9,), the model's params/classifier/bias (5,)"}
+        "params/classifier/bias": "fc.bias (9,), the model's params/classifier/bias (5,)",
+    }
     assert imported.random_stem(SMALL) == fresh["params/stem/conv/kernel"]
     params = variables["params"]
     for leaf in (params["stem"]["conv"]["kernel"], params["classifier"]["kernel"], params["classifier"]["bias"]):
@@ -149,8 +164,12 @@ def test_variables_of_our_own_fit_by_the_same_rules():
     stored = jax.tree.map(lambda leaf: leaf + 1, zeros_of(model))
     variables, fresh = imported = fit_variables(stored, zeros_of(SMALL), SMALL.architecture)
     assert list(fresh) == ["params/classifier/bias", "params/classifier/kernel"] and not imported.random_stem(SMALL)
-    assert {float(leaf.max()) for name, branch in variables["params"].items() for leaf in jax.tree.leaves(branch)
-            if name.startswith(("stem", "layer"))} == {1.0}
+    assert {
+        float(leaf.max())
+        for name, branch in variables["params"].items()
+        for leaf in jax.tree.leaves(branch)
+        if name.startswith(("stem", "layer"))
+    } == {1.0}
     assert not np.any(variables["params"]["distill_adapter"]["fc2"]["kernel"])
     stored["params"]["layer2"]["block1"] = stored["params"]["layer2"]["block0"]
     with pytest.raises(ValueError, match="source keys without a place .*\n  params/layer2/block1/bn1/bias"):

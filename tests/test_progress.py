@@ -1,4 +1,5 @@
 """What a run remembers of how far it has come: sums, best states, the synergy that opens the gate."""
+
 import json
 
 import numpy as np
@@ -12,7 +13,12 @@ def test_an_equal_score_is_no_better_one():
     """The first of equal states is the best; only a better one is to be held."""
     best = Best()
     assert [best.see(score, f"epoch {epoch}") for epoch, score in enumerate((0.2, 0.5, 0.5, 0.4, 0.6), 1)] == [
-        True, True, False, False, True]
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert (best.score, best.when) == (0.6, "epoch 5")
 
 
@@ -48,8 +54,9 @@ def test_a_snapshot_holds_all_of_it():
     """Its arrays as they are, everything else through JSON; a best state may have none yet."""
     held = {"params": {"student": {"w": np.float32([1, 2])}}, "batch_stats": {"student": {"m": np.float32(3)}}}
     best = {"student": Best(0.7, "epoch 2", held, 0.6, 1), "stage1/a": Best()}
-    progress = Progress(drawn=4, ib_epochs=3, synergy_acc=0.5, opt_states={"a": {"mu": 2}}, best=best,
-                        last={"student": held})
+    progress = Progress(
+        drawn=4, ib_epochs=3, synergy_acc=0.5, opt_states={"a": {"mu": 2}}, best=best, last={"student": held}
+    )
     progress.steps["a"], progress.epochs["b"], progress.distilled_steps["avg"] = 20, 2, 10
     arrays, values = progress.content()
     found = Progress.restored(arrays, json.loads(json.dumps(values)))
@@ -59,12 +66,15 @@ def test_a_snapshot_holds_all_of_it():
 
 def test_held_leaves_take_their_places():
     """Of a network whose other leaves stay, and of one without statistics."""
-    variables = Variables({"student": {"stage0": {"w": 1, "b": 2}, "adapter": {"w": 3}}, "teacher1": {"w": 4}},
-                          {"student": {"m": 5}, "teacher1": {}})
+    variables = Variables(
+        {"student": {"stage0": {"w": 1, "b": 2}, "adapter": {"w": 3}}, "teacher1": {"w": 4}},
+        {"student": {"m": 5}, "teacher1": {}},
+    )
     held = {"params": {"student": {"stage0": {"w": 10}}}, "batch_stats": {"student": {"m": 50}}}
     assert overlay(variables, held) == Variables(
         {"student": {"stage0": {"w": 10, "b": 2}, "adapter": {"w": 3}}, "teacher1": {"w": 4}},
-        {"student": {"m": 50}, "teacher1": {}})
+        {"student": {"m": 50}, "teacher1": {}},
+    )
     assert overlay(variables, {"params": {}}) == variables
     assert of_network(held, "student") == {"params": {"stage0": {"w": 10}}, "batch_stats": {"m": 50}}
     assert of_network({"params": {"plain": {"w": 1}}}, "plain") == {"params": {"w": 1}, "batch_stats": {}}

@@ -1,4 +1,5 @@
 """What a run's record says of its origin, against the sources themselves; git that is absent, broken or slow."""
+
 import hashlib
 import json
 import os
@@ -33,11 +34,20 @@ def test_the_record_is_plain_and_true():
     def sha(split, rows=slice(None)):
         return hashlib.sha256(split.image[rows].tobytes() + split.label[rows].tobytes()).hexdigest()
 
-    assert about["data_sha256"] == {"train": sha(teacher_train, rows), "teacher_train": sha(teacher_train),
-                                    "validation": sha(validation), "test": sha(test)}
+    assert about["data_sha256"] == {
+        "train": sha(teacher_train, rows),
+        "teacher_train": sha(teacher_train),
+        "validation": sha(validation),
+        "test": sha(test),
+    }
     assert about["seed"] == 3 and about["data"] == "noise"
-    expected = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-                "optax": optax.__version__, "numpy": np.__version__}
+    expected = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "numpy": np.__version__,
+    }
     assert expected.items() <= about["versions"].items() and {"jaxlib", "orbax-checkpoint"} <= about["versions"].keys()
     assert (about["device_kind"], about["devices"], about["hosts"]) == ("cpu", 2, 1)
     assert (about["compute_dtype"], about["matmul_precision"]) == ("float32", "highest")

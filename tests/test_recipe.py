@@ -1,4 +1,5 @@
 """Reading a config into a recipe, and what is let through; what is not: test_bad_input.py."""
+
 import copy
 import dataclasses
 import re
@@ -26,9 +27,16 @@ def changed(config: ConfigDict, changes: dict) -> dict:
 
 A_FILE = __file__  # weights are read later: here the file must only exist
 STEADY = {  # what the cases below rely on, whatever the profile says
-    "dataset.batch_size": 32, "student_epochs_per_stage": (10, 10), "teacher_adapt_epochs": 8,
-    "schedule.lr_warmup_epochs": 2, "teacher1.train_epochs": 40,
-    "teacher2.train_epochs": 40, "a_step_views": 0, "b_step_views": 0, "distill_out_dim": 64, "ib_mbm_out_dim": 64,
+    "dataset.batch_size": 32,
+    "student_epochs_per_stage": (10, 10),
+    "teacher_adapt_epochs": 8,
+    "schedule.lr_warmup_epochs": 2,
+    "teacher1.train_epochs": 40,
+    "teacher2.train_epochs": 40,
+    "a_step_views": 0,
+    "b_step_views": 0,
+    "distill_out_dim": 64,
+    "ib_mbm_out_dim": 64,
 }
 
 
@@ -47,11 +55,19 @@ def test_values_arrive_unchanged():
     assert read.model.student.mean == (0.5071, 0.4865, 0.4409)
 
 
-@pytest.mark.parametrize("key, value, field", [
-    ("tau", 3, 3.0), ("tau_schedule", (2, 6), (2.0, 6.0)), ("tau_schedule", [2.0, 6.0], (2.0, 6.0)),
-    ("student_epochs_per_stage", 7, (7,)), ("student_freeze_level", 0, (0,)), ("beta_schedule", (), ()),
-    ("teacher_lr", 1, 1.0), ("teacher_lr", None, None),
-])
+@pytest.mark.parametrize(
+    "key, value, field",
+    [
+        ("tau", 3, 3.0),
+        ("tau_schedule", (2, 6), (2.0, 6.0)),
+        ("tau_schedule", [2.0, 6.0], (2.0, 6.0)),
+        ("student_epochs_per_stage", 7, (7,)),
+        ("student_freeze_level", 0, (0,)),
+        ("beta_schedule", (), ()),
+        ("teacher_lr", 1, 1.0),
+        ("teacher_lr", None, None),
+    ],
+)
 def test_coercion(key, value, field):
     """An int serves as a float, one number as a tuple of one, a list as a tuple; None only where it means something."""
     result = getattr(recipe_of({key: value}), key)
@@ -60,27 +76,48 @@ def test_coercion(key, value, field):
         assert [type(item) for item in result] == [type(item) for item in field]
 
 
-@pytest.mark.parametrize("key, value, needed", [
-    ("seed", 1.0, "int"), ("seed", True, "int"), ("seed", "0", "int"), ("seed", None, "int"),
-    ("tau", "4", "float"), ("tau", True, "float"), ("tau", (4.0,), "float"),
-    ("use_ib", 1, "bool"), ("use_ib", "False", "bool"),
-    ("kd_target", 3, "str"), ("kd_target", None, "str"),
-    ("tau_schedule", "2,6", "float"), ("student_epochs_per_stage", (20, 1.5), "int"),
-    ("student_epochs_per_stage", None, "int"), ("teacher_lr", "1e-4", "float"),
-    ("dataset.batch_size", 64.0, "int"), ("schedule.milestones", (True,), "int"),
-    ("model.student.mean", ("a",), "float"), ("teacher2.freeze_bn", 0, "bool"), ("teacher1.name", 56, "str"),
-])
+@pytest.mark.parametrize(
+    "key, value, needed",
+    [
+        ("seed", 1.0, "int"),
+        ("seed", True, "int"),
+        ("seed", "0", "int"),
+        ("seed", None, "int"),
+        ("tau", "4", "float"),
+        ("tau", True, "float"),
+        ("tau", (4.0,), "float"),
+        ("use_ib", 1, "bool"),
+        ("use_ib", "False", "bool"),
+        ("kd_target", 3, "str"),
+        ("kd_target", None, "str"),
+        ("tau_schedule", "2,6", "float"),
+        ("student_epochs_per_stage", (20, 1.5), "int"),
+        ("student_epochs_per_stage", None, "int"),
+        ("teacher_lr", "1e-4", "float"),
+        ("dataset.batch_size", 64.0, "int"),
+        ("schedule.milestones", (True,), "int"),
+        ("model.student.mean", ("a",), "float"),
+        ("teacher2.freeze_bn", 0, "bool"),
+        ("teacher1.name", 56, "str"),
+    ],
+)
 def test_wrong_types(key, value, needed):
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}=.* {needed} is needed$"):
         recipe_of({key: value})
 
 
-@pytest.mark.parametrize("key, nearest", [
-    ("kd_alhpa", "kd_alpha"), ("synergy_only_epoch", "synergy_only_epochs"),
-    ("dataset.batchsize", "dataset.batch_size"),
-    ("model.student.weight", "model.student.weights"), ("schedule.minlr", "schedule.min_lr"),
-    ("teacher2.freez_level", "teacher2.freeze_level"), ("teacher1_freeze_bn", "student_freeze_bn"),
-])
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("kd_alhpa", "kd_alpha"),
+        ("synergy_only_epoch", "synergy_only_epochs"),
+        ("dataset.batchsize", "dataset.batch_size"),
+        ("model.student.weight", "model.student.weights"),
+        ("schedule.minlr", "schedule.min_lr"),
+        ("teacher2.freez_level", "teacher2.freeze_level"),
+        ("teacher1_freeze_bn", "student_freeze_bn"),
+    ],
+)
 def test_an_unknown_key_is_named_with_the_nearest(key, nearest):
     with pytest.raises(ValueError, match=rf"^unknown key {re.escape(key)}; did you mean {re.escape(nearest)}\?$"):
         recipe_of({key: 0})
@@ -148,13 +185,24 @@ def test_an_adapter_is_built_only_where_a_step_trains_it(target, width):
     assert ("feat_kd_key" in keys.idle(asked)) == (target == "avg")
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"num_stages": 2}, {"num_devices": 1, "dataset.batch_size": 30}, {"schedule.lr_warmup_epochs": 16},
-    {"ce_alpha": 0.0}, {"kd_alpha": 0.0}, {"kd_target": "teacher", "kd_teacher_index": 1},
-    {"feat_kd_alpha": 1.0}, {"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32, "feat_kd_key": "feat_2d"},
-    {"model.student.name": "resnet8_pretrain", "model.student.weights": A_FILE}, {"model.student.name": "resnet8"},
-    {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0}, {"kd_max_ratio": 0.0},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_stages": 2},
+        {"num_devices": 1, "dataset.batch_size": 30},
+        {"schedule.lr_warmup_epochs": 16},
+        {"ce_alpha": 0.0},
+        {"kd_alpha": 0.0},
+        {"kd_target": "teacher", "kd_teacher_index": 1},
+        {"feat_kd_alpha": 1.0},
+        {"feat_kd_alpha": 1.0, "ib_mbm_out_dim": 32, "feat_kd_key": "feat_2d"},
+        {"model.student.name": "resnet8_pretrain", "model.student.weights": A_FILE},
+        {"model.student.name": "resnet8"},
+        {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0},
+        {"kd_max_ratio": 0.0},
+    ],
+)
 def test_what_is_no_contradiction(changes):
     checks.check(recipe_of(changes))
 
@@ -181,9 +229,10 @@ def test_the_student_alone_needs_no_teacher_of_the_config():
     checks.check(recipe.read(ce_only.get_config("small")))  # although its teachers have no weights
 
 
-@pytest.mark.parametrize("threshold, classes, warns", [
-    (0.01, 100, True), (0.0149, 100, True), (0.015, 100, False), (0.1, 10, True), (0.3, 10, False), (0.5, 2, True),
-])
+@pytest.mark.parametrize(
+    "threshold, classes, warns",
+    [(0.01, 100, True), (0.0149, 100, True), (0.015, 100, False), (0.1, 10, True), (0.3, 10, False), (0.5, 2, True)],
+)
 def test_gate(threshold, classes, warns):
     """An error below chance, a warning below 1.5 times chance."""
     warning = checks.check_gate(threshold, classes)
@@ -212,8 +261,13 @@ def test_a_stored_configuration_may_be_of_another_version():
 @dataclasses.dataclass(frozen=True)
 class PatientTeacher(recipe.TeacherRecipe):
     patience: tuple[float, ...] = keys.key(
-        (1.0,), "how long it waits", above=0, below=5, lengths=(0, 1),
-        when=keys.When("`freeze_bn`", lambda teacher, recipe: teacher.freeze_bn and recipe.use_ib))
+        (1.0,),
+        "how long it waits",
+        above=0,
+        below=5,
+        lengths=(0, 1),
+        when=keys.When("`freeze_bn`", lambda teacher, recipe: teacher.freeze_bn and recipe.use_ib),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +275,13 @@ class Lunar(recipe.Recipe):
     """A recipe with two more keys, of which nothing but these lines knows."""
 
     teachers: tuple[PatientTeacher, ...] = keys.key((PatientTeacher(), PatientTeacher(freeze_bn=False)), "those")
-    moon: str = keys.key("full", "what the moon does", choices=("full", "new"), free=True,
-                         when=keys.When("`use_ib`", lambda recipe: recipe.use_ib))
+    moon: str = keys.key(
+        "full",
+        "what the moon does",
+        choices=("full", "new"),
+        free=True,
+        when=keys.When("`use_ib`", lambda recipe: recipe.use_ib),
+    )
 
 
 def test_a_key_is_declared_once():
@@ -236,9 +295,11 @@ def test_a_key_is_declared_once():
 
     keys.check(lunar)
     late, two = (Lunar(teachers=(PatientTeacher(patience=given),)) for given in ((5.0,), (1.0, 2.0)))
-    for wrong, told in ((Lunar(moon="half"), "moon='half'; valid: 'full', 'new'"),
-                        (late, "teacher1.patience=(5.0,) must be in (0, 5)"),
-                        (two, "teacher1.patience=(1.0, 2.0) needs 1 entries")):
+    for wrong, told in (
+        (Lunar(moon="half"), "moon='half'; valid: 'full', 'new'"),
+        (late, "teacher1.patience=(5.0,) must be in (0, 5)"),
+        (two, "teacher1.patience=(1.0, 2.0) needs 1 entries"),
+    ):
         with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
             keys.check(wrong)
 
@@ -254,11 +315,17 @@ def test_a_key_is_declared_once():
     assert "| `teacherK.patience` | `(1.0,)` | how long it waits | 1 or none, in (0, 5) | `freeze_bn` | |" in table
 
 
-@pytest.mark.parametrize("options, words, inside, outside", [
-    ({"at_least": 2}, "at least 2", (2, 3.5), (1, -7)), ({"above": 0}, "positive", (1e-9, 5), (0, -1)),
-    ({"above": 1.5}, "above 1.5", (2,), (1.5,)), ({"at_least": 0, "below": 1}, "in [0, 1)", (0, 0.9), (1, -0.1)),
-    ({"above": 0, "at_most": 1}, "in (0, 1]", (0.1, 1), (0, 1.1)), ({}, "", (-5, 0.0), (2**31, float("nan"))),
-])
+@pytest.mark.parametrize(
+    "options, words, inside, outside",
+    [
+        ({"at_least": 2}, "at least 2", (2, 3.5), (1, -7)),
+        ({"above": 0}, "positive", (1e-9, 5), (0, -1)),
+        ({"above": 1.5}, "above 1.5", (2,), (1.5,)),
+        ({"at_least": 0, "below": 1}, "in [0, 1)", (0, 0.9), (1, -0.1)),
+        ({"above": 0, "at_most": 1}, "in (0, 1]", (0.1, 1), (0, 1.1)),
+        ({}, "", (-5, 0.0), (2**31, float("nan"))),
+    ],
+)
 def test_ranges(options, words, inside, outside):
     told = keys.Key("", **options)
     assert told.range() == words
@@ -281,39 +348,67 @@ def test_every_default_is_allowed_and_described():
 FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # of the config; idle where nothing distils so
 
 
-@pytest.mark.parametrize("changes, idle", [
-    ({}, []),
-    ({"beta_schedule": (0.0, 1e-4, 3), "ib_beta": 1e-3}, ["ib_beta"]),
-    ({"tau_schedule": (), "tau_decay_power": 2.0}, ["tau_decay_power"]),
-    ({"use_cccp": False, "tau": 2.0}, ["tau"]), ({"use_cccp": False, "tau": 2.0, "tau_schedule": ()}, []),
-    ({"kd_ens_alpha": 0.5}, ["kd_ens_alpha"]), ({"kd_ens_alpha": 0.5, "teacher_adapt_kd_warmup": 2}, []),
-    ({"schedule.gamma": 0.5, "schedule.milestones": (5,)}, ["schedule.gamma", "schedule.milestones"]),
-    ({"schedule.gamma": 0.5, "schedule.milestones": (5,), "schedule.type": "multistep"}, []),
-    ({"use_disagree_weight": True}, ["use_disagree_weight"]),
-    ({"use_disagree_weight": True, "disagree_lambda_high": 2.0}, []),
-    ({"seed": 3, "tau": 2.0, "ib_beta": 1e-3, "cccp_alpha": 0.5}, []),
-    ({"use_ib": False, "ib_beta": 1e-3, "min_cw": 0.5}, ["ib_beta", "min_cw"]),
-    ({"use_cccp": False, "cccp_alpha": 0.5, "cccp_nt": 2}, ["cccp_alpha", "cccp_nt"]),
-    ({"use_partial_freeze": False}, ["student_freeze_level"]),
-    ({"disagree_mode": "any_wrong", "loss_clamp_max": 5.0}, ["disagree_mode", "loss_clamp_max"]),
-    ({"momentum": 0.5}, ["momentum"]), ({"momentum": 0.5, "optimizer": "sgd"}, []),
-    ({"amp_dtype": "float32"}, ["amp_dtype"]),
-    ({"teachers_only": True, "tau": 2.0, "dataset.train_subset": 50, "dataset.batch_size": 16, "seed": 3,
-      "compilation_cache": ""},
-     ["dataset.train_subset", "student_freeze_level", "tau", "train_distill_adapter_only", "use_cccp", "use_ib",
-      "use_partial_freeze"]),
-    ({"kd_alpha": 0.0, "ce_alpha": 1.0, "teacher1.train_lr": 0.1, "a_step_views": 3, "b_step_views": 3},
-     ["a_step_views", "teacher1.train_lr", *FUSION_KEYS]),
-    ({"teacher1.saw_val": False, "teacher1.freeze_bn": False}, ["teacher1.freeze_bn", "teacher1.saw_val"]),
-    ({"teacher1.finetune_lr": 1e-3, "teacher2.early_stopping_min_delta": 0.1, "teacher2.label_smoothing": 0.1},
-     ["teacher1.finetune_lr", "teacher2.early_stopping_min_delta"]),
-    ({"kd_teacher_index": 1}, ["kd_teacher_index"]), ({"kd_teacher_index": 1, "kd_target": "teacher"}, FUSION_KEYS),
-    ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha", *FUSION_KEYS]),
-    ({"train_distill_adapter_only": False, "teacher_lr": 1e-5, "reg_lambda": 0.1}, ["reg_lambda", "teacher_lr"]),
-    ({"kd_target": "avg", "teacher_adapt_epochs": 0, "ib_mbm_out_dim": 32, "synergy_kd_alpha": 0.0},
-     ["ib_mbm_out_dim", "synergy_kd_alpha", "train_distill_adapter_only", "use_cccp", "use_ib"]),
-    ({"kd_target": "avg", "teacher_adapt_epochs": 0, "cccp_ns": 2}, ["train_distill_adapter_only", "use_ib"]),
-])
+@pytest.mark.parametrize(
+    "changes, idle",
+    [
+        ({}, []),
+        ({"beta_schedule": (0.0, 1e-4, 3), "ib_beta": 1e-3}, ["ib_beta"]),
+        ({"tau_schedule": (), "tau_decay_power": 2.0}, ["tau_decay_power"]),
+        ({"use_cccp": False, "tau": 2.0}, ["tau"]),
+        ({"use_cccp": False, "tau": 2.0, "tau_schedule": ()}, []),
+        ({"kd_ens_alpha": 0.5}, ["kd_ens_alpha"]),
+        ({"kd_ens_alpha": 0.5, "teacher_adapt_kd_warmup": 2}, []),
+        ({"schedule.gamma": 0.5, "schedule.milestones": (5,)}, ["schedule.gamma", "schedule.milestones"]),
+        ({"schedule.gamma": 0.5, "schedule.milestones": (5,), "schedule.type": "multistep"}, []),
+        ({"use_disagree_weight": True}, ["use_disagree_weight"]),
+        ({"use_disagree_weight": True, "disagree_lambda_high": 2.0}, []),
+        ({"seed": 3, "tau": 2.0, "ib_beta": 1e-3, "cccp_alpha": 0.5}, []),
+        ({"use_ib": False, "ib_beta": 1e-3, "min_cw": 0.5}, ["ib_beta", "min_cw"]),
+        ({"use_cccp": False, "cccp_alpha": 0.5, "cccp_nt": 2}, ["cccp_alpha", "cccp_nt"]),
+        ({"use_partial_freeze": False}, ["student_freeze_level"]),
+        ({"disagree_mode": "any_wrong", "loss_clamp_max": 5.0}, ["disagree_mode", "loss_clamp_max"]),
+        ({"momentum": 0.5}, ["momentum"]),
+        ({"momentum": 0.5, "optimizer": "sgd"}, []),
+        ({"amp_dtype": "float32"}, ["amp_dtype"]),
+        (
+            {
+                "teachers_only": True,
+                "tau": 2.0,
+                "dataset.train_subset": 50,
+                "dataset.batch_size": 16,
+                "seed": 3,
+                "compilation_cache": "",
+            },
+            [
+                "dataset.train_subset",
+                "student_freeze_level",
+                "tau",
+                "train_distill_adapter_only",
+                "use_cccp",
+                "use_ib",
+                "use_partial_freeze",
+            ],
+        ),
+        (
+            {"kd_alpha": 0.0, "ce_alpha": 1.0, "teacher1.train_lr": 0.1, "a_step_views": 3, "b_step_views": 3},
+            ["a_step_views", "teacher1.train_lr", *FUSION_KEYS],
+        ),
+        ({"teacher1.saw_val": False, "teacher1.freeze_bn": False}, ["teacher1.freeze_bn", "teacher1.saw_val"]),
+        (
+            {"teacher1.finetune_lr": 1e-3, "teacher2.early_stopping_min_delta": 0.1, "teacher2.label_smoothing": 0.1},
+            ["teacher1.finetune_lr", "teacher2.early_stopping_min_delta"],
+        ),
+        ({"kd_teacher_index": 1}, ["kd_teacher_index"]),
+        ({"kd_teacher_index": 1, "kd_target": "teacher"}, FUSION_KEYS),
+        ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha", *FUSION_KEYS]),
+        ({"train_distill_adapter_only": False, "teacher_lr": 1e-5, "reg_lambda": 0.1}, ["reg_lambda", "teacher_lr"]),
+        (
+            {"kd_target": "avg", "teacher_adapt_epochs": 0, "ib_mbm_out_dim": 32, "synergy_kd_alpha": 0.0},
+            ["ib_mbm_out_dim", "synergy_kd_alpha", "train_distill_adapter_only", "use_cccp", "use_ib"],
+        ),
+        ({"kd_target": "avg", "teacher_adapt_epochs": 0, "cccp_ns": 2}, ["train_distill_adapter_only", "use_ib"]),
+    ],
+)
 def test_without_effect(changes, idle):
     defaults = recipe.read(changed(base.get_config("digits"), STEADY))
     assert keys.without_effect(recipe_of(changes), defaults) == idle

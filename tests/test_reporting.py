@@ -1,4 +1,5 @@
 """Log lines, progress bars on a real terminal, event files read back, and the table's interval."""
+
 import importlib.util
 import logging
 import os
@@ -71,12 +72,13 @@ def test_bar_is_silent_where_stderr_is_no_terminal(capsys):
 def read_scalars(folder):
     """(name, step, value) of all points in TensorBoard event files: records framed by length and checksums."""
     from tensorboardX.proto.event_pb2 import Event
+
     points = []
     for file in folder.iterdir():
         content, start = file.read_bytes(), 0
         while start < len(content):
-            length, = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12: start + 12 + length])
+            (length,) = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12 : start + 12 + length])
             points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
             start += length + 16
     return points
@@ -95,8 +97,11 @@ def test_no_curves_unless_asked_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("curve, steps_run", [("b", 4), ("b", 2), ("a", 4), ("control/b", 4)],
-                         ids=["past the last step", "interrupted inside", "A-Step", "control"])
+@pytest.mark.parametrize(
+    "curve, steps_run",
+    [("b", 4), ("b", 2), ("a", 4), ("control/b", 4)],
+    ids=["past the last step", "interrupted inside", "A-Step", "control"],
+)
 def test_profile_is_written_for_the_steps_asked_for(tmp_path, curve, steps_run):
     """Those of the B-Step: other trainings count theirs apart."""
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
@@ -114,6 +119,8 @@ def test_wandb_asked_for_but_not_installed_names_the_key_and_the_remedy(tmp_path
 
 def test_table_is_aligned():
     rows = [("name", "accuracy %", "note"), ("student, best", "50.00", ""), ("teacher1", "0.00", "as given")]
-    assert table(rows, "<><") == ["name           accuracy %  note",
-                                  "student, best       50.00",
-                                  "teacher1             0.00  as given"]
+    assert table(rows, "<><") == [
+        "name           accuracy %  note",
+        "student, best       50.00",
+        "teacher1             0.00  as given",
+    ]

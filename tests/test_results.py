@@ -1,4 +1,5 @@
 """The final table: what it counts, marks and calls things."""
+
 import dataclasses
 
 import numpy as np
@@ -9,8 +10,18 @@ from asib_jax.record import results
 from asib_jax.record.results import Results
 from configs import l1_ib
 
-COUNTS = {"teacher1": 90, "teacher2": 80, "average": 92, "disagreement": 25, "synergy": 85, "without_teachers": 10,
-          "last": 70, "best": 71, "control_last": 60, "control_best": 61}
+COUNTS = {
+    "teacher1": 90,
+    "teacher2": 80,
+    "average": 92,
+    "disagreement": 25,
+    "synergy": 85,
+    "without_teachers": 10,
+    "last": 70,
+    "best": 71,
+    "control_last": 60,
+    "control_best": 61,
+}
 
 
 def make(changes=()) -> tuple[recipe.Recipe, Results]:
@@ -18,8 +29,12 @@ def make(changes=()) -> tuple[recipe.Recipe, Results]:
     config.update_from_flattened_dict(dict(changes))
     validation = {name: count // 2 for name, count in COUNTS.items()}
     read = recipe.read(config)
-    return read, Results({"test": COUNTS, "validation": validation}, {"test": 100, "validation": 50},
-                         {"avg (gate shut)": 0.25, "synergy": 0.75}, results.moving_parameters(read))
+    return read, Results(
+        {"test": COUNTS, "validation": validation},
+        {"test": 100, "validation": 50},
+        {"avg (gate shut)": 0.25, "synergy": 0.75},
+        results.moving_parameters(read),
+    )
 
 
 def rows(text: str) -> dict[str, str]:
@@ -30,9 +45,16 @@ def test_rows_stand_in_order_with_their_counts():
     text = results.render(*make())
     table = rows(text)
     assert list(table) == [
-        "teacher1 (resnet14)", "teacher2 (resnet8)", "teachers' average", "synergy ensemble", "synergy, teachers zeroed",
-        "student without teachers, last", "student without teachers, best on validation", "student, last",
-        "student, best on validation"]
+        "teacher1 (resnet14)",
+        "teacher2 (resnet8)",
+        "teachers' average",
+        "synergy ensemble",
+        "synergy, teachers zeroed",
+        "student without teachers, last",
+        "student without teachers, best on validation",
+        "student, last",
+        "student, best on validation",
+    ]
     assert "85/100" in table["synergy ensemble"] and "validation 84.00 % of 50" in table["synergy ensemble"]
     assert "*" not in text
     assert "distilled from: avg (gate shut) 25.0 % of B-steps, synergy 75.0 % of B-steps" in text
@@ -43,20 +65,35 @@ def test_rows_stand_in_order_with_their_counts():
 def test_interval_inverts_the_score_test(correct, count):
     """Both ends p solve (share - p)^2 = z^2 p (1 - p) / count: of 50 in 100 they are 0.4038 and 0.5962."""
     read, _ = make()
-    text = results.render(read, Results({"test": {"last": correct}, "validation": {"last": 1}},
-                                        {"test": count, "validation": 2}, {}, {}))
+    text = results.render(
+        read, Results({"test": {"last": correct}, "validation": {"last": 1}}, {"test": count, "validation": 2}, {}, {})
+    )
     share, z2 = correct / count, 1.959963984540054**2
     low, high = np.sort(np.roots([1 + z2 / count, -2 * share - z2 / count, share**2]))
     assert f"{correct}/{count}  " in text and f"  {100 * share:.2f}  " in text
     assert f"  {100 * low:.2f} to {100 * high:.2f}  validation 50.00 % of 2" in text
 
 
-@pytest.mark.parametrize("network, saw_val, marked", [
-    ("teacher2", True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}), ("teacher2", False, set()),
-    ("model.student", True, {"synergy ensemble", "synergy, teachers zeroed", "student without teachers, last",
-                             "student without teachers, best on validation", "student, last",
-                             "student, best on validation"}),
-    ("model.student", False, set())])
+@pytest.mark.parametrize(
+    "network, saw_val, marked",
+    [
+        ("teacher2", True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}),
+        ("teacher2", False, set()),
+        (
+            "model.student",
+            True,
+            {
+                "synergy ensemble",
+                "synergy, teachers zeroed",
+                "student without teachers, last",
+                "student without teachers, best on validation",
+                "student, last",
+                "student, best on validation",
+            },
+        ),
+        ("model.student", False, set()),
+    ],
+)
 def test_validation_that_given_weights_have_seen_is_marked(network, saw_val, marked):
     text = results.render(*make({f"{network}.weights": "weights.npz", f"{network}.saw_val": saw_val}.items()))
     assert {name for name, line in rows(text).items() if line.endswith("*")} == marked
@@ -72,17 +109,31 @@ def test_summary_holds_shares_of_each_split():
     assert summary["test_acc_teacher1"] == 0.9  # whose parameters stand still
 
 
-@pytest.mark.parametrize("changes, columns, parameters", [
-    ({}, {"test_acc_teacher2", "test_acc_average", "test_acc_synergy_best", "test_disagreement"},
-     ["best epoch", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"]),
-    ({"restore_best": False}, {"test_acc_synergy_last", "test_acc_without_teachers_last", "test_acc_last"},
-     ["best epoch", "best epoch", "as above", "last student, best A-epoch", "last student, best A-epoch"]),
-    ({"use_teacher_finetuning": True, "teacher1.weights": "given.npz"},
-     {"test_acc_teacher1_last", "test_acc_teacher2_last", "test_acc_average_last", "test_disagreement_last"},
-     ["as the A-Steps left them"] * 3 + ["best student, best A-epoch"] * 2),
-    ({"teacher1.weights": "given.npz", "teacher1.finetune_epochs": 0}, {"test_acc_teacher1"},
-     ["as given", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"]),
-])
+@pytest.mark.parametrize(
+    "changes, columns, parameters",
+    [
+        (
+            {},
+            {"test_acc_teacher2", "test_acc_average", "test_acc_synergy_best", "test_disagreement"},
+            ["best epoch", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"],
+        ),
+        (
+            {"restore_best": False},
+            {"test_acc_synergy_last", "test_acc_without_teachers_last", "test_acc_last"},
+            ["best epoch", "best epoch", "as above", "last student, best A-epoch", "last student, best A-epoch"],
+        ),
+        (
+            {"use_teacher_finetuning": True, "teacher1.weights": "given.npz"},
+            {"test_acc_teacher1_last", "test_acc_teacher2_last", "test_acc_average_last", "test_disagreement_last"},
+            ["as the A-Steps left them"] * 3 + ["best student, best A-epoch"] * 2,
+        ),
+        (
+            {"teacher1.weights": "given.npz", "teacher1.finetune_epochs": 0},
+            {"test_acc_teacher1"},
+            ["as given", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"],
+        ),
+    ],
+)
 def test_every_accuracy_says_of_which_parameters(changes, columns, parameters):
     made = make(changes.items())
     assert columns <= made[1].summary.keys()

@@ -1,4 +1,5 @@
 """Runs that are interrupted and go on, against the same run left alone: every array and figure, bit for bit."""
+
 import dataclasses
 import hashlib
 import json
@@ -26,10 +27,19 @@ from asib_jax.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TRAINED = {f"teacher{k}.{key}": value for k in (1, 2)
-           for key, value in {"train_epochs": 2, "warmup_epochs": 0, "early_stopping_patience": 2}.items()}
-RUN = {**TRAINED, "train_control": True, "synergy_head_dropout": 0.2, "cutmix_alpha_distill": 0.5,
-       "dataset.data_aug": 1, "tensorboard": False}
+TRAINED = {
+    f"teacher{k}.{key}": value
+    for k in (1, 2)
+    for key, value in {"train_epochs": 2, "warmup_epochs": 0, "early_stopping_patience": 2}.items()
+}
+RUN = {
+    **TRAINED,
+    "train_control": True,
+    "synergy_head_dropout": 0.2,
+    "cutmix_alpha_distill": 0.5,
+    "dataset.data_aug": 1,
+    "tensorboard": False,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,9 +67,12 @@ class Watcher:
             tree, values = content()
             tree = jax.device_get(snapshots._pruned(snapshots.serialization.to_state_dict(tree)))
             self.seen[part, epoch, tally["steps"]] = {
-                **{jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-                   for path, leaf in jax.tree_util.tree_leaves_with_path(tree)},
-                "plain values": json.dumps([tally, values], sort_keys=True)}
+                **{
+                    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+                },
+                "plain values": json.dumps([tally, values], sort_keys=True),
+            }
             offer(snapshots_, part, epoch, tally, steps, content, now)
 
         def told(reporter, curve, first, last):
@@ -97,17 +110,48 @@ def run_to_the_end(recipe, record):
 # anything is measured), or before its first (which is offered only when a teacher is ready).
 WITHIN, AT_THE_END, OVER, LATER = (0, "within"), (0, "end"), (2, "before"), (1, "within")
 CASES = {
-    "float32": ("l3_tadapt", {}, {
-        "teacher1": WITHIN, "teacher2": OVER, "calibration": LATER, "stage1/a": AT_THE_END, "stage1/b": WITHIN,
-        "stage2/a": LATER, "stage2/b": AT_THE_END, "control/stage1/b": LATER, "control/stage2/b": AT_THE_END}),
-    "bfloat16": ("l0_baseline", {  # a teacher without BatchNorm whose training ends early
-        "use_amp": True, "optimizer": "sgd", "restore_best": False, "teacher2.name": "plain_teacher",
-        "teacher2.train_epochs": 4, "teacher2.early_stopping_patience": 1, "teacher2.early_stopping_min_delta": 0.9},
-        {"teacher1": AT_THE_END, "teacher2": OVER, "stage2/b": WITHIN, "control/stage1/b": WITHIN}),
-    "float16": ("l4_full", {
-        "use_amp": True, "amp_dtype": "float16", "use_partial_freeze": True, "student_freeze_level": (1, -1),
-        "train_distill_adapter_only": False, "use_teacher_finetuning": True, "a_step_views": 2, "train_control": False},
-        {"calibration": WITHIN, "stage1/a": LATER, "stage1/b": AT_THE_END, "stage2/a": WITHIN}),
+    "float32": (
+        "l3_tadapt",
+        {},
+        {
+            "teacher1": WITHIN,
+            "teacher2": OVER,
+            "calibration": LATER,
+            "stage1/a": AT_THE_END,
+            "stage1/b": WITHIN,
+            "stage2/a": LATER,
+            "stage2/b": AT_THE_END,
+            "control/stage1/b": LATER,
+            "control/stage2/b": AT_THE_END,
+        },
+    ),
+    "bfloat16": (
+        "l0_baseline",
+        {  # a teacher without BatchNorm whose training ends early
+            "use_amp": True,
+            "optimizer": "sgd",
+            "restore_best": False,
+            "teacher2.name": "plain_teacher",
+            "teacher2.train_epochs": 4,
+            "teacher2.early_stopping_patience": 1,
+            "teacher2.early_stopping_min_delta": 0.9,
+        },
+        {"teacher1": AT_THE_END, "teacher2": OVER, "stage2/b": WITHIN, "control/stage1/b": WITHIN},
+    ),
+    "float16": (
+        "l4_full",
+        {
+            "use_amp": True,
+            "amp_dtype": "float16",
+            "use_partial_freeze": True,
+            "student_freeze_level": (1, -1),
+            "train_distill_adapter_only": False,
+            "use_teacher_finetuning": True,
+            "a_step_views": 2,
+            "train_control": False,
+        },
+        {"calibration": WITHIN, "stage1/a": LATER, "stage1/b": AT_THE_END, "stage2/a": WITHIN},
+    ),
 }
 
 
@@ -138,7 +182,8 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, mo
 
 
 def test_interrupted_between_calls_of_several_steps_it_goes_on_with_the_calls_that_were_to_come(
-        data_file, tmp_path, monkeypatch):
+    data_file, tmp_path, monkeypatch
+):
     """Four steps a call: of ten, two such calls and two of one step, wherever a snapshot came between them."""
     recipe, seen = read_recipe("ce_only", data_file, **LABELS | {"steps_per_call": 4, "checkpoint_steps": 1}), []
     for name, stops in (("untouched", ()), ("stopped", ((0, 4), (0, 9), (1, 8)))):
@@ -153,8 +198,13 @@ def test_interrupted_between_calls_of_several_steps_it_goes_on_with_the_calls_th
 
 # What a run goes on from --------------------------------------------------------------------------------------------
 
-LABELS = {"tensorboard": False, "dataset.data_aug": 1, "student_epochs_per_stage": (2,), "optimizer": "sgd",
-          "checkpoint_steps": 2}
+LABELS = {
+    "tensorboard": False,
+    "dataset.data_aug": 1,
+    "student_epochs_per_stage": (2,),
+    "optimizer": "sgd",
+    "checkpoint_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +332,13 @@ def test_a_run_that_breaks_names_the_last_good_snapshot_and_leaves_it(copy, fini
     """By a learning rate that is no number: the first step breaks all parameters, and nothing is finite after it."""
     recipe, run = copy
     number = snapshots.last_whole(run).number
-    with pytest.raises(FloatingPointError, match=(
+    with pytest.raises(
+        FloatingPointError,
+        match=(
             r"stage1/b, epoch 2: 3 steps in a row from step 11 are not finite .* broke in ce.*"
-            rf"Last snapshot: {run}/checkpoints/snapshots/{number:06d}$")):
+            rf"Last snapshot: {run}/checkpoints/snapshots/{number:06d}$"
+        ),
+    ):
         finish(dataclasses.replace(recipe, student_lr=float("nan"), max_nonfinite_steps=3), run)
     assert "is not finite; the snapshot before stays the last" in caplog.text
     assert experiment.read_about(run)["status"] == "failed"
@@ -342,14 +396,21 @@ def test_a_run_that_has_finished_is_not_begun_again(tmp_path):
 def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):
     config, run = interrupted
     recipe = dataclasses.replace(recipes.read(config), resume=str(run))
-    free = {"num_devices": 2, "tensorboard": True, "results_dir": "elsewhere", "checkpoint_minutes": 3.0,
-            "dataset": dataclasses.replace(recipe.dataset, path="moved.npz", eval_batch_size=7)}
+    free = {
+        "num_devices": 2,
+        "tensorboard": True,
+        "results_dir": "elsewhere",
+        "checkpoint_minutes": 3.0,
+        "dataset": dataclasses.replace(recipe.dataset, path="moved.npz", eval_batch_size=7),
+    }
     assert resume.find(dataclasses.replace(recipe, **free)) == run.resolve()
     teacher = dataclasses.replace(recipe.teachers[0], finetune_lr=0.5)
     with pytest.raises(UserError) as error:
         resume.find(dataclasses.replace(recipe, tau=3.0, teachers=(teacher, *recipe.teachers[1:])))
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
-        "tau: 4.0 there, 3.0 here", "teacher1.finetune_lr: 0.0001 there, 0.5 here"]
+        "tau: 4.0 there, 3.0 here",
+        "teacher1.finetune_lr: 0.0001 there, 0.5 here",
+    ]
     for nowhere in (run.parent, run / "config.json", run / "absent"):
         with pytest.raises(UserError, match="is no run folder"):
             resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
@@ -362,8 +423,10 @@ def test_a_run_is_one_process_s(copy, tmp_path):
     with pytest.raises(UserError, match=rf"run is going on in another process \(process {os.getpid()} on "):
         Record.reopen(run, {"seed": 0})
     held.finish("interrupted", {})
-    lock = f"import fcntl, os, signal; f = open({str(run / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); " \
-           "os.kill(os.getpid(), signal.SIGKILL)"
+    lock = (
+        f"import fcntl, os, signal; f = open({str(run / '.lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert subprocess.run([sys.executable, "-c", lock]).returncode == -signal.SIGKILL
     again = Record.reopen(run, {"seed": 0})
     assert again.about["resumed"] == 2
@@ -404,6 +467,7 @@ def test_a_run_that_dies_between_its_teachers_keeps_the_figures_of_the_first(dat
     whole, run_phase = (tmp_path / "dies"), runner.run_phase
     recipe, record = begin(recipe, whole)
     with monkeypatch.context() as patch:
+
         def dies_in_the_second(context, phase, *rest):
             if phase.name == "teacher2":
                 raise ZeroDivisionError

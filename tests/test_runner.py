@@ -1,4 +1,5 @@
 """An epoch under way, of a loss of one product whose figures are exact: what is counted, offered and held, and when."""
+
 import copy
 import itertools
 import types
@@ -40,8 +41,9 @@ class Offers:
 def run(steps_a_call=1, calls=calls_of, **options):
     """An epoch: its offers, the running phase, and the images of each notice of progress."""
     offers, images = Offers(), []
-    running = make_running(loss, SGD, [1.0], rate=lambda step: 2.0 ** -(3 + step % 3), steps_a_call=steps_a_call,
-                           offer=offers, **options)
+    running = make_running(
+        loss, SGD, [1.0], rate=lambda step: 2.0 ** -(3 + step % 3), steps_a_call=steps_a_call, offer=offers, **options
+    )
     running.run_epoch(calls(running, X), {}, images.append)
     return offers, running, images
 

@@ -1,11 +1,21 @@
 """Schedules against closed forms, worked out by hand."""
+
 import numpy as np
 import pytest
 
 from asib_jax.objectives import schedules
 
-DEFAULTS = dict(base=1e-3, steps_per_epoch=10, epochs=20, warmup_epochs=5, kind="cosine", min_lr=1e-5, step_size=8,
-                gamma=0.1, milestones=(7, 15))
+DEFAULTS = dict(
+    base=1e-3,
+    steps_per_epoch=10,
+    epochs=20,
+    warmup_epochs=5,
+    kind="cosine",
+    min_lr=1e-5,
+    step_size=8,
+    gamma=0.1,
+    milestones=(7, 15),
+)
 
 
 def rate(step, **overrides):
@@ -37,7 +47,8 @@ def test_step_and_multistep_count_epochs_from_the_start():
     np.testing.assert_allclose([rate(s, kind="step") for s in steps], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-12)
     steps = [50, 69, 70, 149, 150, 199]
     np.testing.assert_allclose(
-        [rate(s, kind="multistep") for s in steps], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5], rtol=1e-12)
+        [rate(s, kind="multistep") for s in steps], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5], rtol=1e-12
+    )
 
 
 def test_learning_rate_errors_name_the_key():
@@ -77,6 +88,11 @@ def test_tau_schedule_beats_tau():
 
 def test_kd_ramp_is_for_the_first_stage_only():
     assert [schedules.kd_ramp(e, 0, 4) for e in range(5)] == [
-        (0.25, False), (0.5, False), (0.75, False), (1.0, False), (1.0, True)]
+        (0.25, False),
+        (0.5, False),
+        (0.75, False),
+        (1.0, False),
+        (1.0, True),
+    ]
     assert schedules.kd_ramp(0, 1, 4) == (1.0, True)
     assert schedules.kd_ramp(0, 0, 0) == (1.0, True)

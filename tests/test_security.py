@@ -1,4 +1,5 @@
 """A file is data: nothing in it is run, followed or believed. The attacks here work on careless readers."""
+
 import ast
 import copyreg
 import io
@@ -18,11 +19,11 @@ import zlib
 
 import numpy as np
 import pytest
+from test_cifar100 import binary_version, python_version, write_folder, write_tar
 
-from asib_jax.weights import origins, torch_pickle
 from asib_jax.data import archives, sources
 from asib_jax.errors import UserError
-from test_cifar100 import binary_version, python_version, write_folder, write_tar
+from asib_jax.weights import origins, torch_pickle
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -48,12 +49,18 @@ def running(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name in MODULES]
         if isinstance(node, ast.ImportFrom) and (node.module in MODULES or node.module in LOADERS | {"importlib"}):
-            found += [f"{node.module}.{alias.name}" for alias in node.names
-                      if node.module in MODULES or alias.name in ("load", "import_module")]
+            found += [
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if node.module in MODULES or alias.name in ("load", "import_module")
+            ]
         if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "shell", "weights_only"):
             found.append(node.arg)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open" and "formats" not in {
-                keyword.arg for keyword in node.keywords}:
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "Image.open"
+            and "formats" not in {keyword.arg for keyword in node.keywords}
+        ):
             found.append("Image.open without formats")
     return found
 
@@ -64,13 +71,31 @@ def test_no_code_runs_a_file():
             assert running(path.read_text()) == (["pickle"] if path.name == PICKLES else []), path
 
 
-@pytest.mark.parametrize("source", [
-    "eval(x)", "f = exec", "compile(x, '', 'exec')", "__import__('os')", "import pickle", "from pickle import loads",
-    "import os\nos.system(x)", "np.load(x)", "numpy.load(x)", "torch.load(x)", "from numpy import load",
-    "f(x, allow_pickle=False)", "f(x, shell=True)", "tar.extractall(x)", "shutil.unpack_archive(x)",
-    "importlib.import_module(x)", "from importlib import import_module", "Image.open(x)", "import joblib",
-    "pickle.loads",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(x)",
+        "f = exec",
+        "compile(x, '', 'exec')",
+        "__import__('os')",
+        "import pickle",
+        "from pickle import loads",
+        "import os\nos.system(x)",
+        "np.load(x)",
+        "numpy.load(x)",
+        "torch.load(x)",
+        "from numpy import load",
+        "f(x, allow_pickle=False)",
+        "f(x, shell=True)",
+        "tar.extractall(x)",
+        "shutil.unpack_archive(x)",
+        "importlib.import_module(x)",
+        "from importlib import import_module",
+        "Image.open(x)",
+        "import joblib",
+        "pickle.loads",
+    ],
+)
 def test_code_that_would_is_found(source):
     assert running(source)
 
@@ -112,8 +137,10 @@ def working(marker: str) -> dict[str, bytes]:
     touch, python = text(f"touch {marker}"), text(f"open({marker!r}, 'w').close()")
     evil = pathlib.Path(marker).with_name("evil.npy")
     np.save(evil, np.array([Call(os.system, f"touch {marker}")], object), allow_pickle=True)
-    attacks = {f"os.system, protocol {protocol}": pickle.dumps(Call(os.system, f"touch {marker}"), protocol)[:-1]
-               for protocol in range(pickle.HIGHEST_PROTOCOL + 1)}
+    attacks = {
+        f"os.system, protocol {protocol}": pickle.dumps(Call(os.system, f"touch {marker}"), protocol)[:-1]
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    }
     return attacks | {
         "os.system by name": called(b"cos\nsystem\n", touch),
         "eval": called(b"cbuiltins\neval\n", python),
@@ -123,14 +150,20 @@ def working(marker: str) -> dict[str, bytes]:
         "pathlib.Path.touch": called(named("pathlib", "Path.touch"), called(b"cpathlib\nPosixPath\n", text(marker))),
         "os behind numpy": called(named("numpy", "lib._datasource.os.system"), touch),
         "os behind collections": called(named("collections", "_sys.modules.__class__.__base__.__subclasses__"))
-        + b"0" + called(b"cos\nsystem\n", touch),
+        + b"0"
+        + called(b"cos\nsystem\n", touch),
         "numpy.load": called(b"cnumpy\nload\n", text(str(evil)), b"N", b"\x88"),
         "numpy.memmap": called(b"cnumpy\nmemmap\n", text(marker), text("u1"), text("w+"), b"K\x00", b"K\x01"),
         "ndarray.tofile": called(named("numpy", "ndarray.tofile"), ARRAY, text(marker)),
-        "a call in an array's state": ARRAY + b"(K\x01(K\x01tcnumpy\ndtype\n(" + text("O") + b"K\x00K\x01tR\x89]"
-        + called(b"cos\nsystem\n", touch) + b"atb",
-        "a call in a call of what is allowed": called(b"cnumpy\ndtype\n", called(b"cos\nsystem\n", touch)
-                                                      + b"0" + text("u1"), b"K\x00", b"K\x01"),
+        "a call in an array's state": ARRAY
+        + b"(K\x01(K\x01tcnumpy\ndtype\n("
+        + text("O")
+        + b"K\x00K\x01tR\x89]"
+        + called(b"cos\nsystem\n", touch)
+        + b"atb",
+        "a call in a call of what is allowed": called(
+            b"cnumpy\ndtype\n", called(b"cos\nsystem\n", touch) + b"0" + text("u1"), b"K\x00", b"K\x01"
+        ),
         "a call in a dictionary's key": b"}" + called(b"cos\nsystem\n", touch) + b"K\x01s",
         "INST": b"(" + touch + b"ios\nsystem\n",
         "OBJ": b"(cos\nsystem\n" + touch + b"o",
@@ -162,8 +195,12 @@ def harmless(marker: str) -> dict[str, bytes]:
 
 def whole(attack: bytes) -> list[bytes]:
     """An attack as a pickle, and within others."""
-    return [attack + b".", b"}" + text("data") + attack + b"s.", b"}" + text("fine_labels") + b"]" + attack + b"as.",
-            b"](" + attack + b"e."]
+    return [
+        attack + b".",
+        b"}" + text("data") + attack + b"s.",
+        b"}" + text("fine_labels") + b"]" + attack + b"as.",
+        b"](" + attack + b"e.",
+    ]
 
 
 def files_of(content: bytes, folder: pathlib.Path):
@@ -178,7 +215,7 @@ def files_of(content: bytes, folder: pathlib.Path):
     yield torch_pickle.read, folder / "zip.pth"
     head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     for place in range(4):
-        (folder / "stream.pth").write_bytes(b"".join([*head[:place], content, *head[place + 1:]]))
+        (folder / "stream.pth").write_bytes(b"".join([*head[:place], content, *head[place + 1 :]]))
         yield torch_pickle.read, folder / "stream.pth"
 
 
@@ -241,8 +278,9 @@ def tar_of(path, *members):
     return path
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
-                                  tarfile.DIRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+)
 def test_what_is_no_file_in_a_tar_archive_is_not_followed(tmp_path, kind):
     """A link to a file that is right, here or in the archive; a device; a pipe."""
     files = binary_version()
@@ -256,12 +294,25 @@ def test_what_is_no_file_in_a_tar_archive_is_not_followed(tmp_path, kind):
         archives.read_cifar100(tar_of(tmp_path / "link.tar.gz", *members))
 
 
-@pytest.mark.parametrize("prefix", ["../", "/", "cifar-100-python/../", "../../cifar-100-python/", "x/../",
-                                    "cifar-100-python//", "/cifar-100-python/", "..\\cifar-100-python\\"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "../",
+        "/",
+        "cifar-100-python/../",
+        "../../cifar-100-python/",
+        "x/../",
+        "cifar-100-python//",
+        "/cifar-100-python/",
+        "..\\cifar-100-python\\",
+    ],
+)
 def test_no_name_in_a_tar_archive_leads_anywhere(tmp_path, prefix):
     """Only `cifar-100-python/train` is it; nothing is written; of a folder and its parents nothing else is read."""
-    path = tar_of(tmp_path / "a.tar.gz", *((prefix + name, tarfile.REGTYPE, content)
-                                           for name, content in python_version().items()))
+    path = tar_of(
+        tmp_path / "a.tar.gz",
+        *((prefix + name, tarfile.REGTYPE, content) for name, content in python_version().items()),
+    )
     with pytest.raises(UserError, match="of these it holds nothing"):
         archives.read_cifar100(path)
     assert list(tmp_path.iterdir()) == [path] and not pathlib.Path("/train").exists()
@@ -311,13 +362,14 @@ def test_a_picture_is_what_it_is_called(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train/cat/a\.png cannot be read as a picture"):
         sources.load("folder", path=str(tmp_path / "data"))
     assert not marker.exists()
-    with pytest.raises(Exception), Image.open(picture) as image:
+    with pytest.raises(Exception), Image.open(picture) as image:  # noqa: B017  # Ghostscript's, of no one kind
         image.load()
     assert marker.exists()
 
 
 def png(width, height, content=b""):
     """A grey picture's header, and then `content` as its pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -358,7 +410,7 @@ def zip_bombs(folder):
         "wide voids": npz(folder / "d.npz", x=npy(shape_of((1,), "|V1000000000"))),
         "elements of nothing": npz(folder / "e.npz", x=npy(shape_of((1 << 40,), "<U0"))),
         "a long header": npz(folder / "f.npz", x=b"\x93NUMPY\x02\x00\xff\xff\xff\xff"),
-        "a deep header": npz(folder / "g.npz", x=b"\x93NUMPY\x01\x00\xf0\x0f" + b"(" * 0xff0),
+        "a deep header": npz(folder / "g.npz", x=b"\x93NUMPY\x01\x00\xf0\x0f" + b"(" * 0xFF0),
         "zeros": npz(folder / "h.npz", zipfile.ZIP_DEFLATED, x=npy(shape_of((256 << 20,)), bytes(256 << 20))),
     }
     sized = bytearray(npz(folder / "i.npz", zipfile.ZIP_DEFLATED, x=pixels).read_bytes())
@@ -399,12 +451,21 @@ PICKLE_BOMBS = {
     "deep tuples as an id": b")" + b"\x85" * DEEP + b"Q",
     "deep tuples as a storage": TENSOR + b"()" + b"\x85" * DEEP + b"K\x00))\x89)tR",
     "doubled tuples as sizes": TENSOR + b"(" + text("0") + b"K\x00" + doubled(*TUPLES) + doubled(*TUPLES) + b"\x89)tR",
-    "a dictionary of the same long list, again and again":
-        b"(](" + b"".join(b"M" + struct.pack("<H", k) + b"N\x86" for k in range(20_000)) + b"eq\x00"
-        + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 500 + b"l",
-    "a tensor of the same long sizes, again and again":
-        b"((" + b"K\x01" * 20_000 + b"tq\x00" + TENSOR + b"q\x01" + text("0") + b"q\x02"
-        + b"h\x01(h\x02K\x00h\x00h\x00NNtR" * 20_000 + b"l",
+    "a dictionary of the same long list, again and again": b"(]("
+    + b"".join(b"M" + struct.pack("<H", k) + b"N\x86" for k in range(20_000))
+    + b"eq\x00"
+    + b"ccollections\nOrderedDict\nq\x01"
+    + b"h\x01h\x00\x85R" * 500
+    + b"l",
+    "a tensor of the same long sizes, again and again": b"(("
+    + b"K\x01" * 20_000
+    + b"tq\x00"
+    + TENSOR
+    + b"q\x01"
+    + text("0")
+    + b"q\x02"
+    + b"h\x01(h\x02K\x00h\x00h\x00NNtR" * 20_000
+    + b"l",
     "bytes": b"\x8e" + struct.pack("<Q", 1 << 36) + b"x",
     "text": b"\x8d" + struct.pack("<Q", 1 << 36) + b"x",
     "text of Python 2": b"T" + struct.pack("<i", 1 << 30) + b"x",
@@ -421,13 +482,16 @@ PICKLE_BOMBS = {
 
 def torch_bombs(folder):
     """name -> path of PyTorch files that state more than they have."""
+
     def data(size, stride, numel):
         storage = b"((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + numel + b"tQ"
         return b"}" + text("w") + TENSOR + storage + b"K\x00(" + size + b"t(" + stride + b"t\x89)tRs."
 
     huge, six = b"\x8a\x06" + (1 << 40).to_bytes(6, "little"), b"K\x06"
-    contents = {"elements that are repeated": data(huge, b"K\x00", six),
-                "elements of a storage": data(huge, b"K\x01", huge)}
+    contents = {
+        "elements that are repeated": data(huge, b"K\x00", six),
+        "elements of a storage": data(huge, b"K\x01", huge),
+    }
     head = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
     files = {}
     for name, content in contents.items():
@@ -438,14 +502,18 @@ def torch_bombs(folder):
         files[f"{name}, in a stream"] = folder / f"{len(files)}.pth"
         count = 6 if "repeated" in name else 1 << 40
         files[f"{name}, in a stream"].write_bytes(
-            head + content + pickle.dumps(["0"], 2) + count.to_bytes(8, "little") + b"\0" * 24)
+            head + content + pickle.dumps(["0"], 2) + count.to_bytes(8, "little") + b"\0" * 24
+        )
     return files
 
 
 def safetensors_bombs(folder):
     header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
-    contents = {"a header": struct.pack("<Q", 1 << 62) + b"{}", "a large header": struct.pack("<Q", 99 << 20) + b"{}",
-                "a shape": struct.pack("<Q", len(header)) + header}
+    contents = {
+        "a header": struct.pack("<Q", 1 << 62) + b"{}",
+        "a large header": struct.pack("<Q", 99 << 20) + b"{}",
+        "a shape": struct.pack("<Q", len(header)) + header,
+    }
     for name, content in contents.items():
         (folder / f"{name}.safetensors").write_bytes(content)
     return {name: folder / f"{name}.safetensors" for name in contents}
@@ -465,11 +533,14 @@ def cifar_bombs(folder):
     header[156:157], header[483:495] = b"S", b"07777777777\0"  # its type and its size with holes
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
     (folder / "sparse.tar").write_bytes(bytes(header) + bytes(1024))
-    return {"doubled labels": write_folder(folder / "labels", files | {"train": labels}),
-            "a wide name": write_folder(folder / "wide", files | {"meta": wide}),
-            "a wide name, binary": write_folder(folder / "wide_binary", binary),
-            "zeros in a tar archive": write_tar(folder / "zeros.tar.gz", "cifar-100-python", {"x": bytes(200 << 20)}),
-            "a long name in a tar archive": folder / "name.tar", "holes in a tar archive": folder / "sparse.tar"}
+    return {
+        "doubled labels": write_folder(folder / "labels", files | {"train": labels}),
+        "a wide name": write_folder(folder / "wide", files | {"meta": wide}),
+        "a wide name, binary": write_folder(folder / "wide_binary", binary),
+        "zeros in a tar archive": write_tar(folder / "zeros.tar.gz", "cifar-100-python", {"x": bytes(200 << 20)}),
+        "a long name in a tar archive": folder / "name.tar",
+        "holes in a tar archive": folder / "sparse.tar",
+    }
 
 
 def data_bombs(folder):
@@ -477,8 +548,11 @@ def data_bombs(folder):
     image = np.zeros((2, 4, 4, 1), np.uint8)
     np.savez(folder / "label.npz", x_train=image, x_test=image, y_train=np.array([0, 1 << 40]), y_test=np.array([0, 1]))
     files = {("npz", "a label"): folder / "label.npz"}
-    for name, content in {"a picture's size": png(60_000, 60_000), "a size below Pillow's bound": png(9000, 9000),
-                          "zeros in a picture": png(8000, 8000, bytes(8001 * 8000))}.items():
+    for name, content in {
+        "a picture's size": png(60_000, 60_000),
+        "a size below Pillow's bound": png(9000, 9000),
+        "zeros in a picture": png(8000, 8000, bytes(8001 * 8000)),
+    }.items():
         for split in ("train", "test"):
             target = folder / name / split / "cat"
             target.mkdir(parents=True)
@@ -488,8 +562,11 @@ def data_bombs(folder):
     return files
 
 
-READERS = {"weights": origins.load, "cifar100": archives.read_cifar100,
-           **{name: lambda path, name=name: sources.load(name, path=str(path)) for name in ("npz", "folder")}}
+READERS = {
+    "weights": origins.load,
+    "cifar100": archives.read_cifar100,
+    **{name: lambda path, name=name: sources.load(name, path=str(path)) for name in ("npz", "folder")},
+}
 
 
 def bombs(folder):
@@ -508,7 +585,8 @@ def bombs(folder):
 
 def memory(what: str) -> int:
     """Bytes of this process, from the kernel."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(f"{what}:"))
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith(f"{what}:"))
     return int(line.split()[1]) << 10
 
 

@@ -1,11 +1,12 @@
 """ShuffleNetV2 against torchvision, its stages, the shuffle by hand."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import stage_shapes
 
 from asib_jax.models import MODELS
 from asib_jax.models.shufflenet import shuffle, shufflenet_v2
-from networks import stage_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -16,6 +17,7 @@ def test_network_equals_torchvision(small_input):
     import parity
     import torch
     from torchvision.models import ShuffleNetV2
+
     network = ShuffleNetV2([2, 1, 1], [24, 8, 12, 16, 1024], num_classes=10)
     if small_input:
         network.conv1[0].stride, network.maxpool = (1, 1), torch.nn.Identity()
@@ -28,10 +30,9 @@ def test_shuffle_by_hand():
     np.testing.assert_array_equal(shuffle(left, right)[0, 1, 0], [6, -6, 7, -7, 8, -8])
 
 
-@pytest.mark.parametrize(("small_input", "size", "heights"), [
-    (False, 224, (56, 28, 14, 7)),
-    (True, 32, (32, 16, 8, 4)),
-])
+@pytest.mark.parametrize(
+    ("small_input", "size", "heights"), [(False, 224, (56, 28, 14, 7)), (True, 32, (32, 16, 8, 4))]
+)
 def test_stages(small_input, size, heights):
     """Resolutions and channels of table 5 of the paper."""
     names, widths = ("stem", "stage2", "stage3", "stage4"), (24, 116, 232, 1024)

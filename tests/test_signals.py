@@ -1,4 +1,5 @@
 """Signals in a process of their own: the first asks, the second ends."""
+
 import pathlib
 import signal
 import subprocess
@@ -25,7 +26,8 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_first_asks_and_the_second_ends(number, times):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(int(number)), str(times)], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(int(number)), str(times)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == f"{number.name}\n" and f"{number.name}: stopping at the next training step" in done.stderr
     assert done.returncode == (0 if times == 1 else 128 + number)

@@ -1,4 +1,5 @@
 """Every source but CIFAR-100, from small originals in their real layout; malformed arrays are named."""
+
 import hashlib
 import os
 
@@ -6,9 +7,8 @@ import numpy as np
 import pytest
 
 from asib_jax.data import archives, sources
-from asib_jax.data.sources import SOURCES, Split, blocks, load, sizes
+from asib_jax.data.sources import SOURCES, Split, blocks, images_digest, load, sizes
 from asib_jax.errors import UserError
-from asib_jax.data.sources import images_digest
 
 TRAIN, TEST = 7, 4  # images of either split
 
@@ -61,28 +61,44 @@ def test_pickled_array_in_npz_is_refused(tmp_path, array):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("changes,message", [
-    ({"x_train": np.zeros((TRAIN, 32, 32, 3), np.float32)}, r"own\.npz: x_train must be uint8.*found float32 \[7, 32"),
-    ({"x_test": np.zeros((TEST, 32, 32), np.uint8)}, r"x_test must be uint8 \[N,H,W,ch.*found uint8 \[4, 32, 32\]"),
-    ({"x_test": np.zeros((0, 32, 32, 3), np.uint8)}, r"x_test must be .* not empty; found uint8 \[0"),
-    ({"x_test": np.zeros((TEST, 16, 16, 3), np.uint8)}, r"x_test is uint8 \[4, 16.*x_train is uint8 \[7, 32"),
-    ({"y_train": np.zeros(TRAIN - 1, int)}, r"y_train must be integers \[7\].*found int64 \[6\]"),
-    ({"y_test": np.zeros(TEST)}, r"y_test must be integers \[4\].*found float64"),
-    ({"y_test": np.full(TEST, 100)}, r"y_test must lie in 0\.\.99; found 100\.\.100"),
-    ({"y_train": np.arange(TRAIN) - 1}, r"y_train must lie in 0\.\.99; found -1\.\.5"),
-    ({"y_train": np.arange(TRAIN), "y_test": np.full(TEST, 8), "class_names": None}, r"y_test must .* 0\.\.6; found 8"),
-    ({"y_train": np.arange(TRAIN) % 2 * 5, "y_test": np.full(TEST, 3), "class_names": None}, "no 1, 2, 3, 4; labels"),
-    ({"y_train": np.arange(TRAIN) + 1, "y_test": np.ones(TEST, int), "class_names": None},
-     "y_train has no 0; labels must be 0"),
-    ({"y_train": np.arange(TRAIN) + 9, "y_test": np.ones(TEST, int), "class_names": None},
-     r"y_train has no 0, 1, .*4, \.\.\.;"),
-    ({"class_names": np.arange(100)}, r"class_names must be text \[C\]; found int64 \[100\]"),
-    ({"class_names": np.full((100, 4), 0x110000, np.uint32).view("U4")[:, 0]}, "class_names is not all text"),
-    ({"class_names": np.array(["\udc80"] * 100)}, "class_names is not all text"),
-    ({"y_test": np.zeros(TEST, "m8[s]")}, r"y_test must be integers \[4\].*found timedelta64"),
-    ({"y_train": np.arange(TRAIN) + 99_994, "class_names": None}, "y_train has the label 100000; more than 100000"),
-    ({"y_test": None}, r"own\.npz lacks the arrays y_test; it holds x_train, y_train, x_test, class_names"),
-])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"x_train": np.zeros((TRAIN, 32, 32, 3), np.float32)},
+            r"own\.npz: x_train must be uint8.*found float32 \[7, 32",
+        ),
+        ({"x_test": np.zeros((TEST, 32, 32), np.uint8)}, r"x_test must be uint8 \[N,H,W,ch.*found uint8 \[4, 32, 32\]"),
+        ({"x_test": np.zeros((0, 32, 32, 3), np.uint8)}, r"x_test must be .* not empty; found uint8 \[0"),
+        ({"x_test": np.zeros((TEST, 16, 16, 3), np.uint8)}, r"x_test is uint8 \[4, 16.*x_train is uint8 \[7, 32"),
+        ({"y_train": np.zeros(TRAIN - 1, int)}, r"y_train must be integers \[7\].*found int64 \[6\]"),
+        ({"y_test": np.zeros(TEST)}, r"y_test must be integers \[4\].*found float64"),
+        ({"y_test": np.full(TEST, 100)}, r"y_test must lie in 0\.\.99; found 100\.\.100"),
+        ({"y_train": np.arange(TRAIN) - 1}, r"y_train must lie in 0\.\.99; found -1\.\.5"),
+        (
+            {"y_train": np.arange(TRAIN), "y_test": np.full(TEST, 8), "class_names": None},
+            r"y_test must .* 0\.\.6; found 8",
+        ),
+        (
+            {"y_train": np.arange(TRAIN) % 2 * 5, "y_test": np.full(TEST, 3), "class_names": None},
+            "no 1, 2, 3, 4; labels",
+        ),
+        (
+            {"y_train": np.arange(TRAIN) + 1, "y_test": np.ones(TEST, int), "class_names": None},
+            "y_train has no 0; labels must be 0",
+        ),
+        (
+            {"y_train": np.arange(TRAIN) + 9, "y_test": np.ones(TEST, int), "class_names": None},
+            r"y_train has no 0, 1, .*4, \.\.\.;",
+        ),
+        ({"class_names": np.arange(100)}, r"class_names must be text \[C\]; found int64 \[100\]"),
+        ({"class_names": np.full((100, 4), 0x110000, np.uint32).view("U4")[:, 0]}, "class_names is not all text"),
+        ({"class_names": np.array(["\udc80"] * 100)}, "class_names is not all text"),
+        ({"y_test": np.zeros(TEST, "m8[s]")}, r"y_test must be integers \[4\].*found timedelta64"),
+        ({"y_train": np.arange(TRAIN) + 99_994, "class_names": None}, "y_train has the label 100000; more than 100000"),
+        ({"y_test": None}, r"own\.npz lacks the arrays y_test; it holds x_train, y_train, x_test, class_names"),
+    ],
+)
 def test_malformed_arrays_are_named(tmp_path, changes, message):
     path = write_npz(tmp_path / "own.npz", **changes)
     with pytest.raises(ValueError, match=message):
@@ -91,8 +107,13 @@ def test_malformed_arrays_are_named(tmp_path, changes, message):
 
 def test_npz_without_names_numbers_its_classes(tmp_path):
     labels = np.arange(256).astype(np.uint8)
-    path = write_npz(tmp_path / "own.npz", x_train=np.zeros((256, 32, 32, 3), np.uint8), y_train=labels,
-                     y_test=np.arange(TEST), class_names=None)
+    path = write_npz(
+        tmp_path / "own.npz",
+        x_train=np.zeros((256, 32, 32, 3), np.uint8),
+        y_train=labels,
+        y_test=np.arange(TEST),
+        class_names=None,
+    )
     assert load("npz", path=str(path)).class_names == tuple(str(c) for c in range(256))
 
 
@@ -136,14 +157,17 @@ def test_imagenet32_joins_batches_in_numerical_order(tmp_path, monkeypatch, map_
         load("imagenet32", path=str(tmp_path))
 
 
-@pytest.mark.parametrize("labels, message", [
-    (np.array(["1", "2", "3"]), r"integers \[3\], one per image; found <U1 \[3\]"),
-    (np.array(3), r"integers \[3\], one per image; found int64 \[\]"),
-    (np.ones((3, 1), int), r"found int64 \[3, 1\]"),
-    (np.ones(3), "found float64"),
-    (np.array([1, 0, 2], np.uint8), r"1\.\.1000; found 0\.\.2"),  # 0 - 1 would be 255
-    (np.array([1, 2, 2**32 + 1]), r"1\.\.1000; found 1\.\.4294967297"),
-])
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.array(["1", "2", "3"]), r"integers \[3\], one per image; found <U1 \[3\]"),
+        (np.array(3), r"integers \[3\], one per image; found int64 \[\]"),
+        (np.ones((3, 1), int), r"found int64 \[3, 1\]"),
+        (np.ones(3), "found float64"),
+        (np.array([1, 0, 2], np.uint8), r"1\.\.1000; found 0\.\.2"),  # 0 - 1 would be 255
+        (np.array([1, 2, 2**32 + 1]), r"1\.\.1000; found 1\.\.4294967297"),
+    ],
+)
 @pytest.mark.parametrize("name", ["train_data_batch_2", "val_data"])
 def test_imagenet32_names_the_file_of_wrong_labels(tmp_path, name, labels, message):
     for part in ("train_data_batch_1", "train_data_batch_2", "val_data"):
@@ -193,8 +217,15 @@ def test_folder_of_pictures(tmp_path):
         load("folder", path=str(tmp_path / "train" / "cat"))
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:50], lambda content: b"no picture",
-                                    lambda content: content[:20] + b"\xff" * 4 + content[24:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:50],
+        lambda content: b"no picture",
+        lambda content: content[:20] + b"\xff" * 4 + content[24:],
+    ],
+)
 def test_a_damaged_picture_is_named(tmp_path, damage):
     for split in ("train", "test"):
         write_picture(tmp_path / split / "cat" / "a.png", (1, 2, 3))
@@ -279,10 +310,13 @@ def test_sizes_are_those_of_what_is_loaded(tmp_path, name):
     np.testing.assert_array_equal(found.labels, data.train.label)
 
 
-@pytest.mark.parametrize("name, train, test, classes, largest, origin", [
-    ("cifar100", 50_000, 10_000, 100, 500, "cifar100 as published, not read"),
-    ("imagenet32", 1_281_167, 50_000, 1000, 1282, "imagenet32 as published, not read; a run needs dataset.path"),
-])
+@pytest.mark.parametrize(
+    "name, train, test, classes, largest, origin",
+    [
+        ("cifar100", 50_000, 10_000, 100, 500, "cifar100 as published, not read"),
+        ("imagenet32", 1_281_167, 50_000, 1000, 1282, "imagenet32 as published, not read; a run needs dataset.path"),
+    ],
+)
 def test_sizes_of_published_data_sets(name, train, test, classes, largest, origin, tmp_path):
     """Nothing of them is here."""
     found = sizes(name, data_dir=str(tmp_path))

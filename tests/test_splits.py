@@ -1,4 +1,5 @@
 """Stratified splits: exact sizes, every class on both sides, the same rows for the same seed."""
+
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ def test_large_fraction_leaves_every_class_in_training():
 def test_balanced_classes_split_exactly():
     labels = np.tile(np.arange(10), 50)
     _, val = train_validation(labels, 0.1, seed=0)
-    assert counts(labels[val]) == {c: 5 for c in range(10)}
+    assert counts(labels[val]) == dict.fromkeys(range(10), 5)
 
 
 def test_seed_decides():

@@ -1,4 +1,5 @@
 """What a step is given to train, and what it keeps of the step before."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,11 @@ from asib_jax.models.ensemble import Variables
 from asib_jax.objectives import optimizers, state
 
 GENERATOR = np.random.default_rng(0)
-SHAPES = {"ib_mbm": {"code": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (2,), "bias": (2,)}},
-          "student": {"stage0": {"conv": {"kernel": (1, 1, 2, 2)}, "bn": {"scale": (2,), "bias": (2,)}}},
-          "synergy_head": {"log_temperature": ()}}
+SHAPES = {
+    "ib_mbm": {"code": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (2,), "bias": (2,)}},
+    "student": {"stage0": {"conv": {"kernel": (1, 1, 2, 2)}, "bn": {"scale": (2,), "bias": (2,)}}},
+    "synergy_head": {"log_temperature": ()},
+}
 is_shape = lambda node: isinstance(node, tuple)
 
 
@@ -36,8 +39,11 @@ def test_begin_splits_and_join_is_its_inverse():
     mask = {"ib_mbm": {"code": True, "norm": False}, "synergy_head": True}  # the student has none: it stands still
     tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, mask, ("student",), tx)
-    assert set(leaves(current.params)) == {"['ib_mbm']['code']['bias']", "['ib_mbm']['code']['kernel']",
-                                           "['synergy_head']['log_temperature']"}
+    assert set(leaves(current.params)) == {
+        "['ib_mbm']['code']['bias']",
+        "['ib_mbm']['code']['kernel']",
+        "['synergy_head']['log_temperature']",
+    }
     assert current.batch_stats.keys() == {"student"} and frozen.batch_stats.keys() == {"teacher1"}
     for moment in ("mu", "nu"):  # none for what stands still
         assert leaves(optax.tree.get(current.opt_state, moment)).keys() == leaves(current.params).keys()
@@ -62,12 +68,13 @@ def test_moments_carry_to_leaves_that_still_train():
     directions, after = tx.update(jax.tree.map(jnp.float32, grads), second.opt_state, second.params)
     assert optax.tree.get(after, "count") == 2
     old, new = GRADS[0]["ib_mbm"]["code"]["kernel"], GRADS[1]["ib_mbm"]["code"]["kernel"]
-    m, v = 0.09 * old + 0.1 * new, 0.000999 * old ** 2 + 0.001 * new ** 2
-    expected = m / 0.19 / np.sqrt(v / (1 - 0.999 ** 2))
+    m, v = 0.09 * old + 0.1 * new, 0.000999 * old**2 + 0.001 * new**2
+    expected = m / 0.19 / np.sqrt(v / (1 - 0.999**2))
     np.testing.assert_allclose(directions["ib_mbm"]["code"]["kernel"], expected, rtol=5e-5)
     moments = optax.tree.get(after, "mu")
-    np.testing.assert_allclose(moments["student"]["stage0"]["conv"]["kernel"],
-                               0.1 * GRADS[1]["student"]["stage0"]["conv"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(
+        moments["student"]["stage0"]["conv"]["kernel"], 0.1 * GRADS[1]["student"]["stage0"]["conv"]["kernel"], rtol=1e-5
+    )
     assert "norm" not in moments["ib_mbm"]
 
 
@@ -92,8 +99,10 @@ def test_a_loss_scale_goes_on_where_it_was():
     tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0)
     mask = dict.fromkeys(SHAPES, True)
     held = {"loss_scale": {"fin_steps": np.int32(7), "scale": np.float32(512)}}
-    half, full = (state.begin(make_variables(), mask, (), tx, compute_dtype=compute_dtype)[0]
-                  for compute_dtype in ("float16", "float32"))
+    half, full = (
+        state.begin(make_variables(), mask, (), tx, compute_dtype=compute_dtype)[0]
+        for compute_dtype in ("float16", "float32")
+    )
     after = state.with_loss_scale(half, held)
     assert (after.loss_scale.scale, after.loss_scale.fin_steps) == (512, 7) and after.params is half.params
     assert state.with_loss_scale(half, None) is half and state.with_loss_scale(full, held) is full

@@ -2,6 +2,7 @@
 
 Values to 2e-5 relative. Every case has its own weights and scalars, so that none can stand in for another.
 """
+
 import collections
 import functools
 from dataclasses import replace
@@ -25,22 +26,42 @@ from asib_jax.objectives.step import make_train_step
 BATCH = {**make_batch(), "label": np.array([0, 1, 0, 3, 4, 0, 1, 3], np.int32)}  # some the teachers know, some not
 ONE_HOT = np.eye(CLASSES)
 THREE_TEACHERS = (convolutions(3, 5), convolutions(4, 5), convolutions(5))
-A_TERMS = ATerms(synergy_ce_alpha=0.6, synergy_kd_alpha=1.1, kd_alpha=0.35, cccp_alpha=0.25, cccp_tau=4.0,
-                 feat_kd_alpha=0.0, reg_lambda=0.0, ib_mbm_reg_lambda=0.0, label_smoothing=0.0, min_cw=0.1, data_aug=0)
+A_TERMS = ATerms(
+    synergy_ce_alpha=0.6,
+    synergy_kd_alpha=1.1,
+    kd_alpha=0.35,
+    cccp_alpha=0.25,
+    cccp_tau=4.0,
+    feat_kd_alpha=0.0,
+    reg_lambda=0.0,
+    ib_mbm_reg_lambda=0.0,
+    label_smoothing=0.0,
+    min_cw=0.1,
+    data_aug=0,
+)
 B_TERMS = BTerms(data_aug=0, ce_alpha=0.65, kd_alpha=0.35, kd_target="synergy", min_cw=0.1)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_controls(**changes):
     values = {"tau": 3.0, "beta": 0.02, "open": 1.0, "certain": 1.0} | changes
-    return {**jax.tree.map(jnp.float32, values), "augment_key": streams.key(0, "augment"),
-            "noise_key": streams.key(0, "noise"), "dropout_key": streams.key(0, "dropout")}
+    return {
+        **jax.tree.map(jnp.float32, values),
+        "augment_key": streams.key(0, "augment"),
+        "noise_key": streams.key(0, "noise"),
+        "dropout_key": streams.key(0, "dropout"),
+    }
 
 
 def b_controls(**changes):
     values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0} | changes
-    return {**jax.tree.map(jnp.float32, values), "step": jnp.int32(5), "augment_key": streams.key(0, "augment"),
-            "mix_key": streams.key(0, "mix"), "dropout_key": streams.key(0, "dropout")}
+    return {
+        **jax.tree.map(jnp.float32, values),
+        "step": jnp.int32(5),
+        "augment_key": streams.key(0, "augment"),
+        "mix_key": streams.key(0, "mix"),
+        "dropout_key": streams.key(0, "dropout"),
+    }
 
 
 @functools.cache
@@ -78,14 +99,23 @@ def certainty(logvar, min_cw):
 def raw_outputs(nets, variables, pixels, student_mode):
     """Everything the networks say of the pixels, in float64, each network applied by itself."""
     student = nets.student.apply(variables.of("student"), pixels, **student_mode, mutable=["batch_stats"])[0]
-    teachers = [model.apply(variables.of(name), pixels, train=False)
-                for name, model in zip(nets.teacher_names, nets.teachers)]
+    teachers = [
+        model.apply(variables.of(name), pixels, train=False) for name, model in zip(nets.teacher_names, nets.teachers)
+    ]
     read = [t.distill_feat if t.distill_feat is not None else t.feat_2d for t in teachers]
     query = getattr(student, nets.student_feature)
     latent = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, query, jnp.stack(read, axis=1))
-    return jax.tree.map(np.float64, {
-        "student": student.logit, "query": query, "teachers": [t.logit for t in teachers], "mu": latent.mu,
-        "logvar": latent.logvar, "clipped": latent.clipped})
+    return jax.tree.map(
+        np.float64,
+        {
+            "student": student.logit,
+            "query": query,
+            "teachers": [t.logit for t in teachers],
+            "mu": latent.mu,
+            "logvar": latent.logvar,
+            "clipped": latent.clipped,
+        },
+    )
 
 
 def head(nets, variables, z):
@@ -94,6 +124,7 @@ def head(nets, variables, z):
 
 
 # The A-Step ----------------------------------------------------------------------------------------------------------
+
 
 def a_reference(nets, variables, controls, terms, trained=None):
     """The terms of SPEC 4 by name, those of weight 0 as 0; synergy logits; what else is watched of the bottleneck."""
@@ -112,10 +143,11 @@ def a_reference(nets, variables, controls, terms, trained=None):
         "kd_average": terms.synergy_kd_alpha * np.mean(w * kd(logits, average, c["tau"])),
         "kd_student": c["open"] * terms.kd_alpha * np.mean(w * kd(logits, out["student"], c["tau"])),
         "cccp": c["open"] * terms.cccp_alpha * np.mean(kd(logits, out["student"], terms.cccp_tau)),
-        "feat_kd": (terms.feat_kd_alpha * np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1))
-                    if terms.feat_kd_alpha else 0),
-        "ib_mbm_reg": terms.ib_mbm_reg_lambda * mean_of_squares(
-            [variables.params[name] for name in ("ib_mbm", "synergy_head")]),
+        "feat_kd": (
+            terms.feat_kd_alpha * np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1)) if terms.feat_kd_alpha else 0
+        ),
+        "ib_mbm_reg": terms.ib_mbm_reg_lambda
+        * mean_of_squares([variables.params[name] for name in ("ib_mbm", "synergy_head")]),
         "reg": terms.reg_lambda * mean_of_squares(trained) if trained else 0,
     }
     if nets.ib_mbm.use_ib:
@@ -127,24 +159,45 @@ def a_reference(nets, variables, controls, terms, trained=None):
 
 def run_a(nets, variables, controls, terms):
     """`reg_lambda` acts on one teacher's adapter."""
-    return a_loss(variables, controls, BATCH, nets=nets, terms=terms,
-                        trained=lambda params: [params["teacher1"]["distill_adapter"]])
+    return a_loss(
+        variables,
+        controls,
+        BATCH,
+        nets=nets,
+        terms=terms,
+        trained=lambda params: [params["teacher1"]["distill_adapter"]],
+    )
 
 
-@pytest.mark.parametrize("terms, controls, nets", [
-    ({}, {}, {}),
-    ({}, {"tau": 5.5, "beta": 0.5}, {}),
-    ({"min_cw": 0.8}, {}, {}),
-    ({}, {"open": 0.0}, {}),
-    ({}, {"open": 0.0, "certain": 0.0, "beta": 0.0}, {}),
-    ({"synergy_kd_alpha": 0.0, "label_smoothing": 0.2}, {}, {}),
-    ({"kd_alpha": 0.0, "cccp_alpha": 0.7, "cccp_tau": 1.5}, {}, {}),
-    ({"cccp_alpha": 0.0, "feat_kd_alpha": 0.3}, {}, {}),
-    ({"ib_mbm_reg_lambda": 0.1, "reg_lambda": 0.4}, {}, {}),
-    ({"data_aug": 1}, {}, {"use_ib": False}),
-    ({}, {}, {"adapter_dim": 0, "student_feature": "feat_2d", "teachers": THREE_TEACHERS}),
-], ids=["all", "schedules", "weights_clipped", "gate_shut", "synergy_only", "smoothed_labels", "cccp", "feature_kd",
-        "regularised", "without_ib", "three_teachers_without_adapters"])
+@pytest.mark.parametrize(
+    "terms, controls, nets",
+    [
+        ({}, {}, {}),
+        ({}, {"tau": 5.5, "beta": 0.5}, {}),
+        ({"min_cw": 0.8}, {}, {}),
+        ({}, {"open": 0.0}, {}),
+        ({}, {"open": 0.0, "certain": 0.0, "beta": 0.0}, {}),
+        ({"synergy_kd_alpha": 0.0, "label_smoothing": 0.2}, {}, {}),
+        ({"kd_alpha": 0.0, "cccp_alpha": 0.7, "cccp_tau": 1.5}, {}, {}),
+        ({"cccp_alpha": 0.0, "feat_kd_alpha": 0.3}, {}, {}),
+        ({"ib_mbm_reg_lambda": 0.1, "reg_lambda": 0.4}, {}, {}),
+        ({"data_aug": 1}, {}, {"use_ib": False}),
+        ({}, {}, {"adapter_dim": 0, "student_feature": "feat_2d", "teachers": THREE_TEACHERS}),
+    ],
+    ids=[
+        "all",
+        "schedules",
+        "weights_clipped",
+        "gate_shut",
+        "synergy_only",
+        "smoothed_labels",
+        "cccp",
+        "feature_kd",
+        "regularised",
+        "without_ib",
+        "three_teachers_without_adapters",
+    ],
+)
 def test_a_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(A_TERMS, **terms), a_controls(**controls), make(**nets)
     trained = variables.params["teacher1"]["distill_adapter"] if terms.reg_lambda else None
@@ -166,8 +219,10 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
     out = raw_outputs(nets, variables, pixels, {"train": False})
     weight = certainty(out["logvar"], terms.min_cw)
     keys = streams.per_example(controls["noise_key"], BATCH["index"])
-    read = [model.apply(variables.of(name), pixels, train=False).distill_feat
-            for name, model in zip(nets.teacher_names, nets.teachers)]
+    read = [
+        model.apply(variables.of(name), pixels, train=False).distill_feat
+        for name, model in zip(nets.teacher_names, nets.teachers)
+    ]
 
     def by_hand(params, share):
         """`share` of the weight has its gradient, the rest is a plain number; the value is the same."""
@@ -195,15 +250,24 @@ def test_a_loss_weighs_samples_by_certainty_without_gradient():
 def test_feature_kd_of_the_a_step_moves_the_code_and_not_the_query():
     """Alone, it gives the bias of mu 2 alpha mean(w (mu - s)), to 1e-5."""
     nets, variables = make()
-    terms = replace(A_TERMS, synergy_ce_alpha=0.0, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0,
-                    feat_kd_alpha=0.3)
-    gradient = jax.jit(jax.grad(lambda fusion: run_a(
-        nets, Variables({**variables.params, "ib_mbm": fusion}, variables.batch_stats), a_controls(beta=0.0),
-        terms)[0]))(variables.params["ib_mbm"])
+    terms = replace(
+        A_TERMS, synergy_ce_alpha=0.0, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0, feat_kd_alpha=0.3
+    )
+    gradient = jax.jit(
+        jax.grad(
+            lambda fusion: run_a(
+                nets,
+                Variables({**variables.params, "ib_mbm": fusion}, variables.batch_stats),
+                a_controls(beta=0.0),
+                terms,
+            )[0]
+        )
+    )(variables.params["ib_mbm"])
     out = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": False})
     w = certainty(out["logvar"], terms.min_cw)[:, None]
-    np.testing.assert_allclose(gradient["mu"]["bias"], (2 * 0.3 * w * (out["mu"] - out["query"])).mean(0), rtol=1e-5,
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        gradient["mu"]["bias"], (2 * 0.3 * w * (out["mu"] - out["query"])).mean(0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_student_that_is_no_target_cannot_reach_the_fusion_network():
@@ -213,10 +277,18 @@ def test_a_student_that_is_no_target_cannot_reach_the_fusion_network():
     batch = {**BATCH, "student": StudentOutputs(jnp.ones((len(feat), 4)), jnp.full((len(feat), CLASSES), jnp.nan))}
 
     def of(**terms):
-        return jax.jit(jax.value_and_grad(lambda fusion: a_loss(
-            Variables({**variables.params, **fusion}, variables.batch_stats), a_controls(open=0.0), batch, nets=nets,
-            terms=replace(A_TERMS, **terms), trained=None)[0]))(
-                {name: variables.params[name] for name in ("ib_mbm", "synergy_head")})
+        return jax.jit(
+            jax.value_and_grad(
+                lambda fusion: a_loss(
+                    Variables({**variables.params, **fusion}, variables.batch_stats),
+                    a_controls(open=0.0),
+                    batch,
+                    nets=nets,
+                    terms=replace(A_TERMS, **terms),
+                    trained=None,
+                )[0]
+            )
+        )({name: variables.params[name] for name in ("ib_mbm", "synergy_head")})
 
     shut, without = of(), of(kd_alpha=0.0, cccp_alpha=0.0)
     jax.tree.map(np.testing.assert_array_equal, shut, without)
@@ -252,64 +324,114 @@ def test_a_loss_draws_noise_and_dropout_from_their_keys():
 
 # The B-Step ----------------------------------------------------------------------------------------------------------
 
+
 def b_reference(nets, variables, controls, terms, batch=BATCH):
     """The loss of SPEC 5, its weighted parts by name (those of weight 0 are 0), and what else is logged."""
     c = {name: float(value) for name, value in controls.items() if value.ndim == 0 and "key" not in name}
     labels = batch["label"]
     pixels = augment(controls["augment_key"], batch["index"], batch["image"], terms.data_aug)
-    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 5), pixels, labels,
-                                mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
+    pixels, labels_b, lam = mix(
+        jax.random.fold_in(controls["mix_key"], 5),
+        pixels,
+        labels,
+        mixup_alpha=terms.mixup_alpha,
+        cutmix_alpha=terms.cutmix_alpha,
+    )
     out, lam = raw_outputs(nets, variables, pixels, {"train": True}), float(lam)
-    ce = np.mean(lam * cross_entropy(out["student"], labels, terms.label_smoothing)
-                 + (1 - lam) * cross_entropy(out["student"], labels_b, terms.label_smoothing))
+    ce = np.mean(
+        lam * cross_entropy(out["student"], labels, terms.label_smoothing)
+        + (1 - lam) * cross_entropy(out["student"], labels_b, terms.label_smoothing)
+    )
     teachers = np.stack(out["teachers"])
     average, predictions = teachers.mean(0), teachers.argmax(-1)
     confidence = softmax(teachers / c["tau"]).max(-1)[..., None]
     share = c["average_share"] if c["gate"] else 1.0
-    target = {"avg": average, "weighted_conf": (confidence * teachers).sum(0) / confidence.sum(0),
-              "teacher": teachers[terms.kd_teacher_index],
-              "synergy": (1 - share) * head(nets, variables, out["mu"]) + share * average}[terms.kd_target]
+    target = {
+        "avg": average,
+        "weighted_conf": (confidence * teachers).sum(0) / confidence.sum(0),
+        "teacher": teachers[terms.kd_teacher_index],
+        "synergy": (1 - share) * head(nets, variables, out["mu"]) + share * average,
+    }[terms.kd_target]
     w = certainty(out["logvar"], terms.min_cw) if terms.uses_fusion and nets.ib_mbm.use_ib else np.ones(len(labels))
-    disagree = {"": np.zeros(len(labels), bool), "pred": predictions[0] != predictions[1],
-                "both_wrong": (predictions != labels).all(0), "any_wrong": (predictions != labels).any(0)}
+    disagree = {
+        "": np.zeros(len(labels), bool),
+        "pred": predictions[0] != predictions[1],
+        "both_wrong": (predictions != labels).all(0),
+        "any_wrong": (predictions != labels).any(0),
+    }
     v = w * np.where(disagree[terms.disagree_mode], terms.disagree_lambda_high, terms.disagree_lambda_low)
     per_sample = kd(out["student"], target, c["tau"])
     bound = terms.kd_max_ratio * ce
     r = bound / max(per_sample.mean(), bound) if c["ratio_on"] and terms.kd_max_ratio else 1.0
     feat_kd = np.mean(w * ((out["query"] - out["mu"]) ** 2).sum(-1)) if terms.feat_kd_alpha else 0.0
-    parts = {"ce": terms.ce_alpha * ce, "feat_kd": terms.feat_kd_alpha * feat_kd,
-             "kd": r * c["ramp"] * terms.kd_alpha * np.mean(v / v.mean() * per_sample)}
+    parts = {
+        "ce": terms.ce_alpha * ce,
+        "feat_kd": terms.feat_kd_alpha * feat_kd,
+        "kd": r * c["ramp"] * terms.kd_alpha * np.mean(v / v.mean() * per_sample),
+    }
     loss = sum(parts.values())
     loss *= min(1, terms.loss_clamp_max / loss) if terms.loss_clamp_max else 1
-    return parts | {"loss": loss, "kd_ratio": r, "acc": np.mean(out["student"].argmax(-1) == labels),
-                    "target_acc": np.mean(target.argmax(-1) == labels)}
+    return parts | {
+        "loss": loss,
+        "kd_ratio": r,
+        "acc": np.mean(out["student"].argmax(-1) == labels),
+        "target_acc": np.mean(target.argmax(-1) == labels),
+    }
 
 
-@pytest.mark.parametrize("terms, controls, nets", [
-    ({}, {}, {}),
-    ({}, {"tau": 1.7}, {"use_ib": False, "student_feature": "feat_2d"}),
-    ({}, {"average_share": 0.3}, {}),
-    ({}, {"gate": 0.0, "average_share": 0.3}, {}),
-    ({"kd_target": "avg"}, {}, {}),
-    ({"kd_target": "weighted_conf"}, {}, {}),
-    ({"kd_target": "teacher", "kd_teacher_index": 1}, {}, {}),
-    ({"kd_max_ratio": 0.2}, {"ramp": 0.5, "ratio_on": 0.0}, {}),
-    ({"kd_max_ratio": 0.2}, {}, {}),
-    ({"kd_max_ratio": 50.0}, {}, {}),
-    ({"disagree_mode": "pred", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.5}, {}, {}),
-    ({"disagree_mode": "both_wrong", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.0}, {}, {}),
-    ({"disagree_mode": "any_wrong", "disagree_lambda_high": 0.2, "kd_target": "avg"}, {}, {}),
-    ({"feat_kd_alpha": 0.4}, {}, {}),
-    ({"feat_kd_alpha": 0.4, "kd_alpha": 0.0}, {}, {}),
-    ({"loss_clamp_max": 0.7}, {}, {}),
-    ({"loss_clamp_max": 1000.0, "label_smoothing": 0.2}, {}, {}),
-    ({"ce_alpha": 0.0, "kd_alpha": 1.0, "min_cw": 0.8}, {}, {}),
-    ({"ce_alpha": 1.0, "kd_alpha": 0.0}, {}, {}),
-    ({"mixup_alpha": 1.0, "data_aug": 1}, {}, {}),
-    ({"cutmix_alpha": 1.0, "label_smoothing": 0.1, "disagree_mode": "any_wrong", "disagree_lambda_high": 3.0}, {}, {}),
-], ids=["synergy", "without_ib", "share_of_average", "gate_shut", "avg", "weighted_conf", "teacher", "ramp", "ratio",
-        "ratio_inactive", "pred", "both_wrong", "any_wrong", "feature_kd", "feature_kd_alone", "clamp",
-        "clamp_inactive", "kd_alone", "ce_alone", "mixup", "cutmix"])
+@pytest.mark.parametrize(
+    "terms, controls, nets",
+    [
+        ({}, {}, {}),
+        ({}, {"tau": 1.7}, {"use_ib": False, "student_feature": "feat_2d"}),
+        ({}, {"average_share": 0.3}, {}),
+        ({}, {"gate": 0.0, "average_share": 0.3}, {}),
+        ({"kd_target": "avg"}, {}, {}),
+        ({"kd_target": "weighted_conf"}, {}, {}),
+        ({"kd_target": "teacher", "kd_teacher_index": 1}, {}, {}),
+        ({"kd_max_ratio": 0.2}, {"ramp": 0.5, "ratio_on": 0.0}, {}),
+        ({"kd_max_ratio": 0.2}, {}, {}),
+        ({"kd_max_ratio": 50.0}, {}, {}),
+        ({"disagree_mode": "pred", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.5}, {}, {}),
+        ({"disagree_mode": "both_wrong", "disagree_lambda_high": 3.0, "disagree_lambda_low": 0.0}, {}, {}),
+        ({"disagree_mode": "any_wrong", "disagree_lambda_high": 0.2, "kd_target": "avg"}, {}, {}),
+        ({"feat_kd_alpha": 0.4}, {}, {}),
+        ({"feat_kd_alpha": 0.4, "kd_alpha": 0.0}, {}, {}),
+        ({"loss_clamp_max": 0.7}, {}, {}),
+        ({"loss_clamp_max": 1000.0, "label_smoothing": 0.2}, {}, {}),
+        ({"ce_alpha": 0.0, "kd_alpha": 1.0, "min_cw": 0.8}, {}, {}),
+        ({"ce_alpha": 1.0, "kd_alpha": 0.0}, {}, {}),
+        ({"mixup_alpha": 1.0, "data_aug": 1}, {}, {}),
+        (
+            {"cutmix_alpha": 1.0, "label_smoothing": 0.1, "disagree_mode": "any_wrong", "disagree_lambda_high": 3.0},
+            {},
+            {},
+        ),
+    ],
+    ids=[
+        "synergy",
+        "without_ib",
+        "share_of_average",
+        "gate_shut",
+        "avg",
+        "weighted_conf",
+        "teacher",
+        "ramp",
+        "ratio",
+        "ratio_inactive",
+        "pred",
+        "both_wrong",
+        "any_wrong",
+        "feature_kd",
+        "feature_kd_alone",
+        "clamp",
+        "clamp_inactive",
+        "kd_alone",
+        "ce_alone",
+        "mixup",
+        "cutmix",
+    ],
+)
 def test_b_loss_equals_numpy(terms, controls, nets):
     terms, controls, (nets, variables) = replace(B_TERMS, **terms), b_controls(**controls), make(**nets)
     loss, (_, metrics) = b_loss(variables, controls, BATCH, nets=nets, terms=terms)
@@ -320,8 +442,9 @@ def test_b_loss_equals_numpy(terms, controls, nets):
     np.testing.assert_allclose(loss, metrics["loss"])
 
 
-@pytest.mark.parametrize("controls", [{"gate": 0.0, "average_share": 0.3}, {"average_share": 1.0}],
-                         ids=["gate_shut", "no_share"])
+@pytest.mark.parametrize(
+    "controls", [{"gate": 0.0, "average_share": 0.3}, {"average_share": 1.0}], ids=["gate_shut", "no_share"]
+)
 @pytest.mark.parametrize("use_ib", [False, True])
 def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
     """A broken head, whose share in the target is none: loss and gradient are bitwise those of the teachers' average
@@ -331,9 +454,17 @@ def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
 
     def of(kd_target, head):
         terms = replace(B_TERMS, kd_target=kd_target, min_cw=1.0, kd_max_ratio=0.2)
-        return jax.jit(jax.value_and_grad(lambda student: b_loss(
-            Variables({**variables.params, "synergy_head": head, "student": student}, variables.batch_stats),
-            b_controls(**controls), BATCH, nets=nets, terms=terms)[0]))(variables.params["student"])
+        return jax.jit(
+            jax.value_and_grad(
+                lambda student: b_loss(
+                    Variables({**variables.params, "synergy_head": head, "student": student}, variables.batch_stats),
+                    b_controls(**controls),
+                    BATCH,
+                    nets=nets,
+                    terms=terms,
+                )[0]
+            )
+        )(variables.params["student"])
 
     shut, average = of("synergy", broken), of("avg", broken)
     jax.tree.map(np.testing.assert_array_equal, shut, average)
@@ -348,9 +479,19 @@ def test_b_loss_trains_the_network_of_any_name(name):
 
     def of(name):
         own = Variables({name: variables.params["student"]}, {name: variables.batch_stats["student"]})
-        (loss, (stats, _)), gradient = jax.jit(jax.value_and_grad(lambda params: b_loss(
-            Variables(params, own.batch_stats), b_controls(), BATCH, nets=nets, terms=BTerms(data_aug=0),
-            student=name), has_aux=True))(own.params)
+        (loss, (stats, _)), gradient = jax.jit(
+            jax.value_and_grad(
+                lambda params: b_loss(
+                    Variables(params, own.batch_stats),
+                    b_controls(),
+                    BATCH,
+                    nets=nets,
+                    terms=BTerms(data_aug=0),
+                    student=name,
+                ),
+                has_aux=True,
+            )
+        )(own.params)
         assert stats.keys() == gradient.keys() == {name}
         return loss, stats[name], gradient[name]
 
@@ -371,21 +512,34 @@ def test_partner_labels_count():
     mean(softmax - lam*onehot(y) - (1-lam)*onehot(y_b)), to 1e-5."""
     nets, variables = make()
     terms, controls = BTerms(data_aug=0, mixup_alpha=1.0), b_controls()
-    pixels, labels_b, lam = mix(jax.random.fold_in(controls["mix_key"], 5), jnp.float32(BATCH["image"]), BATCH["label"],
-                                mixup_alpha=terms.mixup_alpha, cutmix_alpha=terms.cutmix_alpha)
+    pixels, labels_b, lam = mix(
+        jax.random.fold_in(controls["mix_key"], 5),
+        jnp.float32(BATCH["image"]),
+        BATCH["label"],
+        mixup_alpha=terms.mixup_alpha,
+        cutmix_alpha=terms.cutmix_alpha,
+    )
     lam = float(lam)
     assert 0.1 < lam < 0.9 and (labels_b != BATCH["label"]).any()
 
     def loss(bias):
         student = variables.params["student"]
         student = {**student, "classifier": {**student["classifier"], "bias": bias}}
-        return b_loss(Variables({**variables.params, "student": student}, variables.batch_stats), controls,
-                            jax.tree.map(jnp.asarray, BATCH), nets=nets, terms=terms)[0]
+        return b_loss(
+            Variables({**variables.params, "student": student}, variables.batch_stats),
+            controls,
+            jax.tree.map(jnp.asarray, BATCH),
+            nets=nets,
+            terms=terms,
+        )[0]
 
     logits = raw_outputs(nets, variables, pixels, {"train": True})["student"]
     wanted = softmax(logits) - lam * ONE_HOT[BATCH["label"]] - (1 - lam) * ONE_HOT[labels_b]
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.float32(variables.params["student"]["classifier"]["bias"])),
-                               wanted.mean(0), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(loss))(jnp.float32(variables.params["student"]["classifier"]["bias"])),
+        wanted.mean(0),
+        atol=1e-5,
+    )
 
 
 def test_only_the_student_gets_a_gradient_from_the_b_loss():
@@ -393,18 +547,30 @@ def test_only_the_student_gets_a_gradient_from_the_b_loss():
     nothing more, 2 alpha mean(w (s - mu)) at its output, to 1e-5; so without feature KD it gets none."""
     nets, variables = make()
     terms = replace(B_TERMS, disagree_mode="pred", disagree_lambda_high=3.0, kd_max_ratio=0.2, feat_kd_alpha=0.4)
-    gradient = jax.jit(jax.grad(lambda params: b_loss(
-        Variables(params, variables.batch_stats), b_controls(), BATCH, nets=nets, terms=terms)[0]))(variables.params)
-    reached = {name: {any(np.any(leaf) for leaf in jax.tree.leaves(leaves)) for leaves in branch.values()}
-               for name, branch in gradient.items()}
+    gradient = jax.jit(
+        jax.grad(
+            lambda params: b_loss(
+                Variables(params, variables.batch_stats), b_controls(), BATCH, nets=nets, terms=terms
+            )[0]
+        )
+    )(variables.params)
+    reached = {
+        name: {any(np.any(leaf) for leaf in jax.tree.leaves(leaves)) for leaves in branch.values()}
+        for name, branch in gradient.items()
+    }
     assert reached == {name: {name == "student"} for name in variables.params}
     out = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": True})
     w = certainty(out["logvar"], terms.min_cw)[:, None]
-    np.testing.assert_allclose(gradient["student"]["distill_adapter"]["fc2"]["bias"],
-                               (2 * 0.4 * w * (out["query"] - out["mu"])).mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient["student"]["distill_adapter"]["fc2"]["bias"],
+        (2 * 0.4 * w * (out["query"] - out["mu"])).mean(0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 # Both ----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("banked", [False, True])
 @pytest.mark.parametrize("kind", ["a", "b"])
@@ -426,8 +592,9 @@ def test_each_network_runs_once_per_step(kind, banked):
         controls, mask = b_controls(), {name: name == "student" for name in variables.params}
     tx = optimizers.make_optimizer("adamw", weight_decay=0.1, grad_clip_norm=1.0)
     current, frozen = state.begin(variables, mask, ("student",) if kind == "b" else (), tx)
-    batch = BATCH | ({"teachers": TeacherOutputs((np.zeros((8, 6)), np.zeros((8, 5))), np.zeros((8, 2, CLASSES)))}
-                     if banked else {})
+    batch = BATCH | (
+        {"teachers": TeacherOutputs((np.zeros((8, 6)), np.zeros((8, 5))), np.zeros((8, 2, CLASSES)))} if banked else {}
+    )
     with nn.intercept_methods(count):
         jax.eval_shape(make_train_step(loss, tx), current, frozen, controls | {"lr": 0.1}, batch)
     teachers = {} if banked else {f"KDModel {model.mean}": 1 for model in nets.teachers}
@@ -456,8 +623,9 @@ def test_dropout_of_what_trains_is_keyed_by_example_and_network():
     keys = streams.per_example(streams.key(0, "dropout"), BATCH["index"])
     student, *others = of(b_loss, b_controls(), terms=B_TERMS)
     assert same(student, keys) and others == [None, None]
-    student, tuned, other = of(a_loss, a_controls(), terms=A_TERMS, trained=None,
-                               teacher_modes=(Mode(train=True), Mode()))
+    student, tuned, other = of(
+        a_loss, a_controls(), terms=A_TERMS, trained=None, teacher_modes=(Mode(train=True), Mode())
+    )
     assert same(tuned, streams.branch(keys, "teacher1")) and student is other is None
 
 
@@ -466,8 +634,10 @@ def test_frozen_networks_are_arguments_and_get_no_update():
     nets, variables = make()
     terms = BTerms(data_aug=0)
     student = variables.params["student"]
-    mask = {name: freezing.trainable(student, ("stage0", "stage1", "stage2"), 1) if name == "student" else False
-            for name in variables.params}
+    mask = {
+        name: freezing.trainable(student, ("stage0", "stage1", "stage2"), 1) if name == "student" else False
+        for name in variables.params
+    }
     mask["student"]["distill_adapter"] = False
     tx = optimizers.make_optimizer("sgd", weight_decay=0.0, grad_clip_norm=0.0, momentum=0.0)
     current, frozen = state.begin(variables, mask, ("student",), tx)
@@ -484,14 +654,19 @@ def test_frozen_networks_are_arguments_and_get_no_update():
     outputs, changed = nets.student.apply(variables.of("student"), pixels, **kind, mutable=["batch_stats"])
     error = softmax(np.float64(outputs.logit)) - ONE_HOT[BATCH["label"]]
     gradient = np.float64(outputs.feat_2d).T @ error / len(error)
-    np.testing.assert_allclose(whole.params["student"]["classifier"]["kernel"],
-                               student["classifier"]["kernel"] - 0.5 * gradient, atol=1e-5)
+    np.testing.assert_allclose(
+        whole.params["student"]["classifier"]["kernel"], student["classifier"]["kernel"] - 0.5 * gradient, atol=1e-5
+    )
     for stage in ("stage0", "stage1"):
         jax.tree.map(np.testing.assert_array_equal, whole.params["student"][stage], student[stage])
-        jax.tree.map(np.testing.assert_array_equal, whole.batch_stats["student"][stage],
-                     variables.batch_stats["student"][stage])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-                 whole.batch_stats["student"]["stage2"], changed["batch_stats"]["stage2"])
+        jax.tree.map(
+            np.testing.assert_array_equal, whole.batch_stats["student"][stage], variables.batch_stats["student"][stage]
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        whole.batch_stats["student"]["stage2"],
+        changed["batch_stats"]["stage2"],
+    )
     assert np.any(whole.params["student"]["stage2"]["conv"]["kernel"] != student["stage2"]["conv"]["kernel"])
 
 

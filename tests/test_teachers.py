@@ -1,4 +1,5 @@
 """Teachers that get ready: trained once, kept, taken up again, fine-tuned; on networks of two convolutions."""
+
 import dataclasses
 import json
 import logging
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from networks import convolutions, make_feed, make_split
 
-from asib_jax import build, runner, recipe as recipes, teachers, train
+from asib_jax import build, recipe as recipes, runner, teachers, train
 from asib_jax.context import Context
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.engine.progress import Progress
@@ -26,10 +27,21 @@ from configs import l1_ib
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {
-    "dataset.name": "npz", "dataset.batch_size": 8, "dataset.data_aug": 0, "dataset.val_fraction": 0.2,
-    "dataset.train_subset": 0, "model.student.name": "tiny", "num_devices": 1,
-    "teacher1.name": "tiny", "teacher1.train_epochs": 3, "teacher1.warmup_epochs": 0, "teacher1.train_lr": 0.01,
-    "teacher2.name": "tiny", "teacher2.train_epochs": 3, "teacher2.warmup_epochs": 0, "teacher2.train_lr": 0.01,
+    "dataset.name": "npz",
+    "dataset.batch_size": 8,
+    "dataset.data_aug": 0,
+    "dataset.val_fraction": 0.2,
+    "dataset.train_subset": 0,
+    "model.student.name": "tiny",
+    "num_devices": 1,
+    "teacher1.name": "tiny",
+    "teacher1.train_epochs": 3,
+    "teacher1.warmup_epochs": 0,
+    "teacher1.train_lr": 0.01,
+    "teacher2.name": "tiny",
+    "teacher2.train_epochs": 3,
+    "teacher2.warmup_epochs": 0,
+    "teacher2.train_lr": 0.01,
 }
 
 PLAIN = convolutions(6, 8)
@@ -64,8 +76,9 @@ def ready(data_file, results, data=None, **changes):
         context = Context(recipe, data, nets, make_feed(), record, reporter, Snapshots(record))
         variables, places, todo = teachers.collect(recipe, nets, data, record, context.snapshots)
         for name in todo:
-            phase = teachers.phase(recipe, nets, name, variables.params, len(data.teacher_train.label),
-                                   place=places[name])
+            phase = teachers.phase(
+                recipe, nets, name, variables.params, len(data.teacher_train.label), place=places[name]
+            )
             variables = runner.run_phase(context, phase, variables, Progress())
     return variables, record.metrics, (recipe, nets, data)
 
@@ -94,8 +107,10 @@ def test_the_best_epoch_on_validation_is_kept(first):
     accuracy = evaluator.accuracies(alone, variables, "teacher1")["teacher1"]
     assert accuracy == max(measured) > min(measured)
     kept = json.loads((teacher_store.find(recipe, 0).folder / "key.json").read_text())
-    assert kept["measured"] == {"validation_accuracy": accuracy,
-                                "when": f"teacher1, epoch {measured.index(accuracy) + 1}"}
+    assert kept["measured"] == {
+        "validation_accuracy": accuracy,
+        "when": f"teacher1, epoch {measured.index(accuracy) + 1}",
+    }
     assert kept["key"]["teacher"]["train_lr"] == 0.01 and "finetune_lr" not in kept["key"]["teacher"]
     assert kept["reference"] == ""
     assert not same(variables.params["teacher1"], variables.params["teacher2"])  # two of a kind are two teachers
@@ -114,16 +129,30 @@ def test_a_second_run_takes_them_up_and_says_so(first, data_file, caplog, monkey
     assert trained(metrics) == set()
 
 
-@pytest.mark.parametrize("changes, anew", [
-    ({"teacher2.train_lr": 0.02}, {"teacher2"}), ({"teacher1.label_smoothing": 0.1}, {"teacher1"}),
-    ({"seed": 1}, {"teacher1", "teacher2"}), ({"dataset.val_fraction": 0.3}, {"teacher1", "teacher2"}),
-    ({"use_amp": True}, {"teacher1", "teacher2"}), ({"teacher1.std": (0.5,)}, {"teacher1"}),
-    ({"dataset.small_input": False}, {"teacher1", "teacher2"}), ({"schedule.min_lr": 1e-6}, {"teacher1", "teacher2"}),
-    # what has no effect makes no other teacher
-    ({"schedule.milestones": (3,), "teacher1.finetune_lr": 1.0, "teacher2.finetune_cutmix_alpha": 0.5}, set()),
-    ({"teacher1.early_stopping_min_delta": 0.1, "schedule.lr_warmup_epochs": 0, "use_partial_freeze": True,
-      "compilation_cache": "elsewhere"}, set()),
-])
+@pytest.mark.parametrize(
+    "changes, anew",
+    [
+        ({"teacher2.train_lr": 0.02}, {"teacher2"}),
+        ({"teacher1.label_smoothing": 0.1}, {"teacher1"}),
+        ({"seed": 1}, {"teacher1", "teacher2"}),
+        ({"dataset.val_fraction": 0.3}, {"teacher1", "teacher2"}),
+        ({"use_amp": True}, {"teacher1", "teacher2"}),
+        ({"teacher1.std": (0.5,)}, {"teacher1"}),
+        ({"dataset.small_input": False}, {"teacher1", "teacher2"}),
+        ({"schedule.min_lr": 1e-6}, {"teacher1", "teacher2"}),
+        # what has no effect makes no other teacher
+        ({"schedule.milestones": (3,), "teacher1.finetune_lr": 1.0, "teacher2.finetune_cutmix_alpha": 0.5}, set()),
+        (
+            {
+                "teacher1.early_stopping_min_delta": 0.1,
+                "schedule.lr_warmup_epochs": 0,
+                "use_partial_freeze": True,
+                "compilation_cache": "elsewhere",
+            },
+            set(),
+        ),
+    ],
+)
 def test_a_changed_recipe_is_another_teacher(first, data_file, changes, anew):
     """Compared by the folders alone: what has none yet is trained."""
     results, _, _, (recipe, _, _) = first
@@ -159,9 +188,16 @@ def test_no_teacher_learns_from_validation(first, data_file, tmp_path):
 
 def test_training_stops_early(data_file, tmp_path):
     """The first epoch is better than none; nothing is better by 1 afterwards."""
-    _, metrics, _ = ready(data_file, tmp_path, **{
-        "teacher1.train_epochs": 9, "teacher1.early_stopping_patience": 2, "teacher1.early_stopping_min_delta": 1.0,
-        "teacher2.train_epochs": 1})
+    _, metrics, _ = ready(
+        data_file,
+        tmp_path,
+        **{
+            "teacher1.train_epochs": 9,
+            "teacher1.early_stopping_patience": 2,
+            "teacher1.early_stopping_min_delta": 1.0,
+            "teacher2.train_epochs": 1,
+        },
+    )
     assert len([key for key in metrics if key.startswith("teacher1/epoch") and key.endswith("val_teacher1")]) == 3
 
 
@@ -179,8 +215,9 @@ def given(first, tmp_path_factory):
 
 def test_weights_of_our_own_are_used_as_they_are(first, given, data_file, tmp_path):
     _, variables, _, _ = first
-    ours, metrics, _ = ready(data_file, tmp_path, **{"teacher1.weights": given[0], "teacher1.train_epochs": 0,
-                                                     "teacher2.train_epochs": 1})
+    ours, metrics, _ = ready(
+        data_file, tmp_path, **{"teacher1.weights": given[0], "teacher1.train_epochs": 0, "teacher2.train_epochs": 1}
+    )
     assert trained(metrics) == {"teacher2"}
     assert same(ours.params["teacher1"], variables.params["teacher1"])
     assert same(ours.batch_stats["teacher1"], variables.batch_stats["teacher1"])
@@ -197,8 +234,9 @@ def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     for stage in ("stage0", "stage1"):  # at level 0 only the classifier trains
         assert same(ours.params["teacher1"][stage], stored["params"][stage])
         assert same(ours.batch_stats["teacher1"][stage], stored["batch_stats"][stage])
-    initial = init_network(build.build_networks(recipe, 5).teachers[0], recipe.seed,
-                           teacher_store.streams_name(recipe, 0), (8, 8, 3))
+    initial = init_network(
+        build.build_networks(recipe, 5).teachers[0], recipe.seed, teacher_store.streams_name(recipe, 0), (8, 8, 3)
+    )
     assert ours.params["teacher1"]["classifier"]["kernel"].shape == (8, 5)
     assert not same(ours.params["teacher1"]["classifier"], initial["params"]["classifier"])
     kept = json.loads((teacher_store.find(recipe, 0).folder / "key.json").read_text())
@@ -210,9 +248,16 @@ def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
 def test_weights_of_other_content_are_another_teacher(given, data_file, tmp_path):
     """The same path, the same recipe, one more parameter changed in the file."""
     config = l1_ib.get_config("digits")
-    config.update_from_flattened_dict({**TINY, "dataset.path": data_file, "results_dir": str(tmp_path),
-                                       "teacher1.weights": str(tmp_path / "w.npz"), "teacher1.train_epochs": 0,
-                                       "teacher1.finetune_epochs": 2})
+    config.update_from_flattened_dict(
+        {
+            **TINY,
+            "dataset.path": data_file,
+            "results_dir": str(tmp_path),
+            "teacher1.weights": str(tmp_path / "w.npz"),
+            "teacher1.train_epochs": 0,
+            "teacher1.finetune_epochs": 2,
+        }
+    )
     folders = set()
     for value in (1.0, 2.0, 1.0):
         np.savez(tmp_path / "w.npz", weight=np.float32(value))
@@ -224,9 +269,17 @@ def test_a_kept_teacher_needs_no_download(first, data_file, tmp_path):
     """One kept from weights of the hub is found by their reference where they are not in the cache; two are not."""
     results, variables, _, (recipe, _, data) = first
     config = l1_ib.get_config("digits")
-    config.update_from_flattened_dict({
-        **TINY, "dataset.path": data_file, "results_dir": str(tmp_path), "teacher1.weights": "hf:nobody/nothing",
-        "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 1, "teacher2.train_epochs": 1})
+    config.update_from_flattened_dict(
+        {
+            **TINY,
+            "dataset.path": data_file,
+            "results_dir": str(tmp_path),
+            "teacher1.weights": "hf:nobody/nothing",
+            "teacher1.train_epochs": 0,
+            "teacher1.finetune_epochs": 1,
+            "teacher2.train_epochs": 1,
+        }
+    )
     settings = recipes.read(config)
     assert teacher_store.find(settings, 0) is None
     kept = {"params": variables.params["teacher1"], "batch_stats": variables.batch_stats["teacher1"]}
@@ -236,9 +289,16 @@ def test_a_kept_teacher_needs_no_download(first, data_file, tmp_path):
     for digest, found in (("a" * 64, place), ("A" * 64, place), ("c" * 64, None)):  # of other weights it is none
         given = dataclasses.replace(settings.teachers[0], weights_sha256=digest)
         assert teacher_store.find(dataclasses.replace(settings, teachers=(given, *settings.teachers[1:])), 0) == found
-    ours, metrics, _ = ready(data_file, tmp_path, **{
-        "teacher1.weights": "hf:nobody/nothing", "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 1,
-        "teacher2.train_epochs": 1})
+    ours, metrics, _ = ready(
+        data_file,
+        tmp_path,
+        **{
+            "teacher1.weights": "hf:nobody/nothing",
+            "teacher1.train_epochs": 0,
+            "teacher1.finetune_epochs": 1,
+            "teacher2.train_epochs": 1,
+        },
+    )
     assert trained(metrics) == {"teacher2"} and same(ours.params["teacher1"]["stage0"], kept["params"]["stage0"])
     teacher_store.save(teacher_store.place(settings, 0, "b" * 64), "hf:nobody/nothing", kept, data.teacher_train, {})
     assert teacher_store.find(settings, 0) is None
@@ -287,18 +347,24 @@ def test_a_run_goes_on_with_the_teacher_that_another_left_meanwhile(first, data_
     monkeypatch.setattr(teacher_store, "save", beaten)
     ours, metrics, _ = ready(data_file, tmp_path)
     for name in ("teacher1", "teacher2"):
-        (kept,) = [checkpoint.restore(folder / "checkpoint") for folder in (tmp_path / "teachers").iterdir()
-                   if checkpoint.digest(folder / "checkpoint") == metrics[f"kept/{name}"]]
+        (kept,) = [
+            checkpoint.restore(folder / "checkpoint")
+            for folder in (tmp_path / "teachers").iterdir()
+            if checkpoint.digest(folder / "checkpoint") == metrics[f"kept/{name}"]
+        ]
         assert same(ours.params[name]["classifier"], kept["params"]["classifier"])
         shifted = jax.tree.map(lambda leaf: leaf + 1, variables.params[name]["classifier"])
         assert same(kept["params"]["classifier"], shifted)
 
 
-@pytest.mark.parametrize("changes, field, value", [
-    ({"finetune_use_cutmix": True, "finetune_cutmix_alpha": 0.7}, "cutmix_alpha", 0.7),
-    ({"finetune_use_cutmix": False, "finetune_cutmix_alpha": 0.7}, "cutmix_alpha", 0.0),
-    ({"label_smoothing": 0.2}, "label_smoothing", 0.2),
-])
+@pytest.mark.parametrize(
+    "changes, field, value",
+    [
+        ({"finetune_use_cutmix": True, "finetune_cutmix_alpha": 0.7}, "cutmix_alpha", 0.7),
+        ({"finetune_use_cutmix": False, "finetune_cutmix_alpha": 0.7}, "cutmix_alpha", 0.0),
+        ({"label_smoothing": 0.2}, "label_smoothing", 0.2),
+    ],
+)
 def test_the_recipe_reaches_the_loss(first, changes, field, value):
     _, variables, _, (recipe, nets, _) = first
     options = dataclasses.replace(recipe.teachers[0], **changes)
@@ -309,10 +375,21 @@ def test_the_recipe_reaches_the_loss(first, changes, field, value):
 
 def test_the_recipe_reaches_the_optimizer(given, data_file, tmp_path):
     """Fine-tuning at its own rate, after its own warm-up; float16 scales its loss."""
-    _, metrics, _ = ready(data_file, tmp_path, **{
-        "teacher1.weights": given[0], "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 2,
-        "teacher1.finetune_lr": 0.003, "teacher1.warmup_epochs": 1, "use_amp": True, "amp_dtype": "float16",
-        "teacher2.train_epochs": 1, "teacher2.train_lr": 0.02})
+    _, metrics, _ = ready(
+        data_file,
+        tmp_path,
+        **{
+            "teacher1.weights": given[0],
+            "teacher1.train_epochs": 0,
+            "teacher1.finetune_epochs": 2,
+            "teacher1.finetune_lr": 0.003,
+            "teacher1.warmup_epochs": 1,
+            "use_amp": True,
+            "amp_dtype": "float16",
+            "teacher2.train_epochs": 1,
+            "teacher2.train_lr": 0.02,
+        },
+    )
     steps = 10  # of an epoch: 80 images in batches of 8; the cosine is at its top when the warm-up ends
     assert metrics["teacher1/epoch01/lr"] == pytest.approx(0.003)
     assert metrics["teacher1/epoch02/lr"] < 0.003 * np.cos(np.pi / 4 * (steps - 2) / steps) ** 2
@@ -326,9 +403,15 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
     config = l1_ib.get_config("digits")
     with config.unlocked():
         del config.teacher2
-    config.update_from_flattened_dict({
-        **{key: value for key, value in TINY.items() if not key.startswith("teacher2")}, "teachers_only": True,
-        "dataset.path": str(own), "results_dir": str(tmp_path), "tensorboard": False})
+    config.update_from_flattened_dict(
+        {
+            **{key: value for key, value in TINY.items() if not key.startswith("teacher2")},
+            "teachers_only": True,
+            "dataset.path": str(own),
+            "results_dir": str(tmp_path),
+            "tensorboard": False,
+        }
+    )
     tables = []
     for exp_id in ("first", "second"):
         config.exp_id = exp_id
@@ -337,7 +420,8 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
         record = Record.create(tmp_path, "alone", exp_id, config.to_dict())
         train.recorded(recipe, build.make_inputs(recipe), record)
         assert {key for key in record.metrics if key.startswith("final/")} == {
-            f"final/{split}_{what}" for split in ("test", "validation") for what in ("acc_teacher1", "count")}
+            f"final/{split}_{what}" for split in ("test", "validation") for what in ("acc_teacher1", "count")
+        }
         assert (exp_id == "first") == any("/epoch" in key for key in record.metrics)
         tables.append(train.evaluate_run(record.folder))
     assert tables[0] == tables[1] and "teacher1 (tiny)" in tables[0] and "distilled" not in tables[0]
@@ -353,16 +437,27 @@ def test_published_classes_in_another_order_need_fine_tuning(first, data_file, t
     """The same weights under PyTorch's names are refused as they are, and fine-tuned from a classifier drawn here."""
     _, variables, _, (_, _, data) = first
     np.savez(tmp_path / "published.npz", **export_weights(variables.of("teacher1"), NAMED))
-    changes = {"dataset.name": "imagenet32", "teacher1.name": "named", "teacher2.train_epochs": 1,
-               "teacher1.weights": str(tmp_path / "published.npz"), "teacher1.train_epochs": 0}
+    changes = {
+        "dataset.name": "imagenet32",
+        "teacher1.name": "named",
+        "teacher2.train_epochs": 1,
+        "teacher1.weights": str(tmp_path / "published.npz"),
+        "teacher1.train_epochs": 0,
+    }
     with pytest.raises(ValueError, match=r"in part; .*classes of imagenet32 .*Set teacher1\.finetune_epochs"):
         ready(data_file, tmp_path, data, **changes)
-    ours, metrics, (_, nets, _) = ready(data_file, tmp_path, data, **changes, **{
-        "teacher1.finetune_epochs": 1, "teacher1.finetune_freeze_level": 0, "teacher1.finetune_lr": 1e-5})
+    ours, metrics, (_, nets, _) = ready(
+        data_file,
+        tmp_path,
+        data,
+        **changes,
+        **{"teacher1.finetune_epochs": 1, "teacher1.finetune_freeze_level": 0, "teacher1.finetune_lr": 1e-5},
+    )
     assert trained(metrics) == {"teacher1", "teacher2"}
     initial = init_network(nets.teachers[0], 0, "teacher/named", (8, 8, 3))
-    np.testing.assert_allclose(ours.params["teacher1"]["classifier"]["kernel"],
-                               initial["params"]["classifier"]["kernel"], atol=2e-4)  # some ten steps of 1e-5
+    np.testing.assert_allclose(
+        ours.params["teacher1"]["classifier"]["kernel"], initial["params"]["classifier"]["kernel"], atol=2e-4
+    )  # some ten steps of 1e-5
     assert same(ours.params["teacher1"]["stage1"], variables.params["teacher1"]["stage1"])
 
 
@@ -371,8 +466,12 @@ def test_a_random_stem_is_not_frozen(given, data_file, tmp_path):
     stored = checkpoint.restore(given[0])
     stored["params"]["stage0"]["conv"]["kernel"] = np.ones((5, 5, 3, 6), np.float32)
     checkpoint.save(tmp_path / "wide", stored)
-    weights = {"teacher1.weights": str(tmp_path / "wide"), "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 1,
-               "teacher2.train_epochs": 1}
+    weights = {
+        "teacher1.weights": str(tmp_path / "wide"),
+        "teacher1.train_epochs": 0,
+        "teacher1.finetune_epochs": 1,
+        "teacher2.train_epochs": 1,
+    }
     with pytest.raises(ValueError, match=r"stage0/conv/kernel \(3, 3, 3, 6\). It starts at random .* level 1;"):
         ready(data_file, tmp_path, **weights, **{"teacher1.finetune_freeze_level": 1})
     _, metrics, _ = ready(data_file, tmp_path, **weights, **{"teacher1.finetune_freeze_level": 2})

@@ -3,6 +3,7 @@
 Tolerances are shares of a tensor's largest magnitude. Only one thing is not compared: the key bias of PyTorch's
 attention changes nothing, its gradient is rounding noise, and ours has none.
 """
+
 import functools
 
 import jax
@@ -13,21 +14,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from asib_jax import a_step, b_step, streams
-from asib_jax.objectives import state
-from asib_jax.objectives.step import make_train_step
-from asib_jax import recipe
-from asib_jax.models.resnet import cifar_resnet
-from asib_jax.weights.torch_names import export_weights
-from configs import l2_cccp
 from networks import CLASSES, DIM, make_networks, make_split, random_variables
 from torch_asib import ASIB, KDNetwork, Settings
 from torch_networks import resnet
 
+from asib_jax import a_step, b_step, recipe, streams
+from asib_jax.models.resnet import cifar_resnet
+from asib_jax.objectives import state
+from asib_jax.objectives.step import make_train_step
+from asib_jax.weights.torch_names import export_weights
+from configs import l2_cccp
+
 BATCH, SPLIT = 8, make_split(16)
 SHAPES = {"student": (8, (3, 4, 5), 3), "teacher1": (14, (4, 5, 6), 4), "teacher2": (8, (3, 5, 7), 3)}  # depth, widths
-NETS = make_networks(student=cifar_resnet(*SHAPES["student"]),
-                     teachers=(cifar_resnet(*SHAPES["teacher1"]), cifar_resnet(*SHAPES["teacher2"])))
+NETS = make_networks(
+    student=cifar_resnet(*SHAPES["student"]),
+    teachers=(cifar_resnet(*SHAPES["teacher1"]), cifar_resnet(*SHAPES["teacher2"])),
+)
 MODELS = {"student": NETS.student, **dict(zip(NETS.teacher_names, NETS.teachers))}
 PREFIXES = {"student": "student", "teacher1": "teachers.0", "teacher2": "teachers.1"}
 pytestmark = [pytest.mark.pytorch, pytest.mark.usefixtures("quick_compilation")]
@@ -62,10 +65,17 @@ def make_torch(**options) -> ASIB:
     torch.manual_seed(0)
     student, *teachers = (
         (resnet("basic", widths, (depth // 6,) * 3, (3, stem, 1, False), CLASSES), MODELS[name].mean, MODELS[name].std)
-        for name, (depth, widths, stem) in SHAPES.items())
+        for name, (depth, widths, stem) in SHAPES.items()
+    )
     data = torch.tensor(SPLIT.image), torch.tensor(SPLIT.label, dtype=torch.int64)
-    asib = ASIB(student, teachers, CLASSES, *data, settings=settings_of(make_recipe()),
-                **{"device": "cpu", "pad": 0, "flip": False} | options)
+    asib = ASIB(
+        student,
+        teachers,
+        CLASSES,
+        *data,
+        settings=settings_of(make_recipe()),
+        **{"device": "cpu", "pad": 0, "flip": False} | options,
+    )
     asib.load_state_dict(to_torch(*make_variables()), strict=True)
     return asib
 
@@ -92,8 +102,11 @@ def to_torch(params: dict, batch_stats: dict = {}) -> dict[str, torch.Tensor]:
 
 def layers(branch: dict, prefix: str) -> dict[str, np.ndarray]:
     """Dense layers and LayerNorms."""
-    return {f"{prefix}.{name}.{'bias' if leaf == 'bias' else 'weight'}": np.transpose(value)
-            for name, layer in branch.items() for leaf, value in layer.items()}
+    return {
+        f"{prefix}.{name}.{'bias' if leaf == 'bias' else 'weight'}": np.transpose(value)
+        for name, layer in branch.items()
+        for leaf, value in layer.items()
+    }
 
 
 @functools.cache
@@ -107,8 +120,12 @@ def ours(kind: str):
         value, (_, metrics) = training.loss(state.join(current._replace(params=params), frozen), controls, batch)
         return value, metrics
 
-    return (current, frozen, jax.jit(jax.value_and_grad(loss, has_aux=True)),
-            jax.jit(make_train_step(training.loss, training.tx)))
+    return (
+        current,
+        frozen,
+        jax.jit(jax.value_and_grad(loss, has_aux=True)),
+        jax.jit(make_train_step(training.loss, training.tx)),
+    )
 
 
 def controls_of(**values) -> dict:
@@ -150,24 +167,42 @@ def test_settings_are_those_of_the_configuration():
     assert (a_terms.kd_alpha, a_terms.cccp_alpha, a_terms.cccp_tau) == (0.35, 0.25, 4.0)
     assert (b_terms.ce_alpha, b_terms.kd_alpha, b_terms.kd_target) == (0.65, 0.35, "synergy")
     assert (options.optimizer, options.ib_mbm_feature_norm, options.ib_mbm_residual) == ("adamw", "none", True)
-    off = ("feat_kd_alpha", "reg_lambda", "ib_mbm_reg_lambda", "label_smoothing", "ce_label_smoothing", "kd_ens_alpha",
-           "use_loss_clamp", "use_disagree_weight", "mixup_alpha", "cutmix_alpha_distill", "kd_warmup_epochs",
-           "distill_hidden_dim", "use_partial_freeze", "student_freeze_bn", "train_distill_adapter_only",
-           "use_teacher_finetuning", "synergy_head_dropout", "synergy_temp_learnable", "a_step_weight_decay")
+    off = (
+        "feat_kd_alpha",
+        "reg_lambda",
+        "ib_mbm_reg_lambda",
+        "label_smoothing",
+        "ce_label_smoothing",
+        "kd_ens_alpha",
+        "use_loss_clamp",
+        "use_disagree_weight",
+        "mixup_alpha",
+        "cutmix_alpha_distill",
+        "kd_warmup_epochs",
+        "distill_hidden_dim",
+        "use_partial_freeze",
+        "student_freeze_bn",
+        "train_distill_adapter_only",
+        "use_teacher_finetuning",
+        "synergy_head_dropout",
+        "synergy_temp_learnable",
+        "a_step_weight_decay",
+    )
     assert not any(getattr(options, name) for name in off) and not options.model.student.use_adapter
 
 
-@pytest.mark.parametrize("tau, beta, student_open, certain", [
-    (3.0, 0.02, True, True), (5.5, 0.5, False, True), (2.0, 0.0, False, False),
-])
+@pytest.mark.parametrize(
+    "tau, beta, student_open, certain", [(3.0, 0.02, True, True), (5.5, 0.5, False, True), (2.0, 0.0, False, False)]
+)
 def test_a_loss(tau, beta, student_open, certain):
     """Loss and gradient of every trained parameter, 1e-4, with gates open and shut; nothing else gets a gradient."""
     asib, rows = make_torch(), np.arange(BATCH)
     current, _, value_and_grad, _ = ours("a")
     controls = controls_of(tau=tau, beta=beta, open=student_open, certain=certain)
     (expected, _), grads = value_and_grad(current.params, controls, batch_of(rows))
-    loss, _ = asib.a_loss(*asib.batch(torch.tensor(rows)), noise_of(rows), tau=tau, beta=beta,
-                          student_open=student_open, certain=certain)
+    loss, _ = asib.a_loss(
+        *asib.batch(torch.tensor(rows)), noise_of(rows), tau=tau, beta=beta, student_open=student_open, certain=certain
+    )
     loss.backward()
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)
     assert_close(gradients(asib), to_torch(grads), 1e-4)
@@ -187,10 +222,13 @@ def test_b_loss(tau, gate, bounded):
     assert_close(gradients(asib), to_torch(grads), 1e-4)
 
 
-@pytest.mark.parametrize("kind, lr, controls, ours_only, theirs_only", [
-    ("a", 1e-3, {"tau": 3.0, "beta": 0.02, "certain": True}, {"open": True}, {"student_open": True}),
-    ("b", 1e-2, {"tau": 4.0, "gate": True}, {"average_share": 0, "ramp": 1, "ratio_on": 1}, {}),
-])
+@pytest.mark.parametrize(
+    "kind, lr, controls, ours_only, theirs_only",
+    [
+        ("a", 1e-3, {"tau": 3.0, "beta": 0.02, "certain": True}, {"open": True}, {"student_open": True}),
+        ("b", 1e-2, {"tau": 4.0, "gate": True}, {"average_share": 0, "ramp": 1, "ratio_on": 1}, {}),
+    ],
+)
 def test_two_training_steps(kind, lr, controls, ours_only, theirs_only):
     """Every parameter's change to 1e-3, Adam's moments and BatchNorm's statistics to 1e-4.
 
@@ -213,8 +251,11 @@ def test_two_training_steps(kind, lr, controls, ours_only, theirs_only):
     parameters = after.keys() - statistics - {name for name in after if name.endswith("num_batches_tracked")}
     changes = {name: asib.get_parameter(name) - before[name] for name in parameters}
     assert_close(changes, {name: after[name] - before[name] for name in parameters}, 1e-3)
-    assert_close({name: with_biased_variance(name, asib.get_buffer(name), before[name]) for name in statistics},
-                 {name: after[name] for name in statistics}, 1e-4)
+    assert_close(
+        {name: with_biased_variance(name, asib.get_buffer(name), before[name]) for name in statistics},
+        {name: after[name] for name in statistics},
+        1e-4,
+    )
     for name in before.keys() - after.keys():  # what stands still
         assert torch.equal(asib.state_dict()[name], before[name]), name
 
@@ -234,7 +275,7 @@ def test_crop_and_flip():
     asib, draws = make_torch(pad=None, flip=True), 3600
     for row in (3, 14):
         padded = np.pad(SPLIT.image[row], ((1, 1), (1, 1), (0, 0))).transpose(2, 0, 1)
-        windows = [padded[:, top:top + 8, left:left + 8] for top in range(3) for left in range(3)]
+        windows = [padded[:, top : top + 8, left : left + 8] for top in range(3) for left in range(3)]
         possible = [window.tobytes() for window in windows] + [window[..., ::-1].tobytes() for window in windows]
         assert len(set(possible)) == 18
         pixels, labels = asib.batch(torch.full((draws,), row))
@@ -256,8 +297,11 @@ def test_evaluation():
         out = {name: model.apply(variables.of(name), pixels, train=False) for name, model in MODELS.items()}
         kv = jnp.stack([out[name].distill_feat for name in NETS.teacher_names], axis=1)
         mu = NETS.ib_mbm.apply({"params": variables.params["ib_mbm"]}, out["student"].distill_feat, kv).mu
-        logits = {"student": out["student"].logit, "average": (out["teacher1"].logit + out["teacher2"].logit) / 2,
-                  "synergy": NETS.synergy_head.apply({"params": variables.params["synergy_head"]}, mu)}
+        logits = {
+            "student": out["student"].logit,
+            "average": (out["teacher1"].logit + out["teacher2"].logit) / 2,
+            "synergy": NETS.synergy_head.apply({"params": variables.params["synergy_head"]}, mu),
+        }
         return {name: value.argmax(-1) for name, value in logits.items()}
 
     labels = np.array(predictions(pixels)["synergy"])
@@ -271,8 +315,10 @@ def test_bfloat16():
     """Losses within 2 % of float32's, from bfloat16 convolutions; what is trained stays float32."""
     wide, narrow = make_torch(), make_torch(dtype=torch.bfloat16)
     rows, noise = torch.arange(BATCH), noise_of(np.arange(BATCH))
-    for step, controls in (("a_step", {"beta": 0.02, "student_open": True, "certain": True, "noise": noise}),
-                           ("b_step", {"gate": True})):
+    for step, controls in (
+        ("a_step", {"beta": 0.02, "student_open": True, "certain": True, "noise": noise}),
+        ("b_step", {"gate": True}),
+    ):
         expected, actual = (getattr(asib, step)(rows, lr=0.0, tau=4.0, **controls)[0] for asib in (wide, narrow))
         assert actual.dtype == torch.float32 and actual != expected
         np.testing.assert_allclose(actual, expected, rtol=0.02)
@@ -284,6 +330,7 @@ def test_bfloat16():
 def test_a_network_of_torchvision():
     """feat_2d is what the classifier reads, of pixels normalised by the given mean and standard deviation: 1e-5."""
     import torchvision
+
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     network = KDNetwork(torchvision.models.mobilenet_v3_small(num_classes=CLASSES), mean, std, DIM)
     pixels = torch.tensor(SPLIT.image[:4]).permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 Files are also built by hand, from the format's description, so that most of this runs without torch.
 """
+
 import io
 import os
 import pickle
@@ -30,10 +31,11 @@ class Pickler(pickle._Pickler):
     """The pickler written in Python, with `Raw`."""
 
     def save(self, value, save_persistent_id=True):
-        if not isinstance(value, Raw):
-            return super().save(value, save_persistent_id)
-        for part in value.parts:
-            self.write(part) if isinstance(part, bytes) else self.save(part)
+        if isinstance(value, Raw):
+            for part in value.parts:
+                self.write(part) if isinstance(part, bytes) else self.save(part)
+        else:
+            super().save(value, save_persistent_id)
 
 
 def pickled(value, protocol=2):
@@ -93,8 +95,9 @@ def refusal(path):
 def test_files_by_hand(tmp_path):
     path = tmp_path / "w.pth"
     for order, raw in ((b"little", VALUES), (None, VALUES), (b"big", VALUES.byteswap())):
-        write_zip(path, OrderedDict(w=tensor(), s=tensor(offset=1, size=(2, 2), stride=(1, 2))),
-                  {"0": raw.tobytes()}, order)
+        write_zip(
+            path, OrderedDict(w=tensor(), s=tensor(offset=1, size=(2, 2), stride=(1, 2))), {"0": raw.tobytes()}, order
+        )
         arrays = read(path)
         np.testing.assert_array_equal(arrays["w"], VALUES.reshape(2, 3))
         np.testing.assert_array_equal(arrays["s"], [[1, 3], [2, 4]])
@@ -141,9 +144,16 @@ def test_what_torch_saves(tmp_path, zipped):
         np.testing.assert_array_equal(arrays[name], np.array([[0, 1, 100]]).astype(dtype))
 
     base = torch.arange(24.0).reshape(2, 3, 4)
-    views = {"whole": base, "transposed": base.permute(2, 0, 1), "part": base[1:, ::2, 1:3], "scalar": base[1, 2, 3],
-             "expanded": base[:, :1].expand(2, 5, 4), "empty": base[:, 3:], "alone": torch.empty(0),
-             "param": torch.nn.Parameter(base[0])}
+    views = {
+        "whole": base,
+        "transposed": base.permute(2, 0, 1),
+        "part": base[1:, ::2, 1:3],
+        "scalar": base[1, 2, 3],
+        "expanded": base[:, :1].expand(2, 5, 4),
+        "empty": base[:, 3:],
+        "alone": torch.empty(0),
+        "param": torch.nn.Parameter(base[0]),
+    }
     for name, array in round_trip(views).items():
         np.testing.assert_array_equal(array, views.pop(name).detach().numpy())
     assert not views
@@ -193,7 +203,7 @@ def test_every_pickle_in_a_stream_is_guarded(tmp_path):
     made = tmp_path / "made"
     evil = Evil(os.mkdir, str(made))
     for i in range(3):
-        write_stream(tmp_path / "w.pth", {"w": tensor()}, head=(*HEAD[:i], evil, *HEAD[i + 1:]))
+        write_stream(tmp_path / "w.pth", {"w": tensor()}, head=(*HEAD[:i], evil, *HEAD[i + 1 :]))
         assert "posix.mkdir" in refusal(tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes(b"".join(map(pickled, (*HEAD, {"w": tensor()}, [evil]))))
     assert "posix.mkdir" in refusal(tmp_path / "w.pth")
@@ -219,24 +229,45 @@ def test_a_file_cannot_change_how_the_next_is_read(tmp_path):
 
 def test_views_stay_inside_their_storage(tmp_path):
     """Byte steps of 2**62 wrap around in 64 bits, to inside: numpy's own check of bounds lets them through."""
-    for view in ({"offset": 1}, {"size": (3, 3)}, {"stride": (4, 1)}, {"size": (7,), "stride": (1,)},
-                 {"size": (), "stride": (), "offset": 6}, {"size": (5,), "stride": (2**60,)}):
+    for view in (
+        {"offset": 1},
+        {"size": (3, 3)},
+        {"stride": (4, 1)},
+        {"size": (7,), "stride": (1,)},
+        {"size": (), "stride": (), "offset": 6},
+        {"size": (5,), "stride": (2**60,)},
+    ):
         write_zip(tmp_path / "w.pth", {"w": tensor(**view)})
         assert "reaches outside its storage of 6" in refusal(tmp_path / "w.pth"), view
     for view in ({"offset": -1}, {"size": (-1, 3)}, {"offset": 5, "stride": (-3, 1)}, {"offset": 2**64}):
         write_zip(tmp_path / "w.pth", {"w": tensor(**view)})
         assert "are not whole numbers from 0 on" in refusal(tmp_path / "w.pth"), view
-    for view in ({"size": (2.0, 3)}, {"offset": "0"}, {"size": None}, {"size": (2,)},
-                 {"size": (2**70,), "stride": (0,)}):
+    for view in (
+        {"size": (2.0, 3)},
+        {"offset": "0"},
+        {"size": None},
+        {"size": (2,)},
+        {"size": (2**70,), "stride": (0,)},
+    ):
         write_zip(tmp_path / "w.pth", {"w": tensor(**view)})
         refusal(tmp_path / "w.pth")
 
 
 def test_storages_are_what_was_announced(tmp_path):
     path = tmp_path / "w.pth"
-    for wrong in (storage(numel=7), storage(numel=5), storage(numel=-6), storage(numel="6"), storage("1"),
-                  storage(kind="module"), storage(rest=(("0", 0, 6),)), storage(dtype=b"VComplexStorage\n"),
-                  storage(dtype=b"ctorch\nQInt8Storage\n"), storage(key="../data.pkl"), storage(dtype=b"]")):
+    for wrong in (
+        storage(numel=7),
+        storage(numel=5),
+        storage(numel=-6),
+        storage(numel="6"),
+        storage("1"),
+        storage(kind="module"),
+        storage(rest=(("0", 0, 6),)),
+        storage(dtype=b"VComplexStorage\n"),
+        storage(dtype=b"ctorch\nQInt8Storage\n"),
+        storage(key="../data.pkl"),
+        storage(dtype=b"]"),
+    ):
         write_zip(path, {"w": tensor(wrong)})
         refusal(path)
         write_stream(path, {"w": tensor(wrong)})
@@ -261,7 +292,7 @@ def test_damaged_files_are_refused_whole(tmp_path, write):
         assert "not a state dict by torch.save, or not all of it" in refusal(path)
     if write is write_zip:
         at = content.index(VALUES.tobytes()) + 9
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         assert "Bad CRC-32" in refusal(path)
 
 
@@ -285,5 +316,5 @@ def test_the_conversion_a_refusal_suggests_works(tmp_path):
     torch.save({"fc.bias": torch.tensor([1 + 2j])}, source)
     message = refusal(source)
     assert "it names torch.ComplexFloatStorage" in message
-    exec(message[message.index("import torch"):], {})
+    exec(message[message.index("import torch") :], {})
     np.testing.assert_array_equal(numpy.load_file(tmp_path / "weights.safetensors")["fc.bias"], [1 + 2j])

@@ -1,4 +1,5 @@
 """A whole run of tiny networks: what it runs is what was planned, and what it leaves is enough to evaluate it."""
+
 import json
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 from networks import make_feed
 from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, runner, recipe as recipes, train
+from asib_jax import build, recipe as recipes, runner, train
 from asib_jax.context import Context
 from asib_jax.models.ensemble import init_network
 from asib_jax.recipe import checks
@@ -37,10 +38,17 @@ def run(data_file, tmp_path_factory):
     """A run whose control breaks after its training: its folder, what was planned, and each phase that it ran, with the
     epochs of the log and the steps of its optimizer."""
     results = tmp_path_factory.mktemp("results")
-    config = read_config("l1_ib", data_file, results_dir=str(results), exp_id="run", tensorboard=False,
-                         student_epochs_per_stage=(2,), train_control=True,
-                         **{f"teacher{k}.warmup_epochs": 0 for k in (1, 2)},
-                         **{"teacher1.train_epochs": 2, "teacher2.train_epochs": 1})
+    config = read_config(
+        "l1_ib",
+        data_file,
+        results_dir=str(results),
+        exp_id="run",
+        tensorboard=False,
+        student_epochs_per_stage=(2,),
+        train_control=True,
+        **{f"teacher{k}.warmup_epochs": 0 for k in (1, 2)},
+        **{"teacher1.train_epochs": 2, "teacher2.train_epochs": 1},
+    )
     recipe, ran, whole = recipes.read(config), [], runner.run_phase
     checks.check(recipe)
     planned = plan.make(recipe)
@@ -64,9 +72,14 @@ def run(data_file, tmp_path_factory):
 
 def test_the_phases_of_a_run_are_those_of_the_plan(run):
     """The plan has a row for each that trains parameters; calibration, of 50 steps, is none and logs no epoch."""
-    assert run.ran == [("teacher1", 2, 2 * STEPS), ("teacher2", 1, STEPS), ("BatchNorm statistics", 0, 5 * STEPS),
-                       ("A-Step, stage 1", 2, 2 * STEPS), ("B-Step, stage 1", 2, 2 * STEPS),
-                       ("control, stage 1", 2, 2 * STEPS)]
+    assert run.ran == [
+        ("teacher1", 2, 2 * STEPS),
+        ("teacher2", 1, STEPS),
+        ("BatchNorm statistics", 0, 5 * STEPS),
+        ("A-Step, stage 1", 2, 2 * STEPS),
+        ("B-Step, stage 1", 2, 2 * STEPS),
+        ("control, stage 1", 2, 2 * STEPS),
+    ]
     trains = [phase for phase in run.ran if phase[0] != "BatchNorm statistics"]
     assert [step[:3] for step in run.planned.steps] == trains
 
@@ -91,9 +104,16 @@ def test_a_run_of_the_version_before_evaluates(run):
     now.write_text(whole)
 
 
-@pytest.mark.parametrize("name, given, calibrates", [
-    ("l1_ib", "", True), ("l1_ib", "whole", False), ("l1_ib", "stem of another width", True),
-    ("l0_baseline", "stem of another width", False), ("ce_only", "", False)])
+@pytest.mark.parametrize(
+    "name, given, calibrates",
+    [
+        ("l1_ib", "", True),
+        ("l1_ib", "whole", False),
+        ("l1_ib", "stem of another width", True),
+        ("l0_baseline", "stem of another width", False),
+        ("ce_only", "", False),
+    ],
+)
 def test_statistics_are_calibrated_where_they_fit_nothing(data_file, tmp_path, name, given, calibrates):
     """Before an A-Step, of a student that is new or whose given weights leave its stem at random (SPEC 4)."""
     recipe = read_recipe(name, data_file)
@@ -103,13 +123,22 @@ def test_statistics_are_calibrated_where_they_fit_nothing(data_file, tmp_path, n
         if given != "whole":
             student["params"]["stage0"]["conv"]["kernel"] = np.ones((5, 5, 3, 8), np.float32)
         checkpoint.save(tmp_path / "given", student)
-        recipe = read_recipe(name, data_file, **{"model.student.weights": str(tmp_path / "given"),
-                                                 "model.student.name": "tiny"})
+        recipe = read_recipe(
+            name, data_file, **{"model.student.weights": str(tmp_path / "given"), "model.student.name": "tiny"}
+        )
     record = Record.create(tmp_path, "test", "", {"seed": 0})
-    context = Context(recipe, data, build.build_networks(recipe, 5), make_feed(), record,
-                      Reporter(tmp_path, tensorboard=False, wandb="", config={}), Snapshots(record))
+    context = Context(
+        recipe,
+        data,
+        build.build_networks(recipe, 5),
+        make_feed(),
+        record,
+        Reporter(tmp_path, tensorboard=False, wandb="", config={}),
+        Snapshots(record),
+    )
     variables, todo = train.begin(context)
     assert ("calibration" in [phase.name for phase in todo]) == calibrates
     if given:
-        assert np.array_equal(variables.params["student"]["stage1"]["conv"]["kernel"],
-                              student["params"]["stage1"]["conv"]["kernel"])
+        assert np.array_equal(
+            variables.params["student"]["stage1"]["conv"]["kernel"], student["params"]["stage1"]["conv"]["kernel"]
+        )

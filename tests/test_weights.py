@@ -1,4 +1,5 @@
 """Weights from a hub, which a local server stands for, and from files: right, checked, and clear when missing."""
+
 import hashlib
 import http.server
 import json
@@ -15,14 +16,14 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save, save_file
-
-from asib_jax.recipe import checks
-from asib_jax.weights import checkpoint
-from asib_jax.errors import UserError
-from asib_jax.weights.origins import cached, digest, load, locate
-from asib_jax.weights.reading import read_weights
 from test_pretrained import SMALL, state_for, zeros_of
 from test_recipe import recipe_of
+
+from asib_jax.errors import UserError
+from asib_jax.recipe import checks
+from asib_jax.weights import checkpoint
+from asib_jax.weights.origins import cached, digest, load, locate
+from asib_jax.weights.reading import read_weights
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1), "fc.bias": np.float32([1, -2])}
 CONTENT = save(ARRAYS)
@@ -65,7 +66,8 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
-            return self.end_headers()
+            self.end_headers()
+            return
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", hashlib.sha1(name.split("/")[2].encode()).hexdigest())
@@ -78,7 +80,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body and hub.cut:
             hub.cut -= 1
-            self.wfile.write(content[start:len(content) // 2])
+            self.wfile.write(content[start : len(content) // 2])
         elif body:
             self.wfile.write(content[start:])
 
@@ -87,8 +89,9 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """A hub and an empty cache, as HF_ENDPOINT and HF_HUB_CACHE would give; these are read once, at import."""
     hub = Hub()
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield hub
     hub.close()
@@ -117,11 +120,18 @@ def test_download_once(hub):
 
 def test_revision_and_file(hub):
     other = save({"w": np.float32([3])})
-    hub.files |= {"me/net/v1.0/model.safetensors": other, "me/net/main/sub/a.safetensors": other,
-                  "me/net/refs%2Fpr%2F1/model.safetensors": other}
+    hub.files |= {
+        "me/net/v1.0/model.safetensors": other,
+        "me/net/main/sub/a.safetensors": other,
+        "me/net/refs%2Fpr%2F1/model.safetensors": other,
+    }
     locate("hf:me/net", KEY)
-    for reference in ("hf:me/net@v1.0", "hf:me/net/sub/a.safetensors", "hf:me/net@main/sub/a.safetensors",
-                      "hf:me/net@refs/pr/1"):
+    for reference in (
+        "hf:me/net@v1.0",
+        "hf:me/net/sub/a.safetensors",
+        "hf:me/net@main/sub/a.safetensors",
+        "hf:me/net@refs/pr/1",
+    ):
         check_arrays(load(locate(reference, KEY)), {"w": np.float32([3])})
         assert cached(reference) is not None
     assert cached("hf:me/net@v2") is None and cached("hf:me/net/b.safetensors") is None
@@ -194,9 +204,11 @@ def test_not_cached_and_no_network(hub, monkeypatch):
         return str(error.value)
 
     message = refusal("refused")
-    for part in (f"{KEY}='hf:me/net@v1/b.safetensors': b.safetensors is not in the cache {constants.HF_HUB_CACHE} ",
-                 "\n  hf download me/net b.safetensors --revision v1\n",
-                 f"\nor download {url} elsewhere and set {KEY} to its path"):
+    for part in (
+        f"{KEY}='hf:me/net@v1/b.safetensors': b.safetensors is not in the cache {constants.HF_HUB_CACHE} ",
+        "\n  hf download me/net b.safetensors --revision v1\n",
+        f"\nor download {url} elsewhere and set {KEY} to its path",
+    ):
         assert part in message
     assert locate("hf:me/net", KEY) == held
     check_arrays(load(held))
@@ -212,12 +224,17 @@ def test_what_the_hub_does_not_have(hub):
 
 
 def test_environment_variables_choose_hub_and_cache(hub, tmp_path):
-    program = ("from asib_jax.weights import origins\n"
-               f"print(origins.locate('hf:me/net', {KEY!r}))")
+    program = f"from asib_jax.weights import origins\nprint(origins.locate('hf:me/net', {KEY!r}))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
-    output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, text=True,
-                            capture_output=True, cwd=Path(__file__).parents[1]).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        check=True,
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    ).stdout
     assert output.startswith(str(tmp_path / "home"))
     check_arrays(load(output.strip()))
 
@@ -258,6 +275,7 @@ def test_bfloat16_of_safetensors(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_pytorch_files(tmp_path, suffix):
     import torch
+
     torch.save({key: torch.tensor(value) for key, value in ARRAYS.items()}, tmp_path / f"a{suffix}")
     check_arrays(load(tmp_path / f"a{suffix}"))
 
@@ -266,8 +284,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", **ARRAYS)
     np.savez(tmp_path / "pickled.npz", fc=np.array([{"a": 1}]))
     save_file(ARRAYS, tmp_path / "a.safetensors")
-    refused = {"pickled.npz": f"{tmp_path}/pickled.npz: array fc cannot be read (pickles are refused)",
-               "a.h5": "expected a file named .safetensors, .npz, .pth, .pt, .bin"}
+    refused = {
+        "pickled.npz": f"{tmp_path}/pickled.npz: array fc cannot be read (pickles are refused)",
+        "a.h5": "expected a file named .safetensors, .npz, .pth, .pt, .bin",
+    }
     for name in ("a.npz", "a.safetensors"):
         content = (tmp_path / name).read_bytes()
         for length in (0, 1, len(content) // 2, len(content) - 1):
@@ -322,8 +342,16 @@ def test_references_name_files_of_the_hub_only(hub, tmp_path):
     """`..` would lead out of the cache; what no file can be called is no bare error of the system."""
     locate("hf:me/net", KEY)
     (tmp_path / "secret.npz").touch()
-    for wrong in ("hf:me/net/../../../../secret.npz", "hf:me/net@..", "hf:me/net@../x.npz", "hf:../net", "hf:me/..",
-                  "hf:a..b/c", "x" * 5000, "~nobody-of-this-name/x.npz"):
+    for wrong in (
+        "hf:me/net/../../../../secret.npz",
+        "hf:me/net@..",
+        "hf:me/net@../x.npz",
+        "hf:../net",
+        "hf:me/..",
+        "hf:a..b/c",
+        "x" * 5000,
+        "~nobody-of-this-name/x.npz",
+    ):
         with pytest.raises(UserError):
             cached(wrong)
     assert cached("a\0b") is None
@@ -339,9 +367,12 @@ def test_published_classifiers_are_no_start_where_classes_have_another_order(hub
     save_file(state, tmp_path / "file.safetensors")
     initial = zeros_of(SMALL)
     checkpoint.save(tmp_path / "ours", read_weights("hf:me/net", KEY, SMALL, initial, sha256="").variables)
-    for given, dataset, taken in (("hf:me/net", "imagenet32", False), ("hf:me/net", "cifar100", True),
-                                  (f"{tmp_path}/file.safetensors", "imagenet32", False),
-                                  (f"{tmp_path}/ours", "imagenet32", True)):
+    for given, dataset, taken in (
+        ("hf:me/net", "imagenet32", False),
+        ("hf:me/net", "cifar100", True),
+        (f"{tmp_path}/file.safetensors", "imagenet32", False),
+        (f"{tmp_path}/ours", "imagenet32", True),
+    ):
         variables, fresh = read_weights(given, KEY, SMALL, initial, sha256="", dataset=dataset)
         classifier, stem = variables["params"]["classifier"], variables["params"]["stem"]
         np.testing.assert_array_equal(classifier["kernel"], state["fc.weight"].T if taken else 0)

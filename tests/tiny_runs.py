@@ -1,4 +1,5 @@
 """Whole runs that take seconds: networks of three convolutions on images of 8x8 in a file."""
+
 import contextlib
 import importlib
 from collections.abc import Iterator
@@ -9,22 +10,37 @@ import flax.linen as nn
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from networks import convolutions, make_split
 
 from asib_jax import recipe as recipes
 from asib_jax.models import MODELS
 from asib_jax.models.layers import Architecture
 from asib_jax.recipe import Recipe
-from networks import convolutions, make_split
 
 STEPS = 10  # of an epoch: 80 images in batches of 8
 SMALL = {
-    "dataset.name": "npz", "dataset.batch_size": 8, "dataset.data_aug": 0, "dataset.val_fraction": 0.2,
-    "model.student.name": "tiny_scratch", "teacher1.name": "tiny_teacher", "teacher2.name": "tiny_teacher",
+    "dataset.name": "npz",
+    "dataset.batch_size": 8,
+    "dataset.data_aug": 0,
+    "dataset.val_fraction": 0.2,
+    "model.student.name": "tiny_scratch",
+    "teacher1.name": "tiny_teacher",
+    "teacher2.name": "tiny_teacher",
     **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("weights", ""), ("finetune_epochs", 0))},
-    "distill_out_dim": 8, "ib_mbm_out_dim": 8, "ib_mbm_n_head": 2, "use_amp": False, "num_devices": 1,
-    "student_epochs_per_stage": (2, 2), "a_step_views": 0, "b_step_views": 0,
-    "synergy_only_epochs": 1, "enable_kd_after_syn_acc": 0.22,
-    "synergy_kd_alpha": 0.05, "a_step_lr": 1e-3, "student_lr": 0.01, "schedule.lr_warmup_epochs": 0,
+    "distill_out_dim": 8,
+    "ib_mbm_out_dim": 8,
+    "ib_mbm_n_head": 2,
+    "use_amp": False,
+    "num_devices": 1,
+    "student_epochs_per_stage": (2, 2),
+    "a_step_views": 0,
+    "b_step_views": 0,
+    "synergy_only_epochs": 1,
+    "enable_kd_after_syn_acc": 0.22,
+    "synergy_kd_alpha": 0.05,
+    "a_step_lr": 1e-3,
+    "student_lr": 0.01,
+    "schedule.lr_warmup_epochs": 0,
 }
 
 
@@ -42,8 +58,11 @@ class Plain(nn.Module):
 @contextlib.contextmanager
 def tiny_networks() -> Iterator[None]:
     """The names "tiny", "tiny_teacher" and "plain_teacher" among MODELS."""
-    networks = {"tiny": convolutions(8, 8, 8), "tiny_teacher": convolutions(8, 16),
-                "plain_teacher": Architecture((("stage0", Plain),), 8)}
+    networks = {
+        "tiny": convolutions(8, 8, 8),
+        "tiny_teacher": convolutions(8, 16),
+        "plain_teacher": Architecture((("stage0", Plain),), 8),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, network in networks.items():
             patch.setitem(MODELS, name, lambda small_input, network=network: network)

@@ -5,6 +5,7 @@ a whole batch is cropped and mirrored at once; networks are channels_last; what 
 has its weights in the compute type beforehand; AdamW is the fused one; no step waits for the device. Left to the
 caller, because they are global: `torch.backends.cudnn.benchmark = True` and TensorFloat-32.
 """
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,8 +48,14 @@ class KDNetwork(nn.Module):
     mean, std: of pixels in 0..1, one value or one per channel. dtype: the backbone's, float32 or bfloat16 (autocast).
     """
 
-    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], adapter_dim: int,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        adapter_dim: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.backbone, self.dtype = backbone, dtype
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
@@ -111,9 +118,20 @@ class ASIB(nn.Module):
     and the batch's accuracy (of synergy, of the student) as scalars on the device.
     """
 
-    def __init__(self, student: tuple, teachers: Sequence[tuple], classes: int, images: torch.Tensor,
-                 labels: torch.Tensor, *, device: str, dtype: torch.dtype = torch.float32, pad: int | None = None,
-                 flip: bool = True, settings: Settings = Settings()):
+    def __init__(
+        self,
+        student: tuple,
+        teachers: Sequence[tuple],
+        classes: int,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        pad: int | None = None,
+        flip: bool = True,
+        settings: Settings = Settings(),
+    ):
         super().__init__()
         s = self.settings = settings
         self.student = KDNetwork(*student, s.distill_out_dim, dtype)
@@ -130,14 +148,21 @@ class ASIB(nn.Module):
         self.windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view: [N, 2 pad + 1, 2 pad + 1, C, H, W]
         self.labels, self.flip = labels.to(device), flip
         backbone = list(self.student.backbone.parameters())
-        self.a_optimizer = torch.optim.AdamW([
-            {"params": [*self.ib_mbm.parameters(), *self.head.parameters()], "factor": s.ib_mbm_lr_factor},
-            {"params": list(self.student.adapter.parameters()), "factor": 1.0},
-        ], weight_decay=0.0, fused=True)
-        self.b_optimizer = torch.optim.AdamW([
-            {"params": [p for p in backbone if p.ndim > 1], "weight_decay": s.student_weight_decay, "factor": 1.0},
-            {"params": [p for p in backbone if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
-        ], fused=True)
+        self.a_optimizer = torch.optim.AdamW(
+            [
+                {"params": [*self.ib_mbm.parameters(), *self.head.parameters()], "factor": s.ib_mbm_lr_factor},
+                {"params": list(self.student.adapter.parameters()), "factor": 1.0},
+            ],
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.b_optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in backbone if p.ndim > 1], "weight_decay": s.student_weight_decay, "factor": 1.0},
+                {"params": [p for p in backbone if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
+            ],
+            fused=True,
+        )
 
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A random window of each of these images padded with zeros, mirrored half of the time, and the labels."""
@@ -166,8 +191,9 @@ class ASIB(nn.Module):
         kv, average = self.read_teachers(pixels)
         mu, logvar = self.ib_mbm(self.student.adapter(feature), kv)
         logits = self.head(mu + torch.exp(logvar / 2) * noise)
-        per_sample = (s.synergy_ce_alpha * F.cross_entropy(logits, labels, reduction="none")
-                      + s.synergy_kd_alpha * kd(logits, average, tau))
+        per_sample = s.synergy_ce_alpha * F.cross_entropy(logits, labels, reduction="none") + s.synergy_kd_alpha * kd(
+            logits, average, tau
+        )
         if student_open:
             per_sample = per_sample + s.kd_alpha * kd(logits, student, tau)
         if certain:

@@ -1,10 +1,11 @@
 """Networks in PyTorch that no library has, written down from their descriptions under the names of common weights."""
-import torch
+
 from torch import nn
 
 
 def resnet(block, widths, counts, stem, classes):
     """A ResNet with torchvision's module names, written down independently. stem: (kernel, width, stride, pool)."""
+
     class Block(nn.Module):
         def __init__(self, inputs, width, stride):
             super().__init__()
@@ -93,6 +94,7 @@ def wide_resnet(depth, widen, classes):
 
 def vgg(widths, classes):
     """Pools between the five blocks, but before the last one on images of 64 pixels only."""
+
     class VGG(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,8 +130,9 @@ def by_name(name, small_input, classes):
     if name in _COUNTS:
         stem = (3, 64, 1, False) if small_input else (7, 64, 2, True)
         return resnet("bottleneck", (64, 128, 256, 512), _COUNTS[name], stem, classes)
-    import torchvision_cpu  # noqa: F401, before timm, which imports torchvision
     import timm
+    import torchvision_cpu  # noqa: F401, before timm, which imports torchvision
+
     network = timm.create_model(_TIMM[name], num_classes=classes)
     if small_input:
         network.stem[0] = nn.Conv2d(3, network.stem[0].out_channels, 3, 1, 1)
