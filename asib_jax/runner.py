@@ -35,7 +35,7 @@ class Running:
         self, context: Context, phase: Phase, variables: Variables, progress: Progress, begun: Snapshot | None = None
     ):
         self.context, self.phase, self.progress, self._others = context, phase, progress, variables
-        training, own = phase.training, _used(phase, variables)
+        training, own = phase.training, used(phase, variables)
         current, frozen = state.begin(
             own,
             training.mask,
@@ -52,6 +52,7 @@ class Running:
             lambda: make_train_step(training.loss, training.tx, axis_name=context.feed.axis_name),
             trains_convolutions=bool(training.trained_stats),
         )
+        self._window = 1  # steps between two drains, grown while they are quick
         self.epoch, self.tally, self.watch = 0, Tally(), Watch(context.recipe.max_nonfinite_steps)
         if begun:
             self.epoch, self.watch.in_a_row = begun.epoch, begun.tally["in_a_row"]
@@ -85,7 +86,8 @@ class Running:
             _HOSTS_WINDOW if several else 1024,
         )
         pending: list[tuple[dict[str, jax.Array], Call]] = []
-        steps, offered, window, since = self.tally.steps, self.tally.steps, 1, time.monotonic()
+        steps = offered = self.tally.steps
+        since = time.monotonic()
 
         def collect() -> None:
             metrics, call = pending.pop(0)
@@ -95,12 +97,13 @@ class Running:
             on_images(call.rows.size)
 
         for call in calls:
-            if pending and steps + len(call.rows) - offered > window:
+            if pending and steps + len(call.rows) - offered > self._window:
                 while pending:
                     collect()
                 # On several hosts no clock decides: `offer` asks all of them, who come to it after the same steps.
                 quick = several or time.monotonic() - since < _PATIENCE / 2
-                window, since = min(2 * window if quick else max(1, window // 2), most), time.monotonic()
+                self._window = min(2 * self._window if quick else max(1, self._window // 2), most)
+                since = time.monotonic()
                 self.offer(self.tally.steps - offered)
                 offered = self.tally.steps
             numbers = range(before + steps, before + steps + len(call.rows))
@@ -163,7 +166,7 @@ class Running:
         return self.context.validation.accuracies(self.phase.nets, self.whole, self.phase.network)
 
 
-def _used(phase: Phase, variables: Variables) -> Variables:
+def used(phase: Phase, variables: Variables) -> Variables:
     """The variables that its step takes; teachers that stand still in the type that they compute in."""
     own = variables.only(phase.uses)
     return own if phase.changes_teachers else with_narrow_teachers(phase.nets, own)
@@ -219,8 +222,9 @@ def _waited(running: Running) -> bool:
 
 def _watch_incoming(running: Running) -> None:
     """Before the first epoch: measured, and where the phase says so in competition. It opens no gate."""
-    phase, measured = running.phase, running.measure()
-    running.context.log(f"{phase.name}/before", {f"val_{name}": value for name, value in measured.items()})
+    context, phase = running.context, running.phase
+    measured = context.validation.accuracies(phase.nets, running.whole, phase.network)
+    context.log(f"{phase.name}/before", {f"val_{name}": value for name, value in measured.items()})
     if phase.incoming:
         best = running.progress.best[phase.best] = Best(measured[phase.score], "before its first epoch")
         best.held = running.hold()

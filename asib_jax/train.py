@@ -162,6 +162,10 @@ def train(context: Context) -> dict[str, object]:
         variables = runner.run_phase(context, phase, variables, progress, begun)
         if main and phase is main[-1]:  # before the control: it is on disk whatever becomes of that
             finished.save(context.record, recipe, context.nets, _finished(variables, progress))
+    if snapshots.ahead:
+        raise UserError(
+            f"the snapshot to go on from is of {snapshots.ahead!r}, which this run does not have: begin a new one"
+        )
     done = _finished(variables, progress)
     if recipe.teachers_only:
         finished.save(context.record, recipe, context.nets, done)

@@ -132,6 +132,18 @@ def report(tmp_path_factory):
     return {"config": "tiny", **report}, nets
 
 
+def test_what_does_not_fit_is_not_measured_as_stored():
+    """The bank holds no view: there is no A- or B-Step from stored outputs."""
+    bank = SimpleNamespace(of=lambda who, view: None)
+    phase = SimpleNamespace(reads={"teachers"}, views=((0, 0),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workloads, "phase_of", lambda context, variables, kind: phase)
+        context = SimpleNamespace(bank=bank, recipe=SimpleNamespace(uses_fusion=True))
+        assert workloads.stored_works(context, None) == {}
+        bank.of = lambda who, view: "held"
+        assert set(workloads.stored_works(context, None)) == {"a_stored", "b_stored"}
+
+
 def numbers(value) -> list[float]:
     if isinstance(value, dict | list):
         return [n for part in (value.values() if isinstance(value, dict) else value) for n in numbers(part)]

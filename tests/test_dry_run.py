@@ -108,14 +108,36 @@ def test_parameters_counted_by_hand(digits):
     totals = [{name: total for name, (_, total) in step.trained.items()} for step in plan.steps]
     assert all(total.items() <= whole.items() for total in totals[:6])
     assert totals[6] == totals[7] == {"control": backbones["student"]}  # which needs no adapter
-    statistics = sum(2 * normalised for _, normalised in [*networks.values(), networks["student"]])
-    assert plan.resident == 4 * (sum(whole.values()) + backbones["student"] + statistics)
+    statistics = {name: 2 * normalised for name, (_, normalised) in networks.items()}
+    bytes_of = {name: 4 * (whole[name] + statistics.get(name, 0)) for name in whole}
+    alone = 4 * (backbones["student"] + statistics["student"])
+    assert [step.networks for step in plan.steps] == [
+        bytes_of["teacher1"],
+        bytes_of["teacher2"],
+        *[sum(bytes_of.values())] * 4,
+        alone,
+        alone,
+    ]
 
 
 def test_memory_grows_with_what_trains(digits):
     teacher, _, a_step, b_step, _, b_frozen, *_ = (step.cost for step in digits[1].steps)
     assert b_frozen.activations.kept < b_step.activations.kept < teacher.activations.kept
     assert a_step.activations.kept < b_frozen.activations.kept  # no backbone is differentiated
+
+
+def test_a_stage_whose_views_do_not_fit_has_the_cost_of_running_the_networks(tmp_path):
+    """Twenty-four views, of which the first stage's twelve fit: the second stage differentiates the same, but its
+    operations are the teachers'."""
+    recipe = read_recipe(
+        "l2_cccp", "digits", results_dir=str(tmp_path), a_step_views=16, b_step_views=0, num_devices=1,
+        device_data_gb=100 * (72 + 8 * 2 * 4 * (64 + 10) + 8 * 4 * (64 + 10)) / 2**30,
+    )  # fmt: skip
+    plan = plans.make(recipe)
+    assert "8 of 16 views are not stored" in plan.stored[1]
+    first, second = (step.cost for step in plan.steps if step.title.startswith("A-Step"))
+    assert (first.state, first.gradients) == (second.state, second.gradients)
+    assert second.activations.operation > 10 * first.activations.operation
 
 
 def test_text(digits):

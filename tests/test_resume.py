@@ -300,6 +300,26 @@ def test_the_last_whole_snapshot_is_used(copy, caplog):
         snapshots.last_whole(run)
 
 
+def test_a_snapshot_of_another_version_is_refused(copy):
+    """Its names may mean something else; nothing of the run is changed."""
+    _, run = copy
+    arrays, text = checkpoint.restore_with_text(newest := snapshots.paths(run)[-1])
+    for other in ({"format": 1}, {"format": 99}, {}):
+        held = {name: value for name, value in json.loads(text).items() if name != "format"} | other
+        checkpoint.save(newest, arrays, json.dumps(held))
+        with pytest.raises(UserError, match=f"the snapshot {newest} was written by another version of this code"):
+            snapshots.last_whole(run)
+
+
+def test_a_snapshot_of_a_phase_that_the_run_has_not_ends_it(copy):
+    """It would skip every phase, and measure what was never trained."""
+    recipe, run = copy
+    arrays, text = checkpoint.restore_with_text(newest := snapshots.paths(run)[-1])
+    checkpoint.save(newest, arrays, json.dumps(json.loads(text) | {"part": "stage9/b"}))
+    with pytest.raises(UserError, match="the snapshot to go on from is of 'stage9/b', which this run does not have"):
+        finish(recipe, run)
+
+
 def test_from_the_older_snapshot_it_ends_the_same(copy, finished):
     """And the damaged one is gone with the first that is written."""
     recipe, run = copy

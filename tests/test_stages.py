@@ -370,6 +370,19 @@ def test_positions_of_the_random_streams(whole):
     assert len(set(seen)) == len(seen) == 4 * 7
 
 
+def test_positions_of_the_calibration_s_streams(whole):
+    """Five passes of ten steps, each over an order and views of its own."""
+    phase, seen = whole.todo["calibration"], []
+    for epoch in range(phase.epochs):
+        controls = phase.controls(Progress(), epoch)
+        for name, stream in (("augment", ""), ("mix", "/mix"), ("dropout", "/dropout")):
+            assert controls[f"{name}_key"] == key(f"calibrate{stream}", epoch), name
+        order = np.random.default_rng([0, crc("order/calibrate"), 0, epoch]).permutation(80)
+        np.testing.assert_array_equal(phase.order(epoch).permutation(80), order)
+        seen.append(tuple(order))
+    assert len(set(seen)) == 5
+
+
 def test_every_step_is_compiled_once(whole):
     assert [step.compiled._cache_size() for step in whole.run.steps.values()] == [1, 1, 1]
 

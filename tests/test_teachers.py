@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -184,6 +185,22 @@ def test_no_teacher_learns_from_validation(first, data_file, tmp_path):
     other = data._replace(validation=data.validation._replace(image=255 - np.asarray(data.validation.image)))
     once = {"teacher1.train_epochs": 1, "teacher2.train_epochs": 1}
     assert same(ready(data_file, tmp_path / "a", data, **once)[0], ready(data_file, tmp_path / "b", other, **once)[0])
+
+
+def test_its_random_streams_are_those_of_its_network_and_the_epoch(first):
+    """Whichever teacher it is; the second of a kind has others."""
+    _, variables, _, (recipe, nets, _) = first
+    seen = []
+    for name, stream in (("teacher1", "teacher/tiny"), ("teacher2", "teacher/tiny/2")):
+        phase = teachers.phase(recipe, nets, name, variables.params, 80)
+        for epoch in range(phase.epochs):
+            for draw in ("augment", "mix", "dropout"):
+                key = jax.random.fold_in(jax.random.key(0), zlib.crc32(f"{draw}/{stream}".encode()))
+                assert phase.controls(Progress(), epoch)[f"{draw}_key"] == jax.random.fold_in(key, epoch), draw
+            order = np.random.default_rng([0, zlib.crc32(f"order/{stream}".encode()), epoch]).permutation(80)
+            np.testing.assert_array_equal(phase.order(epoch).permutation(80), order)
+            seen.append(tuple(order))
+    assert len(set(seen)) == 6
 
 
 def test_training_stops_early(data_file, tmp_path):

@@ -1,6 +1,7 @@
 """A whole run of tiny networks: what it runs is what was planned, and what it leaves is enough to evaluate it."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,15 +94,20 @@ def test_a_control_that_fails_takes_nothing_along(run):
     assert ",failed," in (run.folder.parent / "summary.csv").read_text()
 
 
-def test_a_run_of_the_version_before_evaluates(run):
-    """Whose configuration has keys that are gone, and has not those that came later."""
+def test_a_run_of_the_version_before_evaluates(run, caplog, monkeypatch):
+    """Whose configuration has keys that are gone, and has not those that came later, which is told."""
+    monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
     now = run.folder / "config.json"
     whole, expected = now.read_text(), train.evaluate_run(run.folder)
     then = json.loads(whole) | {"scale_lr_with_devices": True, "bank_memory_gb": 8.0}
     del then["dataset"]["eval_batch_size"]
     now.write_text(json.dumps(then))
+    caplog.clear()
     assert train.evaluate_run(run.folder) == expected
     now.write_text(whole)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{now} has no dataset.eval_batch_size, which came later: their defaults are taken"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 
 from asib_jax.data import archives
 from asib_jax.data.sources import Split, blocks
+from asib_jax.engine.compiled import PRECISION
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, TeacherOutputs, Variables
 
@@ -33,7 +34,9 @@ def _digest(nets: Networks, teachers: Variables, split: Split, data_aug: int) ->
             for part, branch in variables.items()
         }
         apply = functools.partial(model.clone(adapter_dim=0).apply, train=False)
-        digest.update(jax.jit(apply).lower(backbone, pixels).as_text().encode())  # what is computed, and in which type
+        with jax.default_matmul_precision(PRECISION):
+            program = jax.jit(apply).lower(backbone, pixels).as_text()  # what is computed, and how precisely
+        digest.update(program.encode())
         for leaf in jax.tree.leaves(backbone):
             digest.update(np.asarray(leaf).tobytes())
     for array in split:

@@ -93,6 +93,7 @@ class Evaluator:
 
         Raises ValueError unless every example of the split was looked at once.
         """
+        variables = devices.share(variables, self._feed.devices)
         names = [student] + (["synergy", "without_teachers"] if nets.ib_mbm is not None else [])
         zeros = {name: np.int32(0) for name in (*names, "examples")} | {"rows": np.uint32(0)}
         counts = devices.replicate(zeros, self._feed.devices)

@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_network
-from asib_jax.recipe import Recipe, TeacherRecipe, read_stored
+from asib_jax.recipe import Recipe, TeacherRecipe, keys, read_stored
 from asib_jax.record.experiment import Record, read_json
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import read_weights
+
+logger = logging.getLogger("asib_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,15 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
     path = folder / "config.json"
     config = read_json(path)
     try:
-        return read_stored(config)
+        recipe = read_stored(config)
     except UserError as error:
         raise UserError(
             f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
             "has its revision"
         ) from error
+    if absent := sorted(keys.flat(recipe).keys() - flatten_dict(config, sep=".").keys()):
+        logger.warning("%s has no %s, which came later: their defaults are taken", path, ", ".join(absent))
+    return recipe
 
 
 def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]) -> Finished:

@@ -112,7 +112,7 @@ class Reporter(contextlib.AbstractContextManager):
     def _stop_profile(self) -> None:
         jax.block_until_ready(jax.device_put(0.0) + 0.0)  # queued behind the steps in flight
         jax.profiler.stop_trace()
-        self._profiling, self._profile_steps = False, ()  # once: the control's steps count from 0 again
+        self._profiling, self._profile_steps = False, ()  # once
 
     def __exit__(self, *exception) -> None:
         if self._profiling:

@@ -32,6 +32,7 @@ from asib_jax.weights import checkpoint
 
 logger = logging.getLogger("asib_jax")
 
+_FORMAT = 2  # raised whenever what a snapshot holds changes its names
 _KEPT = 2  # the last, and one before it should that be damaged
 
 
@@ -136,6 +137,7 @@ class Snapshots:
         tree = jax.tree.map(np.array, jax.device_get(_pruned(serialization.to_state_dict(arrays))))
         about = json.dumps(
             {
+                "format": _FORMAT,
                 "part": part,
                 "epoch": epoch,
                 "tally": tally,
@@ -209,7 +211,13 @@ def last_whole(run: Path) -> Snapshot | None:
             continue
         for one in damaged:
             logger.warning("%s; going on from the one before, %s", one, path)
-        return Snapshot(**json.loads(about), number=int(path.name), arrays=arrays)
+        held = json.loads(about)
+        if held.pop("format", 1) != _FORMAT:
+            raise UserError(
+                f"the snapshot {path} was written by another version of this code, which can go on with it: about.json "
+                "of the run has its revision. Or begin a new run; teachers that are kept are not trained again"
+            )
+        return Snapshot(**held, number=int(path.name), arrays=arrays)
     if damaged:
         raise UserError(
             f"no snapshot of {run} is whole: {'; '.join(map(str, damaged))}. Start a new run; teachers that "

@@ -15,7 +15,7 @@ from asib_jax.tools.plan import Plan, Step
 _NOTES = """\
 GFLOPs: of one image's forward pass in evaluation, 2 operations for a multiply-add, before XLA optimises.
 GiB on each device, an estimate that XLA may undercut or exceed, without images and stored outputs (device_data_gb):
-  networks    variables of all networks of the run, float32
+  networks    variables of the networks that the step uses; frozen teachers' in the type that they compute in
   state       what the step trains once more, and the optimizer's moments
   gradients   of what the step trains
   backward    every value that the backward pass reads, as if nothing were fused or computed twice
@@ -77,7 +77,7 @@ def _step_table(plan: Plan) -> list[str]:
     )
     rows = []
     for step in plan.steps:
-        parts = (plan.resident, step.cost.state, step.cost.gradients, *step.cost.activations)
+        parts = (step.networks, step.cost.state, step.cost.gradients, *step.cost.activations)
         trained = ", ".join(f"{name} {count:,}/{whole:,}" for name, (count, whole) in step.trained.items())
         rows.append(
             (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import count_parameters
 
-from asib_jax import build, preparation, train
+from asib_jax import build, preparation, runner, train
 from asib_jax.data import sources
 from asib_jax.data.parts import Data
 from asib_jax.engine import views
@@ -37,24 +37,24 @@ class Network(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The epochs of one training step, and the steps in all of them. trained: how many parameters of how many train, by
-    network."""
+    """The epochs of one training step, and the steps in all of them. networks: bytes of the variables that it uses, as
+    the devices hold them; trained: how many parameters of how many train, by network."""
 
     title: str
     epochs: int
     steps: int
+    networks: int
     trained: dict[str, tuple[int, int]]
     cost: cost.StepCost
 
 
 class Plan(NamedTuple):
-    """images: of each split, named as the fields of `Data`; batch: what one device sees of it; resident: bytes of
-    the variables of all networks; stored: what `views` would say; warning: of the gate."""
+    """images: of each split, named as the fields of `Data`; batch: what one device sees of it; stored: what `views`
+    says; warning: of the gate."""
 
     sizes: sources.Sizes
     images: dict[str, int]
     batch: int
-    resident: int
     networks: list[Network]
     steps: list[Step]
     stored: tuple[str, ...]
@@ -88,7 +88,6 @@ def make(recipe: Recipe) -> Plan:
         sizes,
         images,
         batch,
-        tree_bytes(variables),
         networks(recipe, nets, variables, sizes.image_shape, kept),
         rows_of_steps,
         stored.lines,
@@ -159,8 +158,8 @@ def steps(
         if not any(jax.tree.leaves(phase.training.mask)):  # statistics alone
             continue
         held = phase.reads if stored.issuperset(phase.views) else frozenset()  # else some of its epochs run networks
-        own = variables.only(phase.uses)
-        key = f"{phase.optimizer} {phase.training.mask}"  # stages that train the same cost the same
+        own = jax.eval_shape(functools.partial(runner.used, phase), variables)
+        key = f"{phase.optimizer} {sorted(held)} {phase.training.mask}"  # stages that do the same cost the same
         if key not in known:
             batch = batch_shapes(sizes, batch_size, phase.nets, held)
             controls = jax.eval_shape(lambda phase=phase: {**phase.controls(Progress(), 0), "step": jnp.int32(0)})
@@ -169,7 +168,7 @@ def steps(
             name: (count, int(count_parameters(variables.params[name]))) for name, count in known[key].trained.items()
         }
         number = phase.epochs * (images[phase.split] // recipe.dataset.batch_size)
-        yield Step(phase.title, phase.epochs, number, trained, known[key])
+        yield Step(phase.title, phase.epochs, number, tree_bytes(own), trained, known[key])
 
 
 def batch_shapes(

@@ -192,8 +192,13 @@ def stored_works(context: Context, variables: Variables) -> dict[str, Callable[[
     return {
         f"{kind}_stored": functools.partial(training, context, variables, kind)
         for kind in kinds_of(context.recipe)
-        if phase_of(context, variables, kind).reads
+        if _is_stored(context, phase_of(context, variables, kind))
     }
+
+
+def _is_stored(context: Context, phase: Phase) -> bool:
+    """Whether the bank holds what the first epoch reads; a view that does not fit is none."""
+    return bool(phase.reads) and all(context.bank.of(who, phase.views[0]) is not None for who in phase.reads)
 
 
 def step_flops(context: Context, variables: Variables, kind: str) -> float:
