@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from networks import make_feed
 
-from asib_jax.engine.progress import Progress
+from asib_jax.engine.progress import Progress, overlay
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.objectives.step import Loss, Training
 from asib_jax.phases import Phase
+from asib_jax.record.snapshots import Snapshot
 from asib_jax.runner import Running
 
 BEGUN = 7  # steps of its optimizer in epochs before
@@ -30,11 +31,12 @@ def make_running(
     dtype: str = "float32",
     between: int = 0,
     offer: Callable[..., None] = lambda *what: None,
+    begun: Snapshot | None = None,
 ) -> Running:
-    """The second epoch of "stage1/b", of a network that has a mean beside `w`, about to begin.
+    """The second epoch of "stage1/b", of a network that has a mean beside `w`, about to begin or to go on.
 
     limit: of steps in a row that are not finite; between: steps from snapshot to snapshot at the most; offer: is told
-    what `Snapshots.offer` is.
+    what `Snapshots.offer` is; begun: to go on from, with its `w`.
     """
     feed = make_feed(devices, steps=steps_a_call, room_gb=room_gb)
     context = SimpleNamespace(
@@ -59,12 +61,15 @@ def make_running(
         order=np.random.default_rng,
     )
     variables = Variables({"w": {"kernel": np.float32(w)}}, {"w": {"mean": np.float32(0)}})
-    running = Running(context, phase, variables, Progress(steps=collections.Counter(b=BEGUN)))
+    if begun:
+        variables = overlay(variables, begun.arrays["variables"])
+    running = Running(context, phase, variables, Progress(steps=collections.Counter(b=BEGUN)), begun)
     running.epoch = 1
     return running
 
 
 def calls_of(running: Running, x: Any) -> Any:
-    """The calls of an epoch over x [S, 2], two examples a step."""
+    """The calls of what is left of an epoch over x [S, 2], two examples a step."""
     placed = running.context.feed.place(x=np.float32(x).ravel(), label=np.zeros(np.size(x)))
-    return running.context.feed.calls(running.step, np.arange(np.size(x)).reshape(-1, 2), placed)
+    rows = np.arange(np.size(x)).reshape(-1, 2)[running.tally.steps :]
+    return running.context.feed.calls(running.step, rows, placed)

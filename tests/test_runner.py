@@ -13,6 +13,7 @@ from epochs import BEGUN, calls_of, make_running
 
 from asib_jax import runner
 from asib_jax.objectives import optimizers
+from asib_jax.record.snapshots import Snapshot
 
 STEPS = 40
 X = np.random.default_rng(0).integers(-2, 3, (STEPS, 2)).astype(np.float32)
@@ -86,6 +87,21 @@ def test_what_is_counted_is_what_numpy_counts(one_by_one):
         assert (tally["totals"]["loss"], tally["in_a_row"]) == (total, in_a_row)
         assert variables["params"]["w"]["kernel"] == w
     assert running.tally.means["loss"] == total / (STEPS - 3)
+
+
+@pytest.mark.parametrize("steps", [4, 21, STEPS])
+def test_from_a_snapshot_an_epoch_goes_on(one_by_one, steps):
+    """Bitwise, with the sums so far and in the middle of a streak of two, which counts from where it began."""
+    expected, reference = one_by_one
+    part, epoch, tally, variables, _ = expected[steps]
+    begun = Snapshot(part, epoch, tally, {}, {}, [], 0.0, 1, {"variables": variables})
+    offers, running, _ = run(begun=copy.deepcopy(begun))
+    for done, held in offers.held.items():
+        jax.tree.map(np.testing.assert_array_equal, held, expected[done])
+    assert running.tally == reference.tally and sum(offers.since) == STEPS - steps
+    if steps == 21:
+        with pytest.raises(FloatingPointError, match=f"2 steps in a row from step {BEGUN + 20} "):
+            run(begun=copy.deepcopy(begun), limit=2)
 
 
 def test_snapshots_by_steps_are_offered_that_often():

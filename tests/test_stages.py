@@ -187,6 +187,19 @@ def test_a_step_trains_fusion_and_adapters_and_the_b_step_the_rest_of_the_studen
         assert same(kept[before].batch_stats["teacher1"], kept[after].batch_stats["teacher1"])
 
 
+def test_what_was_held_of_the_student_is_gone_once_it_trains(whole):
+    """Validation after B-epochs is of the student as it is, by its own forward pass."""
+    run, student = whole.run, whole.run.nets.student
+    assert run.validation.bank.of("student") is None
+    images, labels = np.asarray(run.data.validation.image), run.data.validation.label
+    logits = jax.jit(lambda variables: student.apply(variables, images, train=False).logit)(
+        whole.variables.of("student")
+    )
+    accuracy = np.mean(np.argmax(logits, axis=-1) == labels)
+    assert run.validation.accuracies(run.nets, whole.variables)["student"] == accuracy
+    assert accuracy == max(whole.metrics[f"stage{s}/b/epoch0{e}/val_student"] for s in (1, 2) for e in (1, 2))
+
+
 def test_synergy_only_epochs_then_ib_and_a_shut_gate_until_the_student_has_learnt(whole):
     """SPEC 4 and 10.16: in the first A-Step nothing is taken from the student though synergy is above the threshold."""
     names = ("beta", "open", "kd_student", "cccp", "certainty_sd", "gaussian_kl", "kd_average", "val_synergy")
@@ -698,14 +711,15 @@ def test_run_from_stored_views_is_the_run_that_streams_them(data_file, tmp_path)
     largest = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(streamed.params)))
     assert largest > 0.01
     for name, changes, count in (
-        ("device", {"steps_per_call": 4}, 4),
+        ("device", {"steps_per_call": 5}, 4),
         ("four", {"num_devices": 4}, 4),
         ("some", {"device_data_gb": 56_000 / 2**30}, 2),
-        ("none", {"device_data_gb": 0.0, "steps_per_call": 3}, 0),
+        ("none", {"device_data_gb": 0.0, "steps_per_call": 2}, 0),
     ):
         _, stored, run, todo = two_stages(data_file, tmp_path / name, a_step_views=4, b_step_views=4, **changes)
         views = {view for phase in todo.values() for view in phase.views}
         assert len(views) == 4 and sum(run.bank.of("teachers", view) is not None for view in views) == count, name
+        assert not any(run.bank.of("student", view) for view in views)  # which trains again
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), stored, streamed)
         for key in (key for key in plain.record.metrics if key.startswith("stage")):
             np.testing.assert_allclose(run.record.metrics[key], plain.record.metrics[key], rtol=1e-4, err_msg=key)
