@@ -73,6 +73,15 @@ def test_as_many_views_as_fit_beside_the_images_those_of_most_epochs_first(short
     assert more.views == stored.views  # spread over the devices
 
 
+def test_a_later_view_of_more_epochs_goes_before_an_earlier_one():
+    """Of stages with one and with three B-epochs: (0,1) and (0,2) are the A-Step's alone and serve one epoch, the
+    others two."""
+    lengths = {"student_epochs_per_stage": (1, 3), "a_step_views": 6, "b_step_views": 6}
+    room = 4 * TEACHERS // 6 + 3 * STUDENT // 2 + IMAGES * IMAGE
+    stored, _ = choose(device_data_gb=room / 2**30, **lengths)
+    assert stored.views == {(0, 0), (1, 0), (1, 1), (1, 2)}
+
+
 def test_images_that_do_not_fit_leave_their_room_to_the_views():
     room = TEACHERS + STUDENT + 1
     assert len(choose(device_data_gb=room / 2**30, images=10**6)[0].views) == 6
