@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 from tqdm import tqdm
@@ -16,17 +17,21 @@ from asib_jax.engine.feed import Examples, Feed, tree_bytes
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.record.experiment import Record
+from asib_jax.record.remaining import Remaining
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.snapshots import Snapshots
 
 logger = logging.getLogger("asib_jax")
+
+_QUIET = 2.0  # seconds between two epochs on the console
 
 
 @dataclasses.dataclass
 class Context:
     """A run's recipe, data, networks and devices; its record, curves and snapshots; banks, compiled steps, evaluators.
 
-    bank: of the training images that the student sees; steps: compiled, by what they train.
+    bank: of the training images that the student sees; steps: compiled, by what they train; remaining: what is to be
+    done yet.
     """
 
     recipe: Recipe
@@ -37,8 +42,10 @@ class Context:
     reporter: Reporter
     snapshots: Snapshots
     steps: dict[Hashable, Steps] = dataclasses.field(default_factory=dict)
+    remaining: Remaining = dataclasses.field(default_factory=Remaining)
     _placed: dict[str, tuple[Examples, Examples]] = dataclasses.field(default_factory=dict, init=False)
     _stored: frozenset[View] = dataclasses.field(default=frozenset(), init=False)
+    _told: float = dataclasses.field(default=float("-inf"), init=False)  # when an epoch was, last
 
     def __post_init__(self):
         recipe = self.recipe
@@ -63,6 +70,7 @@ class Context:
     def compiled(self, key: Hashable, make_step: Callable[[], Callable], *, trains_convolutions: bool) -> Steps:
         """The compiled training step under `key`, made and compiled once in a run."""
         if key not in self.steps:
+            logger.info("compiling the next training step with its first call")
             self.steps[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions, donate_carry=True)
         return self.steps[key]
 
@@ -121,5 +129,11 @@ class Context:
         self.record.save()
         if curve:
             self.reporter.scalars({f"{curve}/{name}": value for name, value in values.items()}, drawn)
-        shown = [f"{name} {value:.4g}" for name, value in values.items() if name == "loss" or name.startswith("val_")]
-        logger.info("%s  %s  %.1f s", key, "  ".join(shown), seconds)
+
+    def tell_epoch(self, key: str, values: dict[str, float], seconds: float, last: bool) -> None:
+        """A line of log.txt, on the console only every few seconds, and of a phase's last epoch."""
+        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        quiet = not last and time.monotonic() - self._told < _QUIET
+        self._told = self._told if quiet else time.monotonic()
+        level = logging.DEBUG if quiet else logging.INFO
+        logger.log(level, "%s  %s  %.1f s  %s", key, "  ".join(shown), seconds, self.remaining.text())

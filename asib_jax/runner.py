@@ -20,6 +20,7 @@ from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import freezing, state
 from asib_jax.objectives.step import make_train_step
 from asib_jax.phases import Phase
+from asib_jax.record.remaining import Part
 from asib_jax.record.snapshots import Snapshot
 
 logger = logging.getLogger("asib_jax")
@@ -166,6 +167,11 @@ class Running:
         return self.context.validation.accuracies(self.phase.nets, self.whole, self.phase.network)
 
 
+def part(phase: Phase) -> Part:
+    """The phase as far as it takes time."""
+    return Part(phase.name, phase.optimizer, phase.epochs)
+
+
 def used(phase: Phase, variables: Variables) -> Variables:
     """The variables that its step takes; teachers that stand still in the type that they compute in."""
     own = variables.only(phase.uses)
@@ -180,13 +186,16 @@ def run_phase(
     Returns all variables, with the best state in place where the phase says so. Raises FloatingPointError where steps
     break as `Watch` says, naming the last snapshot.
     """
+    place = context.remaining.begin(part(phase), begun.epoch if begun else 0)
     running = Running(context, phase, variables, progress, begun)
     counts = [
         f"{name} {count_parameters(running.current.params.get(name, {})):,}/"
         f"{count_parameters(variables.params[name]):,}"
         for name in phase.uses
     ]
-    logger.info("%s: trainable/total parameters: %s", phase.title, ", ".join(counts))
+    logger.info(
+        "%s (%s, %d epochs): trainable/total parameters: %s", phase.title, place, phase.epochs, ", ".join(counts)
+    )
     if phase.score == "synergy":  # the fusion network trains, the student stands still
         context.read_student(variables, phase.views)
     if phase.score and not begun:
@@ -237,14 +246,18 @@ def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> No
     progress.epochs[phase.optimizer] += 1
     progress.drawn += bool(phase.curve)
     phase.counts(progress, controls, running.tally.steps)
+    measured = running.measure() if phase.score else {}
+    context.remaining.epoch(phase.name)
     if not phase.score:
         return
-    measured = running.measure()
     if "synergy" in measured:
         progress.measured_synergy(measured["synergy"], context.recipe.synergy_ema_alpha)
     values = running.tally.means | {name: float(value) for name, value in controls.items() if not name.endswith("_key")}
     values |= {f"val_{name}": value for name, value in measured.items()}
-    context.log_epoch(f"{phase.name}/epoch{epoch + 1:02d}", values, seconds, phase.curve, progress.drawn)
+    key = f"{phase.name}/epoch{epoch + 1:02d}"
+    context.log_epoch(key, values, seconds, phase.curve, progress.drawn)
+    own = {name: values[name] for name in ("loss", f"val_{phase.network}", "val_synergy") if name in values}
+    context.tell_epoch(key, own, seconds, last=epoch + 1 == phase.epochs)
     if progress.best[phase.best].see(measured[phase.score], f"{phase.title}, epoch {epoch + 1}", phase.margin):
         progress.best[phase.best].held = running.hold()
 

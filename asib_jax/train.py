@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, checks
 from asib_jax.record import finished, provenance, reporting, results, resume
-from asib_jax.record.experiment import Record, read_about
+from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
+from asib_jax.record.remaining import Remaining
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.results import Results
 from asib_jax.record.signals import Interrupted, Stop
@@ -82,6 +84,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
     if found and read_about(found)["status"] == "finished":
         print(f"{found} has finished: there is nothing to go on with")
         return
+    logger.info("reading the data, and given weights that are here")
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     record = (
@@ -150,6 +153,7 @@ def train(context: Context) -> dict[str, object]:
     """
     recipe, snapshots = context.recipe, context.snapshots
     variables, todo = begin(context)
+    context.remaining = Remaining([runner.part(phase) for phase in todo])
     progress, main = Progress(), [phase for phase in todo if phase.network == "student"]
     for phase in todo:
         if snapshots.over(phase.name):
@@ -175,7 +179,10 @@ def train(context: Context) -> dict[str, object]:
     minutes = snapshots.seconds / 60
     context.log("final", found.summary)
     context.record.log("time/total_minutes", minutes)
-    logger.info("\n%s\n\nrecord: %s (%.1f minutes)", results.render(recipe, found), context.record.folder, minutes)
+    if hosts.is_first():
+        write(context.record.folder / "table.txt", results.render(recipe, found, width=1000) + "\n")
+    table = results.render(recipe, found, reporting.width())
+    logger.info("\n%s\n\nrecord: %s (%.1f minutes)", table, context.record.folder, minutes)
     return {**found.summary, "minutes": minutes}
 
 
@@ -201,6 +208,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
     if (given := recipe.model.student.weights) and not recipe.teachers_only:
         path = origins.locate(given, "model.student.weights", recipe.model.student.weights_sha256)
         record.confirm("weights/student", origins.digest(path), f"model.student.weights={given!r}")
+    logger.info("networks: initial values")
     own, random_stem = build.initial(recipe, nets, data.image_shape)  # before teachers: its errors come early
     collected = teachers.collect(recipe, nets, data, record, context.snapshots)
     variables = Variables(own.params | collected.variables.params, own.batch_stats | collected.variables.batch_stats)
@@ -277,4 +285,4 @@ def evaluate_run(folder: pathlib.Path) -> str:
         )
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
-    return results.render(recipe, evaluate_finished(recipe, nets, data, feed, done))
+    return results.render(recipe, evaluate_finished(recipe, nets, data, feed, done), reporting.width(sys.stdout))

@@ -72,6 +72,13 @@ def test_copies_of_test_images_are_a_warning(caplog, test, level):
     assert [record.levelname for record in caplog.records] == [level]
 
 
+def test_what_occurs_once_is_not_talked_of(caplog):
+    alone = data(validation=split(6, (70, 1)), test=split(0, (71, 0)))
+    with caplog.at_level(logging.INFO, "asib_jax"):
+        assert set(overlap.check(alone).values()) == {0}
+    assert not caplog.records
+
+
 def test_a_students_subset_is_told_apart_from_the_teachers_images():
     counts = overlap.check(data(TEACHER_TRAIN.take(np.array([5, 1, 4]))))
     subset = split(0, (9, 2), (2, 1), (4, 1))

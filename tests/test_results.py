@@ -1,6 +1,7 @@
 """The final table: what it counts, marks and calls things."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def make(changes=()) -> tuple[recipe.Recipe, Results]:
 
 
 def rows(text: str) -> dict[str, str]:
-    return {line.split("  ")[0]: line for line in text.splitlines() if "  test  " in line}
+    return {line.split("  ")[0]: line for line in text.split("\n\n")[0].splitlines()[2:]}
 
 
 def test_rows_stand_in_order_with_their_counts():
@@ -50,12 +51,13 @@ def test_rows_stand_in_order_with_their_counts():
         "teachers' average",
         "synergy ensemble",
         "synergy, teachers zeroed",
-        "student without teachers, last",
-        "student without teachers, best on validation",
+        "student alone, last",
+        "student alone, best",
         "student, last",
-        "student, best on validation",
+        "student, best",
     ]
-    assert "85/100" in table["synergy ensemble"] and "validation 84.00 % of 50" in table["synergy ensemble"]
+    assert text.startswith("100 test images, 50 validation images\nname ")
+    assert table["synergy ensemble"].split()[-7:] == ["A-epoch", "85", "85.00", "76.72", "to", "90.69", "84.00"]
     assert "*" not in text
     assert "distilled from: avg (gate shut) 25.0 % of B-steps, synergy 75.0 % of B-steps" in text
     assert "teachers disagree on 25.00 % of test images" in text
@@ -70,8 +72,9 @@ def test_interval_inverts_the_score_test(correct, count):
     )
     share, z2 = correct / count, 1.959963984540054**2
     low, high = np.sort(np.roots([1 + z2 / count, -2 * share - z2 / count, share**2]))
-    assert f"{correct}/{count}  " in text and f"  {100 * share:.2f}  " in text
-    assert f"  {100 * low:.2f} to {100 * high:.2f}  validation 50.00 % of 2" in text
+    interval = [f"{100 * low:.2f}", "to", f"{100 * high:.2f}"]
+    assert rows(text)["student, last"].split()[-6:] == [str(correct), f"{100 * share:.2f}", *interval, "50.00"]
+    assert text.startswith(f"{count} test images, 2 validation images\n")
 
 
 @pytest.mark.parametrize(
@@ -85,10 +88,10 @@ def test_interval_inverts_the_score_test(correct, count):
             {
                 "synergy ensemble",
                 "synergy, teachers zeroed",
-                "student without teachers, last",
-                "student without teachers, best on validation",
+                "student alone, last",
+                "student alone, best",
                 "student, last",
-                "student, best on validation",
+                "student, best",
             },
         ),
         ("model.student", False, set()),
@@ -98,6 +101,13 @@ def test_validation_that_given_weights_have_seen_is_marked(network, saw_val, mar
     text = results.render(*make({f"{network}.weights": "weights.npz", f"{network}.saw_val": saw_val}.items()))
     assert {name for name, line in rows(text).items() if line.endswith("*")} == marked
     assert ("inflated" in text) == bool(marked)
+
+
+def test_a_table_fits_its_width_and_leaves_out_the_parameters_before_a_figure():
+    whole, narrow = (results.render(*make(), width=width) for width in (100, 80))
+    assert max(map(len, whole.splitlines())) <= 100 and max(map(len, narrow.splitlines())) <= 80
+    figures = {name: re.split("  +", line)[2:] for name, line in rows(whole).items()}
+    assert {name: re.split("  +", line)[1:] for name, line in rows(narrow).items()} == figures
 
 
 def test_summary_holds_shares_of_each_split():
@@ -137,7 +147,7 @@ def test_summary_holds_shares_of_each_split():
 def test_every_accuracy_says_of_which_parameters(changes, columns, parameters):
     made = make(changes.items())
     assert columns <= made[1].summary.keys()
-    shown = [line.split("  test  ")[1].split("  ")[0].strip() for line in rows(results.render(*made)).values()]
+    shown = [re.split("  +", line)[1] for line in rows(results.render(*made)).values()]
     assert shown == parameters + ["last epoch", "best epoch"] * 2
 
 

@@ -15,7 +15,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 
 
 def check(data: Data) -> dict[str, int]:
-    """How many images of one split also occur in another, pixel by pixel, told in the log, too: of test, a warning.
+    """How many images of one split also occur in another, pixel by pixel, told in the log: a warning if of test.
 
     "duplicates/test_in_train" is how many test images the student's training images hold, "..._other_label" how many of
     them with other labels only; alike for validation, and for the teachers' images where they are more.
@@ -46,9 +46,10 @@ def check(data: Data) -> dict[str, int]:
         if other in places:
             found, differ = duplicates(*places[part], *places[other])
             counts |= {f"duplicates/{part}_in_{other}": found, f"duplicates/{part}_in_{other}_other_label": differ}
-            told.append(f"{found} of {part} in {other} ({differ} with another label)")
+            told += [f"{found} of {part} in {other} ({differ} with another label)"] if found else []
     level = logging.WARNING if any(counts[key] for key in counts if "/test_in_" in key) else logging.INFO
-    logger.log(level, "images that occur twice: %s", ", ".join(told))
+    if told:
+        logger.log(level, "images that occur twice: %s", ", ".join(told))
     return counts
 
 

@@ -6,6 +6,7 @@ alike; an evaluation split has one view, its images as they are.
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ from asib_jax.models.ensemble import (
 )
 
 logger = logging.getLogger("asib_jax")
+
+_QUIET = 10.0  # seconds between two lines about views that are read
 
 View = tuple[int, int]  # the stage and the epoch whose augmentation it is
 PLAIN: View = (-1, -1)  # images as they are
@@ -117,7 +120,11 @@ class Bank:
         variables = devices.share(variables, self._feed.devices)
         images = on_host(image=self.split.image, index=self.split.index)  # one shape and one program for all splits
         rows = evaluation_rows(len(self.split.label), self._feed.eval_batch_size)
-        for key in keys:
+        told = time.monotonic()
+        for place, key in enumerate(keys):
+            if time.monotonic() - told > _QUIET:
+                told = time.monotonic()
+                logger.info("%s on %s: view %d of %d", who, self.name, place + 1, len(keys))
             found: list[Outputs] = []
             pending: list[Outputs] = []
             for call in self._feed.calls(step, rows, images):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from tqdm import tqdm
@@ -131,6 +131,14 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
             f'wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to ""'
         ) from None
     return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
+
+
+def width(stream: TextIO | None = None) -> int:
+    """Characters of a line on a stream, by default stderr: of its terminal, or 100 where it is none."""
+    try:
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns
+    except (OSError, ValueError, AttributeError):  # no terminal, closed, not there
+        return 100
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:

@@ -12,10 +12,10 @@ _TITLES = {  # of the table's rows, in their order; the teachers come first
     "average": "teachers' average",
     "synergy": "synergy ensemble",
     "without_teachers": "synergy, teachers zeroed",
-    "control_last": "student without teachers, last",
-    "control_best": "student without teachers, best on validation",
+    "control_last": "student alone, last",
+    "control_best": "student alone, best",
     "last": "student, last",
-    "best": "student, best on validation",
+    "best": "student, best",
 }
 
 
@@ -91,13 +91,16 @@ def _teachers(recipe: Recipe) -> dict[str, TeacherRecipe]:
     return {f"teacher{k}": teacher for k, teacher in enumerate(recipe.teachers, 1)}
 
 
-def render(recipe: Recipe, results: Results) -> str:
-    """The table, with 95 % intervals that invert the score test (Wilson, 1927), and what belongs below it."""
+def render(recipe: Recipe, results: Results, width: int = 100) -> str:
+    """The table, with 95 % intervals that invert the score test (Wilson, 1927), and what belongs below it.
+
+    width: in characters; a table that is wider leaves out of which parameters its rows are.
+    """
     from scipy.stats import binomtest  # takes a second
 
     test, validation, count = results.counts["test"], results.counts["validation"], results.sizes["test"]
     titles = {name: f"{name} ({teacher.name})" for name, teacher in _teachers(recipe).items()} | _TITLES
-    rows = [("name", "split", "parameters", "correct/count", "accuracy %", "95 % interval", "note")]
+    rows = [("name", "parameters", "correct", "test %", "95 % interval", "validation %")]
     inflated = False
     for name, title in titles.items():
         if name not in test:
@@ -109,15 +112,17 @@ def render(recipe: Recipe, results: Results) -> str:
         rows.append(
             (
                 title,
-                "test",
                 _parameters(recipe, results, name),
-                f"{test[name]}/{count}",
+                f"{test[name]}",
                 f"{100 * test[name] / count:.2f}",
                 f"{100 * low:.2f} to {100 * high:.2f}",
-                f"validation {100 * share:.2f} % of {results.sizes['validation']}{'*' if marked else ''}",
+                f"{100 * share:.2f}{'*' if marked else ''}",
             )
         )
-    lines = [*table(rows, "<<<>>><"), ""]
+    shown = table(rows, "<<>>>>")
+    if max(map(len, shown)) > width:
+        shown = table([(title, *figures) for title, _, *figures in rows], "<>>>>")
+    lines = [f"{count} test images, {results.sizes['validation']} validation images", *shown, ""]
     if inflated:
         lines.append("* inflated: the teachers' or the student's weights were fitted on these images too")
     if results.shares:
