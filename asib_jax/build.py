@@ -46,7 +46,9 @@ def load_data(recipe: Recipe) -> Data:
     """The splits of SPEC 7, fixed by the seed. UserError for what `sources.load` and `divide` raise."""
     options = recipe.dataset
     try:
-        dataset = sources.load(options.name, path=options.path, data_dir=options.data_dir)
+        dataset = sources.load(
+            options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size
+        )
     except (UserError, OSError) as error:  # OSError: of a file that cannot be opened or read
         told = UserError(str(error))
         told.add_note(
@@ -54,14 +56,27 @@ def load_data(recipe: Recipe) -> Data:
             f"dataset.data_dir={options.data_dir!r}"
         )
         raise told from error
-    train, teacher_train, validation = map(dataset.train.take, divide(recipe, dataset.train.label))
+    own = dataset.validation
+    rows = divide(recipe, dataset.train.label, len(own.label) if own else 0)
+    train, teacher_train = dataset.train.take(rows.train), dataset.train.take(rows.teacher_train)
+    validation = own or dataset.train.take(rows.validation)
     return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
 
 
-def divide(recipe: Recipe, labels: np.ndarray) -> Rows:
-    """The training split by its labels [N]. Raises UserError for too few images, and the errors of `splits`."""
+def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0) -> Rows:
+    """The training split by its labels [N]. Raises UserError for too few images, and the errors of `splits`.
+
+    own_validation: images of the data's own validation split, if it has one; they count from N on.
+    """
     options = recipe.dataset
-    teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
+    if own_validation:
+        logger.info(
+            "validation is the data's own, %d images: dataset.val_fraction=%s has no effect",
+            *(own_validation, options.val_fraction),
+        )
+        teacher_train, validation = np.arange(len(labels)), len(labels) + np.arange(own_validation)
+    else:
+        teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
     train = teacher_train
     if options.train_subset and not recipe.teachers_only:
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from asib_jax.data import archives, sources
+from asib_jax.data import archives, arrays, sources
 from asib_jax.data.sources import SOURCES, Split, blocks, images_digest, load, sizes
 from asib_jax.errors import UserError
 
@@ -22,8 +22,8 @@ def write_npz(path, **changes):
     """Well-formed arrays save for `changes`; None leaves one out."""
     (x_train, y_train), (x_test, y_test) = small(TRAIN, 0), small(TEST, 1)
     names = np.array([f"class{c}" for c in range(100)])
-    arrays = dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=names) | changes
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    given = dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=names) | changes
+    np.savez(path, **{name: array for name, array in given.items() if array is not None})
     return path
 
 
@@ -64,11 +64,29 @@ def test_pickled_array_in_npz_is_refused(tmp_path, array):
 @pytest.mark.parametrize(
     "changes,message",
     [
+        ({"x_train": np.zeros((TRAIN, 32, 32, 3), np.int16)}, r"own\.npz: x_train must be uint8.*found int16 \[7, 32"),
+        ({"x_train": np.zeros((TRAIN, 32, 32, 3), bool)}, "x_train must be uint8.*found bool"),
+        ({"x_test": np.zeros((TEST, 3072), np.uint8)}, r"x_test must be uint8 \[N,H,W,ch.*found uint8 \[4, 3072\]"),
+        ({"x_test": np.zeros((TEST, 32, 32), np.uint8)}, r"x_test is uint8 \[4, 32, 32, 1\], but x_train is .*32, 3\]"),
+        ({"x_train": np.full((TRAIN, 32, 32, 3), 255.0)}, r"x_train is float64 in 255\.\.255, .* 0\.\.1, .*astype"),
+        ({"x_test": np.full((TEST, 32, 32, 3), -0.5, np.float16)}, r"x_test is float16 in -0\.5\.\.-0\.5"),
+        ({"x_train": np.full((TRAIN, 32, 32, 3), np.nan)}, r"x_train is float64 in nan\.\.nan"),
+        ({"x_train": np.full((TRAIN, 32, 32, 3), np.inf)}, r"x_train is float64 in inf\.\.inf"),
         (
-            {"x_train": np.zeros((TRAIN, 32, 32, 3), np.float32)},
-            r"own\.npz: x_train must be uint8.*found float32 \[7, 32",
+            {"x_train": np.zeros((TRAIN, 3, 32, 32), np.uint8)},
+            r"channels first, uint8 \[7, 3, 32, 32\].*save x_train\.transpose\(0, 2, 3, 1\)$",
         ),
-        ({"x_test": np.zeros((TEST, 32, 32), np.uint8)}, r"x_test must be uint8 \[N,H,W,ch.*found uint8 \[4, 32, 32\]"),
+        ({"x_train": np.zeros((TRAIN, 1, 8, 8))}, r"channels first, float64 \[7, 1, 8, 8\]"),
+        ({"x_train": np.zeros((TRAIN, 9, 9, 5), np.uint8)}, r"must have 1 to 4 channels, .* uint8 \[7, 9, 9, 5\]"),
+        ({"y_train": np.full(TRAIN, 3)}, "all training images are of one class, 'class3'"),
+        ({"y_train": np.zeros(TRAIN, int), "y_test": np.zeros(TEST, int), "class_names": None}, "of one class, '0'"),
+        ({"x_val": np.zeros((TEST, 32, 32, 3), np.uint8)}, "own.npz has x_val without y_val"),
+        ({"y_val": np.zeros(TEST, int)}, "own.npz has y_val without x_val"),
+        ({"x_val": np.zeros((TEST, 32, 32, 1), np.uint8), "y_val": np.zeros(TEST, int)}, "x_val is .* but x_train is"),
+        (
+            {"x_val": np.zeros((1, 32, 32, 3), np.uint8), "y_val": np.array([100])},
+            r"y_val must lie in 0\.\.99; found 100",
+        ),
         ({"x_test": np.zeros((0, 32, 32, 3), np.uint8)}, r"x_test must be .* not empty; found uint8 \[0"),
         ({"x_test": np.zeros((TEST, 16, 16, 3), np.uint8)}, r"x_test is uint8 \[4, 16.*x_train is uint8 \[7, 32"),
         ({"y_train": np.zeros(TRAIN - 1, int)}, r"y_train must be integers \[7\].*found int64 \[6\]"),
@@ -118,14 +136,72 @@ def test_npz_without_names_numbers_its_classes(tmp_path):
 
 
 def test_named_classes_without_images_are_a_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(sources.logger, "propagate", True)
+    monkeypatch.setattr(arrays.logger, "propagate", True)
     names = np.array(["a", "b", "c", "d", "e"])
-    path = write_npz(tmp_path / "own.npz", y_train=np.arange(TRAIN) % 2 * 3, y_test=np.full(TEST, 2), class_names=names)
+    labels = {"y_train": np.arange(TRAIN) % 2 * 3, "y_test": np.arange(TEST) % 2 * 3}
+    path = write_npz(tmp_path / "own.npz", class_names=names, **labels)
     assert load("npz", path=str(path)).class_names == tuple(names)
-    assert "3 classes of 5 have no training image: b, c, e" in caplog.text
+    assert "3 classes of 5 have no training image: b, c, e" in caplog.text and len(caplog.records) == 1
     caplog.clear()
-    load("npz", path=str(write_npz(path, y_train=np.arange(TRAIN) % 5, y_test=np.full(TEST, 2), class_names=names)))
+    names = names[: min(TRAIN, TEST)]
+    labels = {"y_train": np.arange(TRAIN) % len(names), "y_test": np.arange(TEST) % len(names)}
+    load("npz", path=str(write_npz(path, class_names=names, **labels)))
     assert not caplog.records
+
+
+def test_a_class_without_images_in_a_split_is_a_warning(tmp_path, caplog, monkeypatch):
+    """Of those with training images; a run's test accuracy says nothing of them."""
+    monkeypatch.setattr(arrays.logger, "propagate", True)
+    changes = {"y_train": np.arange(TRAIN), "y_test": np.array([0, 1, 1, 6]), "class_names": np.array(list("abcdefgh"))}
+    changes |= {"x_val": np.zeros((6, 32, 32, 3), np.uint8), "y_val": np.array([1, 2, 3, 4, 5, 6])}
+    load("npz", path=str(write_npz(tmp_path / "own.npz", **changes)))
+    absent, val, test = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert absent.endswith("own.npz: 1 classes of 8 have no training image: h")
+    assert "1 of 7 classes have no image in the validation split" in val and val.endswith(": a")
+    assert "4 of 7 classes have no image in the test split" in test and test.endswith(": c, d, e, f")
+
+
+def test_grey_and_floats_become_bytes_with_channels_and_that_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(arrays.logger, "propagate", True)
+    caplog.set_level("INFO")
+    levels = np.random.default_rng(0).random((TRAIN, 5, 6), np.float32)
+    levels[0, 0, :2] = 0, 1
+    labels = {"y_train": np.arange(TRAIN) % 2, "y_test": np.arange(TEST) % 2, "class_names": None}
+    changes = {"x_train": levels, "x_test": levels[:TEST].astype(np.float64)[..., None]}
+    data = load("npz", path=str(write_npz(tmp_path / "own.npz", **changes, **labels)))
+    np.testing.assert_array_equal(data.train.image[..., 0], np.floor(levels * 255 + np.float32(0.5)).astype(np.uint8))
+    np.testing.assert_array_equal(data.test.image, data.train.image[:TEST])
+    train, test = (record.getMessage() for record in caplog.records)
+    assert train.endswith("own.npz: x_train is grey: it has one channel, was scaled from 0..1 to 0..255")
+    assert test.endswith("own.npz: x_test was scaled from 0..1 to 0..255")
+
+
+def test_the_own_validation_split_of_an_npz(tmp_path):
+    """Its index goes on after that of training, so that no example has another's."""
+    own = {"x_val": small(3, 5)[0], "y_val": np.array([2, 0, 1])}
+    path = str(write_npz(tmp_path / "own.npz", **own))
+    found = load("npz", path=path).validation
+    for array, expected in zip(found, (*own.values(), TRAIN + np.arange(3)), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert found.label.dtype == found.index.dtype == np.int32
+    assert sizes("npz", path=path).validation == 3 and load("digits").validation is None
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_arrays_are_resized(tmp_path, channels):
+    """A ramp stays a ramp; what alternates from pixel to pixel becomes its mean, not one of both."""
+    ramp, stripes = np.arange(0, 256, 2), np.arange(128) % 2 * 255
+    x_train = np.broadcast_to(np.stack([ramp, stripes])[:, None, :, None], (2, 96, 128, channels)).astype(np.uint8)
+    labels = {"y_train": np.arange(2), "y_test": np.arange(2), "class_names": None}
+    path = str(write_npz(tmp_path / "own.npz", x_train=x_train, x_test=x_train[::-1], **labels))
+    data = load("npz", path=path, image_size=12)
+    assert data.train.image.shape == (2, 12, 12, channels)
+    expected = ramp[16:112].reshape(12, 8).mean(1)  # the middle 96 columns, in eights
+    np.testing.assert_allclose(data.train.image[0] - expected[:, None], 0, atol=3)
+    np.testing.assert_allclose(data.train.image[1, :, 1:-1], 127.5, atol=3)
+    np.testing.assert_array_equal(data.test.image, data.train.image[::-1])
+    assert sizes("npz", path=path, image_size=12).image_shape == (12, 12, channels)
+    assert sizes("cifar100", image_size=12).image_shape == (12, 12, 3)
 
 
 @pytest.mark.parametrize("map_bytes", [0, archives._MAP_BYTES], ids=["mapped", "read"])
@@ -181,71 +257,6 @@ def rows(image):
     return image.transpose(0, 3, 1, 2).reshape(len(image), -1)
 
 
-def write_picture(path, level, size=(6, 4), mode="RGB"):
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, level).save(path)
-
-
-def test_folder_of_pictures(tmp_path):
-    write_picture(tmp_path / "train" / "cat" / "b.png", (1, 2, 3))
-    write_picture(tmp_path / "train" / "cat" / "a.PNG", 9, mode="L")
-    write_picture(tmp_path / "train" / "ant" / "z.jpg", (200, 200, 200))
-    write_picture(tmp_path / "test" / "cat" / "c.png", (4, 5, 6))
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
-    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    (tmp_path / "test" / "ant").mkdir()
-    data = load("folder", path=str(tmp_path))
-    assert data.class_names == ("ant", "cat") and data.train.image.shape == (3, 4, 6, 3)
-    np.testing.assert_array_equal(data.train.image[:, 0, 0], [[200] * 3, [9] * 3, [1, 2, 3]])
-    np.testing.assert_array_equal(data.train.label, [0, 1, 1])
-    np.testing.assert_array_equal(data.test.image[0, 3, 5], [4, 5, 6])
-    np.testing.assert_array_equal(data.test.label, [1])
-
-    (tmp_path / "train" / "bee").mkdir()
-    with pytest.raises(UserError, match=r"/train: no picture .* in bee$"):
-        load("folder", path=str(tmp_path))
-    (tmp_path / "train" / "bee").rmdir()
-    write_picture(tmp_path / "test" / "dog" / "d.png", (0, 0, 0))
-    with pytest.raises(ValueError, match="classes that train has not: dog"):
-        load("folder", path=str(tmp_path))
-    write_picture(tmp_path / "train" / "dog" / "d.png", (0, 0, 0), size=(7, 7))
-    with pytest.raises(ValueError, match=r"one size: .*z\.jpg is 6x4 but .*d\.png is 7x7"):
-        load("folder", path=str(tmp_path))
-    with pytest.raises(ValueError, match=r"dataset\.path.*no folder .*cat/train"):
-        load("folder", path=str(tmp_path / "train" / "cat"))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:50],
-        lambda content: b"no picture",
-        lambda content: content[:20] + b"\xff" * 4 + content[24:],
-    ],
-)
-def test_a_damaged_picture_is_named(tmp_path, damage):
-    for split in ("train", "test"):
-        write_picture(tmp_path / split / "cat" / "a.png", (1, 2, 3))
-    picture = tmp_path / "test" / "cat" / "a.png"
-    picture.write_bytes(damage(picture.read_bytes()))
-    with pytest.raises(UserError, match=r"test/cat/a\.png cannot be read as a picture"):
-        load("folder", path=str(tmp_path))
-
-
-def test_a_link_to_a_picture_is_a_picture(tmp_path):
-    write_picture(tmp_path / "elsewhere" / "a.png", (1, 2, 3))
-    for split in ("train", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-    np.testing.assert_array_equal(load("folder", path=str(tmp_path)).test.image[0, 0, 0], [1, 2, 3])
-    (tmp_path / "elsewhere" / "a.png").unlink()
-    with pytest.raises(OSError, match=r"train/cat/a\.png"):
-        load("folder", path=str(tmp_path))
-
-
 @pytest.mark.parametrize("name", ["npz", "imagenet32", "folder"])
 def test_missing_path_names_its_key(name):
     with pytest.raises(ValueError, match=r"dataset\.path"):
@@ -255,6 +266,13 @@ def test_missing_path_names_its_key(name):
 def test_path_that_does_not_exist_names_its_key(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.path"):
         load("cifar100", path=str(tmp_path / "absent.npz"))
+
+
+def test_a_pipe_is_no_data(tmp_path):
+    os.mkfifo(tmp_path / "own.npz")
+    for name in ("npz", "cifar100", "folder"):
+        with pytest.raises(UserError, match=r"dataset\.path = .*own\.npz' is a pipe"):
+            load(name, path=str(tmp_path / "own.npz"))
 
 
 def test_unknown_name_lists_the_known():

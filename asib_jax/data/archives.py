@@ -10,7 +10,6 @@ import math
 import re
 import struct
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from asib_jax.data.plain_pickle import Unpickler
 from asib_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps class_names), and in words what was read
+Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps OPTIONAL), and in words what was read
 NAMES = ("x_train", "y_train", "x_test", "y_test")
+OPTIONAL = ("x_val", "y_val", "class_names")
 
 _PYTHON_FILES = ("train", "test", "meta")  # of cifar-100-python, pickles written by Python 2
 _BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")  # of cifar-100-binary
@@ -35,9 +35,9 @@ _MAP_BYTES = 64 << 20  # from this size on images stay in their file where they 
 _ANYWAY, _RATIO = 1 << 30, 100
 
 
-def check_unpacked(unpacked: int, packed: int) -> None:
-    """ValueError if so few bytes should not be unpacked into so many."""
-    if unpacked > max(_ANYWAY, _RATIO * packed):
+def check_unpacked(unpacked: int, packed: int, anyway: int | None = None) -> None:
+    """ValueError if so few bytes should not be unpacked into so many; `anyway` (`_ANYWAY`) bytes always are."""
+    if unpacked > max(_ANYWAY if anyway is None else anyway, _RATIO * packed):
         raise ValueError(f"{packed} bytes would be unpacked into {unpacked}, more than {_RATIO} times as many")
 
 
@@ -248,37 +248,6 @@ def read_imagenet32(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
         raise UserError(f"{path}: labels must lie in 1..1000; found {labels.min()}..{labels.max()}")
     return images, labels.astype(np.int32) - 1
-
-
-def read_pictures(files: list[Path]) -> np.ndarray:
-    """[N,H,W,3]. A picture is decoded only once its header says that it has the size of the first.
-
-    They are PNG or JPEG by their contents: Pillow would hand others, whatever they are called, to other programs.
-    Raises OSError if one cannot be found, UserError naming one that cannot be read or has another size.
-    """
-    from PIL import Image
-
-    packed, images = sum(file.stat().st_size for file in files), np.empty((0, 0, 0, 3), np.uint8)
-    for row, file in enumerate(files):
-        try:
-            with (
-                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                Image.open(file, formats=("PNG", "JPEG")) as picture,
-            ):
-                width, height = picture.size
-                if row == 0:
-                    check_unpacked(len(files) * height * width * 3, packed)
-                    images = np.empty((len(files), height, width, 3), np.uint8)
-                if (height, width) == images.shape[1:3]:
-                    images[row] = np.asarray(picture.convert("RGB"))
-        except Exception as error:  # damaged pictures raise nearly anything
-            raise UserError(f"{file} cannot be read as a picture: {error}") from error
-        if (height, width) != images.shape[1:3]:
-            raise UserError(
-                f"all pictures must have one size: {files[0]} is {images.shape[2]}x{images.shape[1]} "
-                f"but {file} is {width}x{height}"
-            )
-    return images
 
 
 def channels_last(rows: np.ndarray, name: str) -> np.ndarray:

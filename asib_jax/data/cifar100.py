@@ -32,7 +32,7 @@ def read(path: Path) -> archives.Found:
     Raises OSError for a file that cannot be opened, UserError where it is none of these.
     """
     if path.suffix == ".npz":
-        return archives.read_npz(path, archives.NAMES, ("class_names",), mapped=True), str(path)
+        return archives.read_npz(path, archives.NAMES, archives.OPTIONAL, mapped=True), str(path)
     return archives.read_cifar100(path), str(path)
 
 

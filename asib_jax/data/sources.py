@@ -1,7 +1,6 @@
 """Where images come from: every source is uint8 NHWC arrays and integer labels, checked and held once."""
 
 import hashlib
-import logging
 import math
 import os
 import re
@@ -13,17 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from asib_jax import streams
-from asib_jax.data import archives, cifar100
-from asib_jax.data.archives import Arrays, Found
+from asib_jax.data import archives, cifar100, folders
+from asib_jax.data.archives import Found
+from asib_jax.data.arrays import well_formed
 from asib_jax.data.paths import expanded
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
 
-logger = logging.getLogger("asib_jax")
-
-_PICTURES = (".png", ".jpg", ".jpeg")
 _BLOCK_BYTES = 16 << 20
-_MOST_CLASSES = 100_000  # that need no names of their own
 
 
 class Selected:
@@ -75,12 +71,14 @@ def images_digest(split: Split) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split, the names of their classes, and in words what was read."""
+    """A training and a test split, the names of their classes, in words what was read, and the data's own validation
+    split, if it has one, whose `index` goes on where that of training ends."""
 
     train: Split
     test: Split
     class_names: tuple[str, ...]
     origin: str
+    validation: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -89,13 +87,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A data set without its images: labels [N] of the training split, images of the test split, an image's shape."""
+    """A data set without its images: labels [N] of the training split, images of the test split, an image's shape;
+    validation: images of the data's own validation split."""
 
     labels: np.ndarray
     test: int
     image_shape: tuple[int, ...]
     num_classes: int
     origin: str
+    validation: int = 0
 
 
 _PUBLISHED = {  # training images, test images, classes; all are 32x32x3
@@ -104,95 +104,61 @@ _PUBLISHED = {  # training images, test images, classes; all are 32x32x3
 }
 
 
-def sizes(name: str, *, path: str = "", data_dir: str = "") -> Sizes:
+def sizes(name: str, *, path: str = "", data_dir: str = "", image_size: int = 0) -> Sizes:
     """The sizes of what `load` would give, and its errors, except that published data sets are not looked for.
 
     Of those the sizes are the published ones, and the labels are such that no class has two images more than another.
     """
     if name not in _PUBLISHED:
-        data = load(name, path=path, data_dir=data_dir)
-        return Sizes(data.train.label, len(data.test.label), data.train.image.shape[1:], data.num_classes, data.origin)
+        data = load(name, path=path, data_dir=data_dir, image_size=image_size)
+        return Sizes(
+            data.train.label,
+            len(data.test.label),
+            data.train.image.shape[1:],
+            data.num_classes,
+            data.origin,
+            len(data.validation.label) if data.validation else 0,
+        )
     _existing(path)
     train, test, classes = _PUBLISHED[name]
     needs_path = "; a run needs dataset.path" if name == "imagenet32" and not path else ""
-    return Sizes(np.arange(train) % classes, test, (32, 32, 3), classes, f"{name} as published, not read{needs_path}")
+    shape = (image_size or 32, image_size or 32, 3)
+    return Sizes(np.arange(train) % classes, test, shape, classes, f"{name} as published, not read{needs_path}")
 
 
-def load(name: str, *, path: str = "", data_dir: str = "") -> Dataset:
+def load(name: str, *, path: str = "", data_dir: str = "", image_size: int = 0) -> Dataset:
     """The data set `name`, one of `SOURCES`.
 
     `path` is a file or folder of one's own; `data_dir` ("": $TFDS_DATA_DIR, else ~/tensorflow_datasets) is where
-    prepared and downloaded data live. Raises UserError for an unknown name (`dataset.name`), a missing path
-    (`dataset.path`), malformed data, naming the array, or where nothing is found.
+    prepared and downloaded data live. image_size: 0 leaves images as they are, n makes them n x n, see
+    `pictures.resized`. Raises UserError for an unknown name (`dataset.name`), a missing path (`dataset.path`),
+    malformed data, naming the array, or where nothing is found.
     """
     if name not in SOURCES:
         raise UserError(f"dataset.name = {name!r} is unknown; it must be one of {', '.join(SOURCES)}")
     folder = expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "dataset.data_dir")
-    arrays, origin = SOURCES[name](_existing(path), folder)
-    return _checked(arrays, origin)
+    found, origin = SOURCES[name](_existing(path), folder, image_size)
+    arrays, class_names = well_formed(found, origin, image_size)
+
+    def split(name: str, first: int = 0) -> Split:
+        label = arrays[f"y_{name}"].astype(np.int32)
+        return Split(arrays[f"x_{name}"], label, np.arange(first, first + len(label), dtype=np.int32))
+
+    train = split("train")
+    validation = split("val", len(train.label)) if "x_val" in arrays else None
+    return Dataset(train, split("test"), class_names, origin, validation)
 
 
 def _existing(path: str) -> Path | None:
     given = expanded(path, "dataset.path") if path else None
     if given and not given.exists():
         raise UserError(f"dataset.path = {path!r} does not exist")
+    if given and not (given.is_file() or given.is_dir()):
+        raise UserError(f"dataset.path = {path!r} is a pipe, socket or device; give a file or a folder")
     return given
 
 
-def _checked(arrays: Arrays, origin: str) -> Dataset:
-    """A Dataset of well-formed arrays. Without class names the classes are 0..the largest training label, all of them.
-
-    Named classes may be without images, as in a part of ImageNet for networks that know all of it: that is a warning.
-    """
-    for split in ("train", "test"):
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or not x.size:
-            raise UserError(f"{origin}: x_{split} must be uint8 [N,H,W,channels], not empty; found {_kind(x)}")
-        if x.shape[1:] != arrays["x_train"].shape[1:]:
-            raise UserError(f"{origin}: x_test is {_kind(x)}, but x_train is {_kind(arrays['x_train'])}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise UserError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
-    names = _class_names(arrays, origin)
-    for split in ("train", "test"):
-        y = arrays[f"y_{split}"]
-        if y.min() < 0 or y.max() >= len(names):
-            raise UserError(f"{origin}: y_{split} must lie in 0..{len(names) - 1}; found {y.min()}..{y.max()}")
-    missing = np.setdiff1d(np.arange(len(names)), arrays["y_train"])
-    told = ", ".join([*(names[k] for k in missing[:5]), *["..."][: max(0, len(missing) - 5)]])
-    if len(missing) and "class_names" not in arrays:
-        raise UserError(f"{origin}: y_train has no {told}; labels must be 0..C-1, each there, or class_names be given")
-    if len(missing):
-        logger.warning("%s: %d classes of %d have no training image: %s", origin, len(missing), len(names), told)
-    train, test = (
-        Split(np.ascontiguousarray(x), y.astype(np.int32), np.arange(len(y), dtype=np.int32))
-        for x, y in ((arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
-    )
-    return Dataset(train, test, names, origin)
-
-
-def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
-    if "class_names" not in arrays:
-        largest = int(arrays["y_train"].max())
-        if largest >= _MOST_CLASSES:
-            raise UserError(
-                f"{origin}: y_train has the label {largest}; more than {_MOST_CLASSES} classes, all of "
-                "which would have an output, need class_names"
-            )
-        return tuple(str(label) for label in range(largest + 1))
-    names = arrays["class_names"]
-    if names.dtype.kind != "U" or names.ndim != 1:
-        raise UserError(f"{origin}: class_names must be text [C]; found {_kind(names)}")
-    letters = names.astype(names.dtype.newbyteorder("=")).view(np.uint32)
-    if ((letters >= 0xD800) & (letters < 0xE000) | (letters > 0x10FFFF)).any():  # Python has trouble with either
-        raise UserError(f"{origin}: class_names is not all text: it has code points that Unicode has not")
-    return tuple(names.tolist())
-
-
-def _kind(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"
-
-
-def _digits(path: Path | None, folder: Path) -> Found:
+def _digits(path: Path | None, folder: Path, image_size: int) -> Found:
     """scikit-learn's 1797 handwritten digits: 8x8, one channel, 0..16 scaled to 0..255.
 
     They come without a test split: 30 % are set aside for it, stratified and the same for every seed.
@@ -207,13 +173,14 @@ def _digits(path: Path | None, folder: Path) -> Found:
     return arrays, "digits of scikit-learn"
 
 
-def _npz(path: Path | None, folder: Path) -> Found:
-    """An .npz of x_train, x_test (uint8 NHWC), y_train, y_test (integers) and, optionally, class_names."""
+def _npz(path: Path | None, folder: Path, image_size: int) -> Found:
+    """An .npz of x_train, x_test (see `arrays.well_formed`), y_train, y_test (integers) and, optionally, x_val, y_val
+    and class_names."""
     file = _required(path, "an .npz of x_train, y_train, x_test, y_test")
-    return archives.read_npz(file, archives.NAMES, ("class_names",), mapped=True), str(file)
+    return archives.read_npz(file, archives.NAMES, archives.OPTIONAL, mapped=True), str(file)
 
 
-def _imagenet32(path: Path | None, folder: Path) -> Found:
+def _imagenet32(path: Path | None, folder: Path, image_size: int) -> Found:
     """Downsampled ImageNet (Chrabaszcz et al. 2017), 32x32, as published in .npz files; its validation set is our test
     split, and its labels 1..1000 become 0..999."""
     source = _required(path, "the folder of train_data_batch_1.npz, ... and val_data.npz")
@@ -244,34 +211,9 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _folder(path: Path | None, folder: Path) -> Found:
-    """Pictures in train/<class>/ and test/<class>/, of one size, read as RGB. Each class has some for training; hidden
-    folders, such as notebooks leave behind, are none."""
-    source = _required(path, "a folder of train/<class>/*.png and test/<class>/*.png (or jpg)")
-    names = _subfolders(source / "train")
-    unknown = sorted(set(_subfolders(source / "test")) - set(names))
-    if unknown:
-        raise UserError(f"{source / 'test'} has classes that train has not: {', '.join(unknown)}")
-    arrays = {"class_names": np.asarray(names)}
-    for split in ("train", "test"):
-        files = [
-            (file, label)
-            for label, name in enumerate(names)
-            for file in sorted((source / split / name).glob("*"))
-            if file.suffix.lower() in _PICTURES
-        ]
-        empty = sorted(set(names) - {names[label] for _, label in files})
-        if not files or (empty and split == "train"):
-            raise UserError(f"{source / split}: no picture ({', '.join(_PICTURES)}) in {', '.join(empty) or '<class>'}")
-        arrays[f"x_{split}"] = archives.read_pictures([file for file, _ in files])
-        arrays[f"y_{split}"] = np.asarray([label for _, label in files])
-    return arrays, str(source)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f"dataset.path must hold train/<class> and test/<class>; there is no folder {folder}")
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _folder(path: Path | None, folder: Path, image_size: int) -> Found:
+    """Pictures in a folder for each class, see `folders.read_folder`."""
+    return folders.read_folder(_required(path, f"a folder that holds {folders.LAYOUT}"), image_size)
 
 
 def _required(path: Path | None, what: str) -> Path:
@@ -280,8 +222,8 @@ def _required(path: Path | None, what: str) -> Path:
     return path
 
 
-SOURCES: dict[str, Callable[[Path | None, Path], Found]] = {
-    "cifar100": lambda path, folder: cifar100.read(path) if path else cifar100.find(folder),
+SOURCES: dict[str, Callable[[Path | None, Path, int], Found]] = {
+    "cifar100": lambda path, folder, image_size: cifar100.read(path) if path else cifar100.find(folder),
     "digits": _digits,
     "imagenet32": _imagenet32,
     "npz": _npz,

@@ -18,6 +18,12 @@ class DatasetRecipe:
     data_dir: str = key(
         "", "where tfds and downloads live; empty: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`", free=True
     )
+    image_size: int = key(
+        0,
+        "0: images as they are, all of one size; n: resized to n x n, of the longer side the middle",
+        at_least=0,
+        at_most=4096,
+    )
     batch_size: int = key(64, "images of a training step, over all devices of all hosts", above=0)
     eval_batch_size: int = key(
         0,

@@ -51,16 +51,17 @@ def synthetic(recipe: Recipe) -> Recipe:
 def synthetic_data(recipe: Recipe) -> Data:
     """Random images, as many and as large as the data set's, divided as a run divides them."""
     options = recipe.dataset
-    sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir)
+    sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size)
     generator = streams.rng(recipe.seed, "synthetic")
 
     def split(labels: np.ndarray) -> Split:
         images = generator.integers(0, 256, (len(labels), *sizes.image_shape), np.uint8)
         return Split(images, labels.astype(np.int32), np.arange(len(labels), dtype=np.int32))
 
-    whole, test = split(sizes.labels), split(np.arange(sizes.test) % sizes.num_classes)
-    train, teacher_train, validation = map(whole.take, build.divide(recipe, sizes.labels))
-    return Data(train, teacher_train, validation, test, sizes.num_classes, "random images")
+    test, own_validation = (np.arange(count) % sizes.num_classes for count in (sizes.test, sizes.validation))
+    whole = split(np.concatenate([sizes.labels, own_validation]))
+    train, teacher_train, validation = map(whole.take, build.divide(recipe, sizes.labels, sizes.validation))
+    return Data(train, teacher_train, validation, split(test), sizes.num_classes, "random images")
 
 
 def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Context, Variables]:

@@ -75,6 +75,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
             "data_aug": data.data_aug,
             "batch_size": data.batch_size,
             "small_input": data.small_input,
+            **({"image_size": data.image_size} if data.image_size else {}),  # a later key
         },
         "schedule": schedule,
         "grad_clip_norm": recipe.grad_clip_norm,
