@@ -60,11 +60,11 @@ def _digits(config: ConfigDict) -> None:
     config.schedule.lr_warmup_epochs = 2
 
 
-_PROFILES = {"": _full, "small": _small, "digits": _digits}
+PROFILES = {"": _full, "small": _small, "digits": _digits}
 
 
 def apply(config: ConfigDict, profile: str) -> None:
     """Apply `profile` in place; ValueError names an unknown one."""
-    if profile not in _PROFILES:
-        raise ValueError(f"unknown profile {profile!r} after the colon of --config; known: {sorted(_PROFILES)}")
-    _PROFILES[profile](config)
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r} after the colon of --config; known: {sorted(PROFILES)}")
+    PROFILES[profile](config)

@@ -55,6 +55,8 @@ def main() -> None:
 
 def vs_torch(recipe: Recipe) -> Callable:
     """The PyTorch side, which is no part of the library. UserError without PyTorch, or for what it cannot do."""
+    if not (ROOT / "tests" / "torch_benchmark.py").exists():
+        raise UserError("--vs_torch needs a checkout of asib_jax: what it compares with is among the tests")
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         import torch_benchmark

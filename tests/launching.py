@@ -26,7 +26,7 @@ def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedP
     The script's flags are defined and read anew and then forgotten, as are its settings of jax and of the log.
     """
     command, settings = [str(ROOT / "launch" / f"{script}.py"), *arguments], dict(jax.config.values)
-    out, errors, logger = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax")
+    out, errors, logger, status = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax"), 0
     with (
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(out),

@@ -165,7 +165,7 @@ def table(defaults: Any) -> str:
         cells = (
             ", ".join(dict.fromkeys(f"`{held.value!r}`" for held in helds)),
             told.meaning,
-            _values(told),
+            values(told),
             helds[0].when.words,
             "free" if told.free else "",
         )
@@ -173,7 +173,8 @@ def table(defaults: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _values(told: Key) -> str:
+def values(told: Key) -> str:
+    """What a key can be, in words; "" where its type says it all."""
     if told.choices:
         return ", ".join(f"`{choice!r}`" for choice in told.choices)
     lengths = f"{told.lengths[-1]} or none" if told.lengths else ""

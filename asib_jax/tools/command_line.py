@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from asib_jax import shipped
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.record.signals import EXIT_INTERRUPTED, Interrupted
+from asib_jax.tools import usage
 
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an error came up.")
 
@@ -64,6 +66,8 @@ def host_flags() -> Callable[[], contextlib.AbstractContextManager]:
 
 def _parse(argv: list[str]) -> list[str]:
     """UserError for whatever the command line, or a file of configuration, does wrong."""
+    usage.answer(argv)
+    argv = [f"--config={shipped.path(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
     try:
         others = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
