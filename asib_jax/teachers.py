@@ -61,7 +61,7 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
         hosts.same_everywhere({f"the SHA-256 of {name}.weights": place.key["teacher"]["weights"]})
         kept = teacher_store.load(place, data.teacher_train) if options.epochs and name not in train else None
         if kept is not None:
-            found[name] = _whole(fit_variables(kept, start, model.architecture), place.folder)
+            found[name] = _fitted(kept, start, model, place.folder)
             _confirm(record, name, place)
             logger.info("%s: %s, trained by an earlier run, from %s", name, options.name, place.folder)
             continue
@@ -141,7 +141,12 @@ def given(recipe: Recipe, k: int, model: KDModel, variables: dict[str, Any]) -> 
     return imported
 
 
-def _whole(imported: Imported, folder: pathlib.Path) -> dict[str, Any]:
+def _fitted(kept: dict[str, Any], variables: dict[str, Any], model: KDModel, folder: pathlib.Path) -> dict[str, Any]:
+    """A kept teacher in the place of the variables of `model`. UserError, naming its folder, if it is no such one."""
+    try:
+        imported = fit_variables(kept, variables, model.architecture)
+    except UserError as error:
+        raise UserError(f"the teacher in {folder}: {error}") from error
     if imported.fresh:
         raise UserError(f"the teacher in {folder} is not this network: {'; '.join(imported.fresh.values())}")
     return imported.variables
@@ -218,8 +223,7 @@ def _keep(k: int, name: str, place: Place, context: Context, variables: Variable
     measured: dict[str, Any] = {"validation_accuracy": best.score, "when": best.when}
     if not teacher_store.save(place, options.weights, own, split, measured):
         logger.warning("%s was there already, of another run: this one goes on with that teacher", place.folder)
-        kept = fit_variables(teacher_store.load(place, split), own, context.nets.teachers[k].architecture)
-        own = _whole(kept, place.folder)
+        own = _fitted(teacher_store.load(place, split), own, context.nets.teachers[k], place.folder)
         held = {part: {name: leaves} for part, leaves in own.items()}
         variables = devices.share(overlay(variables, held), context.feed.devices)
     _confirm(context.record, name, place)

@@ -164,6 +164,16 @@ CASES = [
         "teacher1.finetune_epochs",
     ),
     (STUDENT | {"model.student.weights": "FILES/resnet14.npz"}, "model.student.weights=", "do not fit", "layer1.1."),
+    *(
+        (given | {f"{key}.weights": f"FILES/{name}.npz"}, f"{key}.weights=", f"/{name}.npz", "broken", leaf, word)
+        for name, leaf, word in (
+            ("not_a_number", "params/stem/conv/kernel", "1 of 144 numbers are not finite"),
+            ("huge", "params/layer1/block0/bn1/scale", "1e+38"),
+            ("below_zero", "batch_stats/stem/bn/var", "a variance of -1"),
+            ("quantised", "params/classifier/kernel", "int8"),
+        )
+        for key, given in (("teacher1", GIVEN), ("model.student", STUDENT))
+    ),
     (FINETUNED | {"teacher1.weights": "hf:timm"}, "hf:timm", "hf:OWNER/REPO"),
     (FINETUNED | {"teacher1.name": "resnet14_scratch"}, "teacher1.name='resnet14_scratch'", "without _scratch"),
     (
@@ -364,7 +374,18 @@ def _weights_files(folder: pathlib.Path) -> None:
     for name, network, classes in (("resnet14", "resnet14", 10), ("resnet8", "resnet8", 10), ("seven", "resnet8", 7)):
         model = KDModel(models.MODELS[network](True), classes, (0.3,), (0.4,))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
-        np.savez(folder / f"{name}.npz", **torch_names.export_weights(random_values(shapes), model.architecture))
+        state = torch_names.export_weights(random_values(shapes), model.architecture)
+        np.savez(folder / f"{name}.npz", **state)
+        if name == "resnet8":
+            for broken, key, number in (
+                ("not_a_number", "conv1.weight", np.nan),
+                ("huge", "layer1.0.bn1.weight", 1e38),
+                ("below_zero", "bn1.running_var", -1),
+            ):
+                array = state[key].copy()
+                array.flat[0] = number
+                np.savez(folder / f"{broken}.npz", **state | {key: array})
+            np.savez(folder / "quantised.npz", **state | {"fc.weight": np.ones((10, 64), np.int8)})
 
 
 def config_of(changes: dict, files: pathlib.Path) -> dict:

@@ -3,10 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from networks import variable_shapes
+from networks import convolutions, make_split, random_values, variable_shapes
 
+from asib_jax.errors import UserError
 from asib_jax.models.kd_model import KDModel
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
 from asib_jax.weights.reading import fit_variables, import_weights
@@ -142,6 +145,80 @@ def test_other_classes_and_another_window_keep_their_initial_values():
     for leaf in (params["stem"]["conv"]["kernel"], params["classifier"]["kernel"], params["classifier"]["bias"]):
         assert not np.any(leaf)
     np.testing.assert_array_equal(params["stem"]["bn"]["bias"], state["bn1.bias"])
+
+
+def holding(number):
+    """The array with this number as its first."""
+
+    def changed(array):
+        array = array.copy()
+        array.flat[0] = number
+        return array
+
+    return changed
+
+
+BROKEN = [
+    ("conv1.weight", holding(np.nan), "the model's params/stem/conv/kernel: 1 of 54 numbers are not finite"),
+    ("conv1.weight", holding(-np.inf), "1 of 54 numbers are not finite"),
+    ("layer2.0.bn1.weight", holding(np.inf), "params/layer2/block0/bn1/scale: 1 of 3 numbers are not finite"),
+    ("layer3.0.bn2.running_mean", holding(np.nan), "batch_stats/layer3/block0/bn2/mean: 1 of 4 numbers"),
+    ("bn1.running_var", holding(np.nan), "batch_stats/stem/bn/var: 1 of 2 numbers"),
+    ("fc.bias", holding(np.nan), "params/classifier/bias: 1 of 5 numbers"),
+    ("fc.weight", lambda array: np.full((9, 4), np.nan, np.float32), "36 of 36 numbers"),  # though it is left out
+    ("conv1.weight", holding(1e38), "it holds 1e+38, beyond float16's 65504"),
+    ("layer1.0.conv2.weight", holding(-7e4), "it holds -70000, beyond"),
+    ("bn1.running_mean", lambda array: holding(1e300)(np.float64(array)), "1 of 2 numbers"),  # infinite in float32
+    ("bn1.bias", lambda array: holding(np.inf)(np.float16(array)), "1 of 2 numbers"),
+    ("bn1.bias", lambda array: holding(np.nan)(array.astype(ml_dtypes.bfloat16)), "1 of 2 numbers"),
+    ("bn1.running_var", holding(-1e-3), "it holds a variance of -0.001"),
+    *(
+        (name, lambda array, kind=kind: array.astype(kind), f"its type is {kind}, not one of floating-point numbers")
+        for name, kind in (
+            ("conv1.weight", "int8"),
+            ("fc.weight", "uint8"),
+            ("bn1.bias", "bool"),
+            ("bn1.running_var", "int64"),
+            ("fc.bias", "complex64"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("name, change, told", BROKEN, ids=[f"{k}-{case[0]}" for k, case in enumerate(BROKEN)])
+def test_broken_arrays_are_named(name, change, told):
+    state = state_for(SMALL)
+    state[name] = change(state[name])
+    with pytest.raises(UserError, match="^the weights are broken\n.*leaves \\(1\\)") as caught:
+        import_weights(state, zeros_of(SMALL), SMALL.architecture)
+    assert f"\n  {name}, the model's " in str(caught.value) and told in str(caught.value)
+
+
+def test_what_is_unusual_is_not_broken():
+    """A variance of 0, a large statistic, narrow and wide types."""
+    state = state_for(SMALL)
+    state["bn1.running_var"], state["bn1.running_mean"] = np.zeros(2, np.float32), np.float32([1e5, -3e7])
+    for name, kind in (("conv1.weight", np.float16), ("bn1.bias", ml_dtypes.bfloat16), ("fc.bias", np.float64)):
+        state[name] = state[name].astype(kind)
+    variables = import_weights(state, zeros_of(SMALL), SMALL.architecture).variables
+    np.testing.assert_array_equal(variables["batch_stats"]["stem"]["bn"]["mean"], np.float32([1e5, -3e7]))
+    np.testing.assert_array_equal(variables["params"]["stem"]["bn"]["bias"], np.float32(state["bn1.bias"]))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
+def test_what_comes_out_does_not_tell_that_weights_are_broken():
+    """One NaN in the first layer: every logit is NaN, but finite once compiled, where a relu joined to a mean takes NaN
+    for 0. So it is refused where it is read."""
+    model = KDModel(convolutions(5), CLASSES, (0.5,), (0.3,))
+    variables, image = random_values(variable_shapes(model)), jnp.float32(make_split(64).image)
+    variables["params"]["stage0"]["conv"]["kernel"].flat[0] = np.nan
+
+    def logits(variables, image):
+        return model.apply(variables, image, train=False).logit
+
+    assert jnp.isnan(logits(variables, image)).all() and jnp.isfinite(jax.jit(logits)(variables, image)).all()
+    with pytest.raises(UserError, match="params/stage0/conv/kernel: 1 of 135 numbers are not finite"):
+        fit_variables(variables, variable_shapes(model), model.architecture)
 
 
 def test_export_is_the_inverse():

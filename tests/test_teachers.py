@@ -339,6 +339,17 @@ def test_a_damaged_store_is_refused(first, tmp_path):
     assert same(checkpoint.restore(f"{part}/checkpoint")["params"]["stage0"], kept["params"]["stage0"])
 
 
+def test_a_broken_teacher_is_refused(first, data_file, tmp_path):
+    """Kept with variances below 0, of which its digest knows nothing; the folder is named."""
+    _, variables, _, (recipe, _, data) = first
+    below = jax.tree.map(lambda leaf: leaf - 100, variables.batch_stats["teacher1"])
+    place = teacher_store.place(dataclasses.replace(recipe, results_dir=str(tmp_path)), 0, "")
+    kept = {"params": variables.params["teacher1"], "batch_stats": below}
+    teacher_store.save(place, "", kept, data.teacher_train, {})
+    with pytest.raises(UserError, match=f"^the teacher in {place.folder}: the weights are broken\n.*\n.*variance of -"):
+        ready(data_file, tmp_path, data)
+
+
 def test_the_first_of_two_that_end_together_stays(first, tmp_path):
     _, variables, _, (recipe, _, data) = first
     place = teacher_store.find(recipe, 0)._replace(folder=tmp_path / "teacher")

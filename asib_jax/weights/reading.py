@@ -17,6 +17,8 @@ from asib_jax.weights.torch_names import ADAPTERS, owner
 # synsets. ImageNet-32 (Chrabaszcz et al. 2017) has that of the ILSVRC development kit.
 OTHER_ORDER = {"imagenet32"}
 
+_LARGEST = float(np.finfo(np.float16).max)  # of a parameter: the narrowest type that networks compute in
+
 
 class Imported(NamedTuple):
     """variables: {"params", "batch_stats"}; fresh: why, by the path of every leaf that kept its initial values."""
@@ -39,8 +41,8 @@ def read_weights(
     to tell apart; where it numbers them otherwise than published weights, a file's classifier is left out. "": it is
     taken as it is.
 
-    Raises UserError, with key and path, for what cannot be read or does not fit (the errors of `origins`, `checkpoint`
-    and below), or if a stem that starts at random would stand still.
+    Raises UserError, with key and path, for what cannot be read, does not fit or is broken (the errors of `origins`,
+    `checkpoint` and below), or if a stem that starts at random would stand still.
     """
     path = origins.locate(given, key, sha256)
     try:
@@ -71,7 +73,7 @@ def import_weights(
         stage that sees another window (`small_input`): `fresh` names them.
 
     Raises UserError, naming what is left, if a source key has no place in the model, a leaf has no source, or shapes
-    differ elsewhere.
+    differ elsewhere; or naming the arrays that hold what no training leaves (`_fault`).
     """
     found, keys, unmatched = torch_names.to_ours(state_dict, flatten_dict(variables, sep="/"), architecture)
     return _fit(found, variables, architecture, keys, unmatched)
@@ -97,10 +99,13 @@ def _fit(
     source_names: Mapping[str, str],
     unmatched: list[str],
 ) -> Imported:
-    """`found` arrays, by our paths, in the place of `variables`; everything left over is an error."""
+    """`found` arrays, by our paths, in the place of `variables`; what is left over or broken is an error."""
     target = flatten_dict(variables, sep="/")
-    imported, fresh, shapes = {}, {}, []
+    imported, fresh, shapes, broken = {}, {}, [], []
     for path, value in found.items():
+        if fault := _fault(path, np.asarray(value)):
+            broken.append(f"{source_names[path]}, the model's {path}: {fault}")
+            continue
         difference = f"{source_names[path]} {value.shape}, the model's {path} {target[path].shape}"
         if value.shape == target[path].shape:
             imported[path] = jnp.asarray(value, target[path].dtype)
@@ -116,7 +121,27 @@ def _fit(
             + _listing("model leaves without a source", unfilled)
             + _listing("different shapes", shapes)
         )
+    if broken:
+        raise UserError(f"the weights are broken{_listing('arrays that no training leaves', broken)}")
     return Imported({"batch_stats": {}, **unflatten_dict(target | imported, sep="/")}, fresh)
+
+
+def _fault(path: str, value: np.ndarray) -> str:
+    """Why no network can have this array, which need not show in what it computes; "": it can.
+
+    Numbers are floating-point, and finite in float32, too; parameters in float16, which a network may compute in, and
+    which no trained one exceeds. A statistic may be as large as float32, but no variance is negative.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"its type is {value.dtype}, not one of floating-point numbers"
+    with np.errstate(over="ignore"):
+        numbers = value.astype(np.float32, copy=False)
+    low, high = numbers.min(initial=0), numbers.max(initial=0)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{np.sum(~np.isfinite(numbers))} of {numbers.size} numbers are not finite"
+    if path.startswith("params/") and max(-low, high) > _LARGEST:
+        return f"it holds {low if -low > high else high:g}, beyond float16's {_LARGEST:g}"
+    return f"it holds a variance of {low:g}" if path.endswith("/var") and low < 0 else ""
 
 
 def _may_differ(path: str, source: tuple[int, ...], target: tuple[int, ...], first_stage: str) -> bool:
