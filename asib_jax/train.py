@@ -23,7 +23,7 @@ from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, checks
-from asib_jax.record import finished, provenance, reporting, results, resume
+from asib_jax.record import console, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
 from asib_jax.record.remaining import Remaining
@@ -78,11 +78,12 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
     failed or interrupted run is never a finished one. Raises UserError for what can be known before a run leaves a
     trace, and Interrupted after a signal, with a snapshot that holds all that was done.
     """
+    logger.setLevel(logging.DEBUG)
     recipe = preparation.checked(config)
     found = resume.find(recipe)
     hosts.same_everywhere({"the run to go on with": str(found)})
     if found and read_about(found)["status"] == "finished":
-        print(f"{found} has finished: there is nothing to go on with")
+        logger.info("%s has finished: there is nothing to go on with", found)
         return
     logger.info("reading the data, and given weights that are here")
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
@@ -92,7 +93,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
         if found
         else Record.create(recipe.results_dir, f"{name}_{recipe.seed}", recipe.exp_id, plain)
     )
-    reporting.setup_logging(record.folder)
+    console.setup_logging(record.folder)
     last = last_whole(found) if found else None
     if warning := preparation.warning(recipe, defaults):
         logger.warning(warning)

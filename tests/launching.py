@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+from typing import TextIO
 from unittest import mock
 
 import jax
@@ -20,8 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 app.define_help_flags()  # as the first script would, once
 
 
-def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+def launch(script: str | pathlib.Path, *arguments: str, console: TextIO | None = None) -> subprocess.CompletedProcess:
     """The end of `python launch/SCRIPT.py ARGUMENTS` in ROOT, done in this process with its devices.
+
+    console: what stands for stderr, whose text the result lacks then.
 
     The script's flags are defined and read anew and then forgotten, as are its settings of jax and of the log.
     """
@@ -30,7 +33,7 @@ def launch(script: str | pathlib.Path, *arguments: str) -> subprocess.CompletedP
     with (
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stderr(console or errors),
         flagsaver.flagsaver(),
         mock.patch.object(sys, "argv", command),
         mock.patch.object(sys, "path", [*sys.path]),

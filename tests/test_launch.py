@@ -40,7 +40,9 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     results = f"--config.results_dir={tmp_path}"
     first = launch("main", "--config=configs/l2_cccp.py:digits", results, *SHORT, *TEACHERS)
     assert first.returncode == 0, first.stderr
-    second = launch("main", "--config=configs/ce_only.py:digits", results, *SHORT, "--config.train_control=False")
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115  # what cannot be told ends no run
+    labels = ("--config=configs/ce_only.py:digits", results, *SHORT, "--config.train_control=False")
+    second = launch("main", *labels, console=full)
     assert second.returncode == 0, second.stderr
 
     with open(tmp_path / "summary.csv", newline="") as file:
@@ -60,6 +62,8 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
         "stage1/b/before/val_without_teachers",
     } <= metrics.keys()
 
+    log = (tmp_path / "latest" / "log.txt").read_text()
+    assert "the console takes no more" in log and f"record: {tmp_path / rows[1]['exp_id']}" in log
     shown = table(first.stderr)
     assert [line.split("  ")[0] for line in shown[1:10]] == [
         "teacher1 (tiny_teacher)",

@@ -1,12 +1,7 @@
-"""Log lines, progress bars on a real terminal, event files read back, and the table's interval."""
+"""Progress bars, event files read back, and tables."""
 
 import importlib.util
-import logging
-import os
-import re
 import struct
-import sys
-import termios
 
 import jax
 import jax.numpy as jnp
@@ -14,53 +9,7 @@ import numpy as np
 import pytest
 
 from asib_jax.errors import UserError
-from asib_jax.record.reporting import Reporter, setup_logging, table
-
-
-@pytest.fixture
-def logger_after_use():
-    logger = logging.getLogger("asib_jax")
-    yield logger
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = True
-
-
-def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, logger_after_use):
-    for run in ("one", "two"):
-        (tmp_path / run).mkdir()
-        logger = setup_logging(tmp_path / run)
-        logger.info("epoch %d: accuracy %.3f", 3, 0.5)
-        logger.warning("key tau has no effect in run %s", run)
-    assert logger is logger_after_use
-    for run in ("one", "two"):
-        lines = (tmp_path / run / "log.txt").read_text().splitlines()
-        stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
-        assert re.fullmatch(stamp + " INFO epoch 3: accuracy 0.500", lines[0])
-        assert re.fullmatch(f"{stamp} WARNING key tau has no effect in run {run}", lines[1])
-        assert len(lines) == 2
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[1::2] == ["key tau has no effect in run one", "key tau has no effect in run two"]
-
-
-def test_bar_shows_rate_and_leaves_log_lines_whole(tmp_path, monkeypatch, logger_after_use):
-    logger = setup_logging(tmp_path)
-    terminal, end = os.openpty()
-    os.set_blocking(terminal, False)
-    termios.tcsetwinsize(end, (24, 100))
-    with open(end, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        with Reporter.epoch_bar(200, "stage 1 B epoch 2") as bar:
-            for _ in range(2):
-                bar.update(100)
-                bar.refresh()
-            logger.info("epoch 2 done")
-        output = os.read(terminal, 100_000).decode()
-    os.close(terminal)
-    assert "stage 1 B epoch 2: 100%" in output and "200/200" in output
-    assert re.search(r"\[\d+:\d+<\d+:\d+, +[\d.]+k? images/s\]", output)
-    assert "epoch 2 done" in re.split(r"[\r\n]+", output)
+from asib_jax.record.reporting import Reporter, table
 
 
 def test_bar_is_silent_where_stderr_is_no_terminal(capsys):

@@ -1,4 +1,4 @@
-"""What a person sees of a run: log lines, a progress bar, curves and tables."""
+"""What a person sees of a run: what it is, a progress bar, curves and tables."""
 
 import contextlib
 import logging
@@ -17,35 +17,6 @@ from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe
 
 logger = logging.getLogger("asib_jax")
-
-
-class _Console(logging.Handler):
-    """Messages alone, on stderr, above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def setup_logging(folder: str | os.PathLike) -> logging.Logger:
-    """The logger `asib_jax`, writing to the console and, with time, level and debugging messages, to `folder/log.txt`.
-
-    A second call moves it to another folder. Of several hosts, those after the first write no file: warnings and errors
-    go to the console, after the host's number.
-    """
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
-    console = _Console(logging.INFO if hosts.is_first() else logging.WARNING)
-    logger.addHandler(console)
-    if hosts.is_first():
-        file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
-        logger.addHandler(file)
-    else:
-        console.setFormatter(logging.Formatter(f"host {jax.process_index()}: %(message)s"))
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False  # absl installs a root handler that would print everything twice
-    return logger
 
 
 class Reporter(contextlib.AbstractContextManager):

@@ -1,11 +1,13 @@
-"""SIGTERM and SIGINT: the first asks a run to stop where it can go on later, a second ends the process at once."""
+"""Signals that ask a run to stop where it can go on later; one that insists, coming again, ends the process at once."""
 
+import contextlib
 import os
 import signal
 from types import FrameType
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_INSIST = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_ASK = (signal.SIGHUP, signal.SIGUSR1)  # a terminal that closes sends the one twice, SLURM the other before SIGTERM
 
 
 class Interrupted(Exception):
@@ -13,13 +15,18 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Listens to both signals within its context, in the main thread. asked: the name of the one that came, or ""."""
+    """Listens to these signals within its context, in the main thread. asked: the name of the first that came, or "".
+
+    Where SIGHUP is ignored, as under nohup, it stays so.
+    """
 
     def __init__(self):
         self.asked = ""
+        self._insisted = False
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._on) for number in _SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self._before = {number: signal.signal(number, self._on) for number in {*_INSIST, *_ASK} - ignored}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -27,10 +34,18 @@ class Stop:
             signal.signal(number, handler)
 
     def _on(self, number: int, frame: FrameType | None) -> None:
-        # Straight to the console: what was interrupted may hold the lock of a log.
-        if self.asked:
-            os.write(2, b"stopped at once\n")
+        insists = number in _INSIST
+        if insists and self._insisted:
+            _tell("stopped at once\n")
             os._exit(128 + number)
-        self.asked = signal.Signals(number).name
-        told = f"{self.asked}: stopping at the next training step, with a snapshot; once more to stop at once\n"
-        os.write(2, told.encode())
+        self._insisted |= insists
+        name = signal.Signals(number).name
+        self.asked = self.asked or name
+        more = "; once more to stop at once" if insists else ""
+        _tell(f"{name}: stopping at the next training step, with a snapshot{more}\n")
+
+
+def _tell(text: str) -> None:
+    """Straight to the console, which may be gone: what was interrupted may hold the lock of a log."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

@@ -1,20 +1,23 @@
 """What the launch scripts share: how flags are read, how an error is told, and the exit status that says what it was.
 
 0: finished; 2: something that the user can mend (a flag, a key, a file, a machine); 1: a mistake of ours, or a run that
-broke down; 75: a run that was stopped by SIGTERM or SIGINT and can go on; 130: stopped before it began.
+broke down; 75: a run that was stopped by a signal and can go on; 130: stopped before it began.
 """
 
 import contextlib
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO, cast
 
 from absl import app, flags, logging
 
 from asib_jax import shipped
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
+from asib_jax.record import console
 from asib_jax.record.signals import EXIT_INTERRUPTED, Interrupted
 from asib_jax.tools import usage
 
@@ -26,12 +29,28 @@ def run(main: Callable[[], None]) -> None:
 
     def quietly(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
+        console.listen(logging.WARNING)  # of ours
         main()
+        out.flush()
+        if out.failed and not isinstance(out.failed, BrokenPipeError):  # who closed the pipe had read enough
+            raise UserError(f"what was to be printed is lost: {out.failed}")
 
+    _open_descriptors()
+    out = console.Lasting(sys.stdout)
+    sys.stdout, sys.stderr = cast(TextIO, out), console.lasting(sys.stderr)
     try:
         app.run(quietly, flags_parser=_parse)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(tell(error))
+
+
+def _open_descriptors() -> None:
+    """Those of stdin, stdout and stderr that were closed, in whose place a file of the run would be opened else."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
 
 
 def tell(error: BaseException) -> int:
@@ -52,7 +71,7 @@ def tell(error: BaseException) -> int:
     else:
         status, message = (130 if isinstance(error, KeyboardInterrupt) else 1), f"{type(error).__name__}: {error}"
         notes = notes or ["start it again with --verbose to see where in the code"]
-    print("\n  ".join([f"error: {message}", *notes]), file=sys.stderr, flush=True)
+    print("\n  ".join([console.marked("error", message), *notes]), file=sys.stderr, flush=True)
     return status
 
 
