@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,13 +57,13 @@ def load_data(recipe: Recipe) -> Data:
         )
         raise told from error
     own = dataset.validation
-    rows = divide(recipe, dataset.train.label, len(own.label) if own else 0)
+    rows = divide(recipe, dataset.train.label, len(own.label) if own else 0, dataset.class_names)
     train, teacher_train = dataset.train.take(rows.train), dataset.train.take(rows.teacher_train)
     validation = own or dataset.train.take(rows.validation)
     return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
 
 
-def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0) -> Rows:
+def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0, class_names: Sequence[str] = ()) -> Rows:
     """The training split by its labels [N]. Raises UserError for too few images, and the errors of `splits`.
 
     own_validation: images of the data's own validation split, if it has one; they count from N on.
@@ -76,7 +76,7 @@ def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0) -> Rows:
         )
         teacher_train, validation = np.arange(len(labels)), len(labels) + np.arange(own_validation)
     else:
-        teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed)
+        teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed, class_names)
     train = teacher_train
     if options.train_subset and not recipe.teachers_only:
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]

@@ -6,6 +6,7 @@ CASES go through the functions that launch/main.py calls until a run's folder ex
 import fcntl
 import importlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -111,6 +112,14 @@ CASES = [
     (npz("float"), "float.npz", "x_train", "float32"),
     (npz("nan"), "nan.npz", "x_test", "float32", "dataset.path="),
     (npz("sizes"), "sizes.npz", "x_test", "x_train"),
+    (npz("channels_first"), "channels_first.npz", "x_test", "[20, 1, 8, 8]", "transpose(0, 2, 3, 1)"),
+    (npz("channels"), "channels.npz", "x_train", "1 to 4 channels", "[60, 8, 8, 5]"),
+    (npz("one_class"), "one_class.npz", "of one class, '0'"),
+    (npz("no_x_val"), "no_x_val.npz", "y_val without x_val"),
+    (npz("x_val"), "x_val.npz", "x_val", "float32 in 0..255", "astype(np.uint8)"),
+    (npz("pipe"), "dataset.path", "pipe.npz", "is a pipe"),
+    (npz("good") | {"dataset.image_size": -1}, "dataset.image_size=-1", "in [0, 4096]"),
+    (npz("good") | {"dataset.image_size": 5000}, "dataset.image_size=5000", "in [0, 4096]"),
     (npz("no_images"), "no_images.npz", "x_train", "not empty"),
     (npz("names"), "names.npz", "class_names"),
     (npz("colour") | {"model.student.mean": (0.1, 0.2)}, "model.student.mean=(0.1, 0.2)", "3 channels"),
@@ -128,7 +137,7 @@ CASES = [
     ({"dataset.val_fraction": 1.0}, "dataset.val_fraction=1.0", "in (0, 1)"),
     ({"dataset.val_fraction": 0.001}, "dataset.val_fraction = 0.001", "each of 10 classes", "between 0.00795 and"),
     ({"dataset.val_fraction": 0.999}, "dataset.val_fraction = 0.999", "each of 10 classes"),
-    (npz("lonely"), "dataset.val_fraction", "the smallest has 1"),
+    (npz("lonely"), "1 of 10 classes have a single training image (9)", "x_val"),
     ({"dataset.train_subset": -5}, "dataset.train_subset=-5", "at least 0"),
     ({"dataset.train_subset": 5}, "dataset.train_subset = 5", "10 (one image a class)"),
     ({"dataset.train_subset": 10**6}, "dataset.train_subset = 1000000", "..1006"),
@@ -350,6 +359,11 @@ def _data_files(folder: pathlib.Path) -> None:
         "no_images": {"x_train": image[:0]},
         "names": {"class_names": np.arange(10)},
         "lonely": {"y_train": lonely},
+        "channels_first": {"x_test": image[:20].reshape(20, 1, 8, 8)},
+        "channels": {"x_train": image.repeat(5, -1)},
+        "one_class": {"y_train": 0 * label, "y_test": 0 * label[:20]},
+        "no_x_val": {"y_val": label},
+        "x_val": {"x_val": np.float32(image), "y_val": label},
         "colour": {"x_train": image.repeat(3, -1), "x_test": image[:20].repeat(3, -1)},
         "good": {},
     }
@@ -363,6 +377,7 @@ def _data_files(folder: pathlib.Path) -> None:
     for name in ("text.npz", "text.safetensors", "text.pth", "file"):
         (folder / name).write_text("this is no archive\n" * 50)
     (folder / "folder.npz").mkdir()
+    os.mkfifo(folder / "pipe.npz")
     (folder / "unreadable.npz").symlink_to("/proc/self/mem")  # an input/output error for root, too
     with tarfile.open(folder / "whole.tar.gz", "w:gz") as tar:
         tar.add(folder / "good.npz", "cifar-100-python/train")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from asib_jax.data.splits import stratified_rows, stratified_subset, train_validation
+from asib_jax.errors import UserError
 
 
 def unbalanced():
@@ -50,8 +51,13 @@ def test_impossible_fraction_names_its_key(fraction):
 
 
 def test_class_of_one_image_cannot_be_split():
-    with pytest.raises(ValueError, match=r"dataset\.val_fraction.*smallest has 1"):
-        train_validation(np.array([0] * 9 + [1]), 0.5, seed=0)
+    labels = np.array([0] * 9 + [1])
+    with pytest.raises(UserError, match=r"1 of 2 classes have a single training image \(label 1\), .* x_val and y_val"):
+        train_validation(labels, 0.5, seed=0)
+    with pytest.raises(UserError, match=r"a single training image \(bee\), .*: add images"):
+        train_validation(labels, 0.5, 0, ["ant", "bee"])
+    with pytest.raises(UserError, match=r"9 of 9 classes have a single training image \(label 0, .* label 4, \.\.\.\)"):
+        train_validation(np.arange(9), 0.5, seed=0)
 
 
 @pytest.mark.parametrize("count", [4, 5, 37, 99, 100])

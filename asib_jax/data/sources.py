@@ -88,7 +88,7 @@ class Dataset:
 @dataclass(frozen=True)
 class Sizes:
     """A data set without its images: labels [N] of the training split, images of the test split, an image's shape;
-    validation: images of the data's own validation split."""
+    validation: images of the data's own validation split; class_names: where they were read."""
 
     labels: np.ndarray
     test: int
@@ -96,6 +96,7 @@ class Sizes:
     num_classes: int
     origin: str
     validation: int = 0
+    class_names: tuple[str, ...] = ()
 
 
 _PUBLISHED = {  # training images, test images, classes; all are 32x32x3
@@ -118,6 +119,7 @@ def sizes(name: str, *, path: str = "", data_dir: str = "", image_size: int = 0)
             data.num_classes,
             data.origin,
             len(data.validation.label) if data.validation else 0,
+            data.class_names,
         )
     _existing(path)
     train, test, classes = _PUBLISHED[name]

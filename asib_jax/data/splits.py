@@ -1,25 +1,38 @@
 """Which rows of a data set: stratified choices fixed by a seed, and the batches of an epoch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from asib_jax import streams
 from asib_jax.errors import UserError
 
 
-def train_validation(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def train_validation(
+    labels: np.ndarray, fraction: float, seed: int, class_names: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Divides the rows of `labels` ([N] integers) into (train_rows, val_rows), both sorted, disjoint and complete.
 
     The validation set has round(fraction * N) rows, spread over the classes in proportion, with at least one image of
-    every class on each side (SPEC 7). Raises UserError naming `dataset.val_fraction` where that is impossible.
+    every class on each side (SPEC 7). Raises UserError naming the classes of one image, by `class_names` where they are
+    given, or `dataset.val_fraction` where it makes that impossible.
     """
     count = round(fraction * len(labels))
-    sizes = np.unique(labels, return_counts=True)[1]
-    classes, smallest = len(sizes), sizes.min()
-    if smallest < 2 or not classes <= count <= len(labels) - classes:
+    values, sizes = np.unique(labels, return_counts=True)
+    classes = len(values)
+    if len(lonely := values[sizes < 2]):
+        names = [class_names[k] if class_names else f"label {k}" for k in lonely]
+        told = ", ".join(names[:5] + ["..."] * (len(names) > 5))
+        raise UserError(
+            f"{len(lonely)} of {classes} classes have a single training image ({told}), but validation is taken from "
+            "these and needs one of every class, too: add images, leave the classes out, or give a validation split "
+            "(val/<class>, or x_val and y_val)"
+        )
+    if not classes <= count <= len(labels) - classes:
         raise UserError(
             f"dataset.val_fraction = {fraction} asks for {count} of {len(labels)} images, which cannot leave an image "
-            f"of each of {classes} classes (the smallest has {smallest}) on both sides; with at least 2 images a class "
-            f"it must lie between {classes / len(labels):.3g} and {1 - classes / len(labels):.3g}"
+            f"of each of {classes} classes on both sides; it must lie between {classes / len(labels):.3g} and "
+            f"{1 - classes / len(labels):.3g}"
         )
     val_rows = stratified_rows(labels, count, streams.rng(seed, "validation"), leave=1)
     return np.setdiff1d(np.arange(len(labels)), val_rows), val_rows

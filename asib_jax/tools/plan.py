@@ -65,7 +65,7 @@ def make(recipe: Recipe) -> Plan:
     """What a run of the checked `recipe` would do. Raises the errors that its data and networks would raise then."""
     options = recipe.dataset
     sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size)
-    rows = build.divide(recipe, sizes.labels, sizes.validation)
+    rows = build.divide(recipe, sizes.labels, sizes.validation, sizes.class_names)
     images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
     warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
