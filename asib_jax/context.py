@@ -91,9 +91,8 @@ class Context:
         return self._placed[split]
 
     def read_teachers(self, variables: Variables, phases: Sequence[views.Reads]) -> None:
-        """Run the teachers, once they are ready, over validation and the views that the phases read and that fit."""
+        """Run the teachers, once they are ready, over the views that the phases read and that fit."""
         self._placed.pop("teacher_train", None)  # the teachers have learnt: their room is for the views
-        self.validation.read_teachers(variables)
         stored = views.choose(phases, self.nets, len(self.data.train.label), tree_bytes(self.data.train), self.feed)
         for line in stored.lines:
             logger.info("%s", line)

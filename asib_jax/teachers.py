@@ -1,9 +1,12 @@
 """Teachers: kept from an earlier run, imported, or to be fine-tuned or trained from scratch, each in a phase."""
 
 import functools
+import itertools
 import logging
 import pathlib
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from asib_jax import streams
 from asib_jax.build import learning_rate
@@ -150,6 +153,41 @@ def _fitted(kept: dict[str, Any], variables: dict[str, Any], model: KDModel, fol
     if imported.fresh:
         raise UserError(f"the teacher in {folder} is not this network: {'; '.join(imported.fresh.values())}")
     return imported.variables
+
+
+def check(context: Context) -> None:
+    """What validation says of teachers that are ready, before anything learns from them.
+
+    Warns of logits that are not finite and of teachers that say the same. Raises UserError for one that is used as its
+    given weights are and is not above chance, unless that is allowed: for so many right ones or more, each class drawn
+    with 1 / classes, the exact binomial probability is above 5 %.
+    """
+    from scipy.stats import binomtest  # takes a second
+
+    recipe, nets, validation = context.recipe, context.nets, context.validation
+    logits = validation.teacher_logits
+    for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers, strict=True)):
+        broken = int((~np.isfinite(logits[:, k])).any(axis=-1).sum())
+        if broken:
+            logger.warning("%s: logits that are not finite on %d of %d validation images", name, broken, len(logits))
+        right, chance = validation.teacher_counts[name], 1 / nets.student.num_classes
+        at_chance = binomtest(right, len(logits), chance, alternative="greater").pvalue > 0.05
+        if at_chance and options.weights and not options.epochs and not recipe.allow_teachers_at_chance:
+            raise UserError(
+                f"{name} ({options.name}, {name}.weights={options.weights!r}) is right on {right} of {len(logits)} "
+                f"validation images, {100 * right / len(logits):.2f} %, which is not above chance, {100 * chance:g} %: "
+                f"{name}.mean and {name}.std are not those of its training, its classes have another order, or it is "
+                f"the wrong file. Correct that, fine-tune it ({name}.finetune_epochs), or set "
+                "allow_teachers_at_chance=True"
+            )
+    for one, other in itertools.combinations(range(logits.shape[1]), 2):
+        if np.array_equal(logits[:, one], logits[:, other]):
+            logger.warning(
+                "%s and %s say the same of every validation image, as one network twice: they never disagree, their "
+                "average is either of them, and synergy has nothing to combine",
+                nets.teacher_names[one],
+                nets.teacher_names[other],
+            )
 
 
 def phase(

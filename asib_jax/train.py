@@ -228,7 +228,11 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
 
 def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables) -> None:
     """Once they are ready. Where A-Steps train them the table has them as those leave them, the record as they were."""
-    if context.recipe.trains_teachers and "before/test_acc_teacher1" not in context.record.metrics:
+    context.validation.read_teachers(variables)
+    changed = "before/test_acc_teacher1" in context.record.metrics  # by A-Steps, of a run that goes on
+    if not changed:
+        teachers.check(context)
+    if context.recipe.trains_teachers and not changed:
         test = context.evaluator("test")
         test.read_teachers(variables)
         context.log(

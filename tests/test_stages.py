@@ -76,6 +76,7 @@ def start(recipe, folder):
     variables = Variables(*({**drawn_part, **part} for drawn_part, part in zip(drawn, ours)))
     variables = devices.replicate(variables, context.feed.devices)
     todo = phases_of(context, variables)
+    context.validation.read_teachers(variables)
     context.read_teachers(variables, list(todo.values()))
     return context, variables, todo
 
@@ -100,6 +101,7 @@ def variant(whole, folder, same_program=False, variables=None, **changes):
     run = whole.run
     run = make_context(dataclasses.replace(run.recipe, **changes), folder, run.steps if same_program else {})
     todo = phases_of(run, variables)
+    run.validation.read_teachers(variables)
     run.read_teachers(variables, list(todo.values()))
     return run, todo
 

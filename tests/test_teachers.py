@@ -240,6 +240,55 @@ def test_weights_of_our_own_are_used_as_they_are(first, given, data_file, tmp_pa
     assert same(ours.batch_stats["teacher1"], variables.batch_stats["teacher1"])
 
 
+def in_a_row(classifier):
+    """Every class takes the next one's place."""
+    return {name: np.roll(leaf, 1, axis=-1) for name, leaf in classifier.items()}
+
+
+def not_a_number(classifier):
+    return {**classifier, "bias": np.full_like(classifier["bias"], np.nan)}
+
+
+AT_CHANCE = r"teacher1 \(tiny, teacher1.weights='given'\) is right on {} of 20 validation images, .* chance, 20 %: .*"
+CASES = [  # what becomes of teacher1's classifier, whether it is of given weights, what is told
+    (lambda classifier: classifier, True, False, None),
+    (in_a_row, True, False, AT_CHANCE.format("[0-4]")),
+    (in_a_row, True, True, None),
+    (in_a_row, False, False, None),
+    (not_a_number, True, False, AT_CHANCE.format("0")),
+]
+
+
+@pytest.mark.parametrize("change, weights, allowed, refused", CASES)
+def test_given_weights_have_to_be_above_chance(first, tmp_path, caplog, monkeypatch, change, weights, allowed, refused):
+    """A teacher of 20 of 20 images; shifted by a class it is at chance, which is allowed by a key, or of one that was
+    trained here. Two of the same outputs and logits that are not finite are told."""
+    monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
+    _, variables, _, (recipe, nets, data) = first
+    own = variables.of("teacher1")
+    changed = {**own["params"], "classifier": change(own["params"]["classifier"])}
+    variables = variables._replace(
+        params={**variables.params, "teacher1": changed, "teacher2": own["params"]},
+        batch_stats={**variables.batch_stats, "teacher2": own["batch_stats"]},
+    )
+    given = dataclasses.replace(recipe.teachers[0], weights="given" if weights else "")
+    recipe = dataclasses.replace(recipe, teachers=(given, recipe.teachers[1]), allow_teachers_at_chance=allowed)
+    context = Context(recipe, data, nets, make_feed(), None, None, None)
+    context.validation.read_teachers(variables)
+    if refused:
+        with pytest.raises(UserError, match=f"{refused}teacher1.finetune_epochs.*allow_teachers_at_chance=True"):
+            teachers.check(context)
+    else:
+        teachers.check(context)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if change is not_a_number:
+        assert told == ["teacher1: logits that are not finite on 20 of 20 validation images"]
+    else:
+        assert [line.split(" of every")[0] for line in told] == (
+            [] if change is in_a_row else ["teacher1 and teacher2 say the same"]
+        )
+
+
 def test_other_classes_need_fine_tuning(given, data_file, tmp_path):
     weights = {"teacher1.weights": given[1], "teacher1.train_epochs": 0, "teacher2.train_epochs": 1}
     with pytest.raises(ValueError, match=r"fit tiny only in part; .*classifier.* Set teacher1\.finetune_epochs"):

@@ -11,6 +11,7 @@ from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
 
 from asib_jax import build, recipe as recipes, runner, train
 from asib_jax.context import Context
+from asib_jax.errors import UserError
 from asib_jax.models.ensemble import init_network
 from asib_jax.recipe import checks
 from asib_jax.record import finished
@@ -148,3 +149,16 @@ def test_statistics_are_calibrated_where_they_fit_nothing(data_file, tmp_path, n
         assert np.array_equal(
             variables.params["student"]["stage1"]["conv"]["kernel"], student["params"]["stage1"]["conv"]["kernel"]
         )
+
+
+def test_a_given_teacher_at_chance_ends_a_run_before_anything_learns_from_it(data_file, tmp_path):
+    recipe = read_recipe("l0_baseline", data_file)
+    teacher = init_network(build.build_networks(recipe, 5).teachers[0], 7, "teacher1", (8, 8, 3))
+    checkpoint.save(tmp_path / "given", teacher)
+    given = {f"teacher{k}.weights": str(tmp_path / "given") for k in (1, 2)}
+    config = read_config("l0_baseline", data_file, **given, results_dir=str(tmp_path), tensorboard=False)
+    recipe, record = recipes.read(config), Record.create(tmp_path, "test", "run", config.to_dict())
+    with pytest.raises(UserError, match=r"^teacher1 .* is right on \d+ of 20 .* not above chance, 20 %"):
+        train.recorded(recipe, build.make_inputs(recipe), record)
+    assert not [key for key in record.metrics if key.startswith("stage")]
+    assert ",failed," in (tmp_path / "summary.csv").read_text()

@@ -72,6 +72,7 @@ class Evaluator:
         # On the host: what calls get from there has one shape for every split, so that one program serves them all.
         self._labels, self._images = on_host(label=split.label), on_host(image=split.image)
         self.teacher_counts: dict[str, int] = {}  # as `correct_counts`; without teachers none
+        self.teacher_logits = np.zeros((0, 0, 0), np.float32)  # [N, T, C]
 
     @property
     def count(self) -> int:
@@ -86,7 +87,7 @@ class Evaluator:
                     f"the teachers' outputs are of {len(outputs.logits)} examples; the {self.name} split "
                     f"has {self.count}"
                 )
-            self.teacher_counts = correct_counts(outputs, self.split.label)
+            self.teacher_counts, self.teacher_logits = correct_counts(outputs, self.split.label), outputs.logits
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".

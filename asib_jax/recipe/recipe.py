@@ -85,6 +85,8 @@ class Recipe:
                              "of weights, images and views; of several hosts the first writes; empty: none",
                              free=True, when=TEACHERS & When(
                                  "no `use_teacher_finetuning`", lambda recipe: not recipe.trains_teachers))
+    allow_teachers_at_chance: bool = key(False, "use given weights as a teacher that is not above chance on "
+                                         "validation, which else is an error", when=TEACHERS, free=True)
     teachers_only: bool = key(False, "make the teachers ready, measure them and stop")
     # distillation
     kd_target: str = key("synergy", "whose output is distilled: the fusion network's, a mean of the teachers' or one "

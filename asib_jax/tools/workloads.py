@@ -87,7 +87,7 @@ def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random
         for phase in todo:
             if phase.network in nets.teacher_names:
                 variables = runner.run_phase(context, phase, variables, Progress())
-    context.read_teachers(variables, [])
+    context.validation.read_teachers(variables)
     return context, variables
 
 
@@ -106,6 +106,7 @@ def with_one_view(context: Context, variables: Variables) -> Context:
         recipe, context.data, context.nets, context.feed, context.record, context.reporter, context.snapshots
     )
     kinds = [phase_of(stored, variables, kind) for kind in kinds_of(recipe)]
+    stored.validation.read_teachers(variables)
     stored.read_teachers(variables, kinds)
     for phase in kinds:
         if phase.score == "synergy":
