@@ -7,7 +7,7 @@ import contextlib
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from asib_jax.errors import UserError
@@ -28,8 +28,8 @@ def path(name: str) -> str:
     return f"{HOME / 'configs' / stem}.py{colon}{profile}" if known else name
 
 
-def config(name: str) -> Mapping[str, Any]:
-    """The configuration "l2_cccp:digits", a ConfigDict.
+def config(name: str) -> dict[str, Any]:
+    """The configuration "l2_cccp:digits", as nested dicts.
 
     Raises UserError for a name that is none of `names`, or a profile that there is not.
     """
@@ -38,7 +38,7 @@ def config(name: str) -> Mapping[str, Any]:
         raise UserError(f"config={name!r} is unknown; there are {', '.join(names())}")
     with _importable():
         try:
-            return runpy.run_path(str(HOME / "configs" / f"{stem}.py"))["get_config"](profile)
+            return runpy.run_path(str(HOME / "configs" / f"{stem}.py"))["get_config"](profile).to_dict()
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -71,12 +71,12 @@ def phases_of(
     return found
 
 
-def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
+def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Path:
     """Begin the run of a configuration, or go on with the one that its `resume` finds; nothing where that has finished.
 
-    name: of the configuration and its profile; defaults: of that profile. The outcome is recorded whatever it is: a
-    failed or interrupted run is never a finished one. Raises UserError for what can be known before a run leaves a
-    trace, and Interrupted after a signal, with a snapshot that holds all that was done.
+    The folder of the run. name: of the configuration and its profile; defaults: of that profile. The outcome is
+    recorded whatever it is: a failed or interrupted run is never a finished one. Raises UserError for what can be known
+    before a run leaves a trace, and Interrupted after a signal, with a snapshot that holds all that was done.
     """
     logger.setLevel(logging.DEBUG)
     recipe = preparation.checked(config)
@@ -84,7 +84,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
     hosts.same_everywhere({"the run to go on with": str(found)})
     if found and read_about(found)["status"] == "finished":
         logger.info("%s has finished: there is nothing to go on with", found)
-        return
+        return found
     logger.info("reading the data, and given weights that are here")
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -104,6 +104,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
         if hosts.is_first():
             error.add_note(f"see {record.folder / 'log.txt'}")
         raise
+    return record.folder
 
 
 def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapshot | None = None) -> None:
