@@ -70,7 +70,7 @@ class Context:
     def compiled(self, key: Hashable, make_step: Callable[[], Callable], *, trains_convolutions: bool) -> Steps:
         """The compiled training step under `key`, made and compiled once in a run."""
         if key not in self.steps:
-            logger.info("compiling the next training step with its first call")
+            logger.info("its training step is compiled with its first call")
             self.steps[key] = self.feed.compile(make_step(), trains_convolutions=trains_convolutions, donate_carry=True)
         return self.steps[key]
 

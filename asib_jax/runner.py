@@ -187,15 +187,9 @@ def run_phase(
     break as `Watch` says, naming the last snapshot.
     """
     place = context.remaining.begin(part(phase), begun.epoch if begun else 0)
+    logger.info("%s (%s, %d epochs)", phase.title, place, phase.epochs)
     running = Running(context, phase, variables, progress, begun)
-    counts = [
-        f"{name} {count_parameters(running.current.params.get(name, {})):,}/"
-        f"{count_parameters(variables.params[name]):,}"
-        for name in phase.uses
-    ]
-    logger.info(
-        "%s (%s, %d epochs): trainable/total parameters: %s", phase.title, place, phase.epochs, ", ".join(counts)
-    )
+    _tell_parameters(running, variables)
     if phase.score == "synergy":  # the fusion network trains, the student stands still
         context.read_student(variables, phase.views)
     if phase.score and not begun:
@@ -218,6 +212,17 @@ def run_phase(
     if phase.best == phase.name:
         progress.best.pop(phase.best)  # nothing later asks for it
     return variables
+
+
+def _tell_parameters(running: Running, variables: Variables) -> None:
+    """Trainable of all parameters, by which a reader verifies what stands still."""
+    counts = {
+        name: (count_parameters(running.current.params.get(name, {})), count_parameters(variables.params[name]))
+        for name in running.phase.uses
+    }
+    told = [f"{name} {trained:,}/{total:,}" for name, (trained, total) in counts.items() if trained]
+    frozen = ", ".join(name for name, (trained, _) in counts.items() if not trained)
+    logger.info("trainable parameters: %s", "; ".join(filter(None, (", ".join(told), frozen and f"none of {frozen}"))))
 
 
 def _waited(running: Running) -> bool:

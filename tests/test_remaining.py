@@ -21,13 +21,14 @@ def test_time_left_is_of_what_has_been_measured_and_says_where_something_has_not
     assert remaining.text() == "8 epochs left, over 0 s"
     clock.now = 100.0
     remaining.epoch("teacher1")
-    assert remaining.text() == "7 epochs left, over 1.7 min"
+    assert remaining.text() == "7 epochs left"  # no bound: those of the student are unknown, this one was compiled
     clock.now = 140.0
     remaining.epoch("teacher1")
+    assert remaining.text() == "6 epochs left, over 0 s"
     assert remaining.begin(PARTS[1]) == "phase 2 of 3"
     clock.now = 190.0
     remaining.epoch("stage1/b")  # its first, with compilation
-    assert remaining.text() == "5 epochs left, about 4.2 min"  # 2 + 3 of 50 s: a control's epoch is a student's
+    assert remaining.text() == "5 epochs left, at most 4.2 min"  # 2 + 3 of 50 s: a control's epoch is a student's
     clock.now = 200.0
     remaining.epoch("stage1/b")
     assert remaining.text() == "4 epochs left, about 40 s"
@@ -37,7 +38,10 @@ def test_time_left_is_of_what_has_been_measured_and_says_where_something_has_not
     assert remaining.begin(PARTS[2]) == "phase 3 of 3"
     clock.now = 305.0
     remaining.epoch("control/stage1/b")
-    assert remaining.text() == "2 epochs left, about 10 s"
+    assert remaining.text() == "2 epochs left, at most 10 s"
+    remaining.epoch("control/stage1/b")
+    remaining.epoch("control/stage1/b")
+    assert remaining.text() == "no epoch left"
 
 
 def test_a_phase_that_ended_early_leaves_nothing_and_one_that_goes_on_the_rest():

@@ -1,5 +1,6 @@
 """How much of a run is left: its epochs, and a time from those that have been measured."""
 
+import collections
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Remaining:
         self._parts = {part.name: part for part in parts}
         self._left = {part.name: part.epochs for part in parts}
         self._took: dict[str, float] = {}  # seconds of the last epoch, by kind
+        self._once: set[str] = set()  # kinds of which that is the first, with what was compiled
         self._clock, self._since = clock, clock()
 
     def begin(self, part: Part, done: int = 0) -> str:
@@ -39,18 +41,27 @@ class Remaining:
         """An epoch of the phase is over, with all that belongs to it."""
         now = self._clock()
         self._left[name] -= 1
-        self._took[self._parts[name].kind] = now - self._since
+        kind = self._parts[name].kind
+        self._once = self._once - {kind} if kind in self._took else self._once | {kind}
+        self._took[kind] = now - self._since
         self._since = now
 
     def text(self) -> str:
-        """E.g. "24 epochs left, about 40 s"; "over 40 s" where some kind of phase has not been measured yet."""
-        seconds, unknown = 0.0, False
-        for name, left in self._left.items():
+        """E.g. "24 epochs left, about 40 s"; "over" where some kind of phase has not been measured yet, "at most" where
+        one only with what was compiled, and no time where both."""
+        left: collections.Counter[str] = collections.Counter()  # by kind
+        for name, epochs in self._left.items():
             kind = self._parts[name].kind
-            took = self._took.get(kind, self._took.get(kind.rpartition("/")[2]))
-            unknown |= bool(left) and took is None
-            seconds += left * (took or 0.0)
-        return f"{sum(self._left.values())} epochs left, {'over' if unknown else 'about'} {duration(seconds)}"
+            left[kind if kind in self._took else kind.rpartition("/")[2]] += epochs
+        kinds = {kind for kind, epochs in left.items() if epochs}
+        if not kinds:
+            return "no epoch left"
+        unknown, once = kinds - self._took.keys(), kinds & self._once
+        if unknown and once:
+            return f"{left.total()} epochs left"
+        bound = "over" if unknown else "at most" if once else "about"
+        seconds = sum(epochs * self._took.get(kind, 0.0) for kind, epochs in left.items())
+        return f"{left.total()} epochs left, {bound} {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:

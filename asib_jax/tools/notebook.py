@@ -102,7 +102,7 @@ def _kept(arrays: Mapping[str, np.ndarray], folder: pathlib.Path) -> pathlib.Pat
         raise UserError(f"data={{{', '.join(arrays)}}} has no {', '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+        np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]  # names
     path = folder / f"{origins.digest(file.name)[:16]}.npz"
     os.replace(file.name, path)  # or the same once more
     return path
