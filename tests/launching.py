@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import os
 import pathlib
 import runpy
@@ -16,6 +15,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 
 import asib_jax.tools.command_line  # noqa: F401, for it defines a flag for all scripts
+from asib_jax.record.console import leave
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 app.define_help_flags()  # as the first script would, once
@@ -29,7 +29,7 @@ def launch(script: str | pathlib.Path, *arguments: str, console: TextIO | None =
     The script's flags are defined and read anew and then forgotten, as are its settings of jax and of the log.
     """
     command, settings = [str(ROOT / "launch" / f"{script}.py"), *arguments], dict(jax.config.values)
-    out, errors, logger, status = io.StringIO(), io.StringIO(), logging.getLogger("asib_jax"), 0
+    out, errors, status = io.StringIO(), io.StringIO(), 0
     with (
         contextlib.chdir(ROOT),
         contextlib.redirect_stdout(out),
@@ -47,10 +47,7 @@ def launch(script: str | pathlib.Path, *arguments: str, console: TextIO | None =
             for name, value in settings.items():
                 if jax.config.values[name] != value:
                     jax.config.update(name, value)
-            for handler in logger.handlers[:]:
-                logger.removeHandler(handler)
-                handler.close()
-            logger.propagate = True
+            leave()
     return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
 
 

@@ -22,12 +22,8 @@ STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
 @pytest.fixture(autouse=True)
 def logger_after_use(monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
-    logger = logging.getLogger("asib_jax")
-    yield logger
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = True
+    yield logging.getLogger("asib_jax")
+    console.leave()
 
 
 def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, logger_after_use):

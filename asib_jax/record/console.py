@@ -120,11 +120,18 @@ def setup_logging(folder: str | os.PathLike) -> logging.Logger:
     return logger
 
 
-def _begin(level: int, second: logging.Handler) -> None:
-    sys.stderr = lasting(sys.stderr)
+def leave() -> None:
+    """Close what was opened: the logger is as it was before."""
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
+def _begin(level: int, second: logging.Handler) -> None:
+    sys.stderr = lasting(sys.stderr)
+    leave()
     logger.addHandler(_Console(logging.INFO))
     logger.addHandler(second)
     logger.setLevel(level)

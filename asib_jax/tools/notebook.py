@@ -1,9 +1,11 @@
 """A run in a few lines of Python: teachers, student and data in; a trained student and its table out."""
 
+import contextlib
 import copy
 import dataclasses
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from asib_jax.data.archives import NAMES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
 from asib_jax.recipe import read
-from asib_jax.record import experiment
+from asib_jax.record import console, experiment
 from asib_jax.weights import origins
 
 Network = str | Mapping[str, Any]  # a name, or keys of the configuration's group
@@ -68,7 +70,9 @@ def distil(
             _merge(values, {f"teacher{k}": ({"train_epochs": 0} if own.get("weights") else {}) | own})
     if data is not None:
         _merge(values, {"dataset": _dataset(data, pathlib.Path(values["results_dir"]))})
-    folder = train.start(values, config.replace(":", "_"), defaults)
+    with contextlib.redirect_stderr(sys.stderr), contextlib.ExitStack() as end:  # both are the caller's afterwards
+        end.callback(console.leave)
+        folder = train.start(values, config.replace(":", "_"), defaults)
     return Distilled(
         folder, (folder / "table.txt").read_text(encoding="utf-8"), experiment.read_json(folder / "metrics.json")
     )
