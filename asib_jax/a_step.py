@@ -132,7 +132,7 @@ def optimizer_of(recipe: Recipe):
 def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> dict[str, Any]:
     """Every scalar of the step that depends on the epoch, and its random streams."""
     warm = stage == 0 and epoch < recipe.synergy_only_epochs
-    gate = progress.gate(recipe.enable_kd_after_syn_acc) and progress.epochs["b"] > 0  # of a student that has learnt
+    gate = progress.gate(recipe.gate) and progress.epochs["b"] > 0  # of a student that has learnt
     beta = schedules.ib_beta(
         progress.ib_epochs,
         beta=recipe.ib_beta,

@@ -142,7 +142,7 @@ def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> d
     While the gate is shut the target is the teachers' average; certainty weights and feature KD act all the same
     (SPEC 5).
     """
-    gate = progress.gate(recipe.enable_kd_after_syn_acc)
+    gate = progress.gate(recipe.gate)
     mixing = epoch < recipe.teacher_adapt_kd_warmup
     ramp, ratio_on = schedules.kd_ramp(epoch, stage, recipe.kd_warmup_epochs)
     tau = schedules.temperature(

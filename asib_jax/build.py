@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asib_jax import models
-from asib_jax.data import sources, splits
+from asib_jax.data import sources, splits, statistics
 from asib_jax.data.parts import Data, Rows
 from asib_jax.engine import devices
 from asib_jax.engine.feed import Feed
@@ -18,7 +18,7 @@ from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_fusion, init_network
 from asib_jax.models.kd_model import KDModel
 from asib_jax.objectives import freezing, schedules
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, told_by_data
 from asib_jax.weights.reading import Imported, read_weights
 
 logger = logging.getLogger("asib_jax")
@@ -35,11 +35,12 @@ def make_feed(recipe: Recipe) -> Feed:
 
 
 class Inputs(NamedTuple):
-    """What a run is made of, before any variable."""
+    """What a run is made of, before any variable. recipe: with what the data tell."""
 
     feed: Feed
     data: Data
     nets: Networks
+    recipe: Recipe
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -61,6 +62,15 @@ def load_data(recipe: Recipe) -> Data:
     train, teacher_train = dataset.train.take(rows.train), dataset.train.take(rows.teacher_train)
     validation = own or dataset.train.take(rows.validation)
     return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
+
+
+def complete(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe with all that it leaves to the data."""
+    return told_by_data.complete(
+        recipe,
+        data.num_classes,
+        lambda: statistics.PUBLISHED.get(recipe.dataset.name) or statistics.of_images(data.teacher_train.image),
+    )
 
 
 def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0, class_names: Sequence[str] = ()) -> Rows:
@@ -143,9 +153,10 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
 
 
 def make_inputs(recipe: Recipe) -> Inputs:
-    """The recipe's devices, data and networks. Errors: those of the three functions above."""
+    """The recipe's devices, data and networks. Errors: those of the functions above."""
     feed, data = make_feed(recipe), load_data(recipe)
-    return Inputs(feed, data, build_networks(recipe, data.num_classes, feed.axis_name))
+    recipe = complete(recipe, data)
+    return Inputs(feed, data, build_networks(recipe, data.num_classes, feed.axis_name), recipe)
 
 
 def without_teachers(recipe: Recipe) -> Recipe:

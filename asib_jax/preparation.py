@@ -71,6 +71,7 @@ def prepare(recipe: Recipe) -> Inputs:
     Raises UserError for data, or given weights that are on this machine, that are damaged or do not fit.
     """
     inputs = build.make_inputs(recipe)
+    recipe = inputs.recipe
     checks.check_data(recipe, inputs.data.image_shape, inputs.data.num_classes)
     check_weights(recipe, inputs.nets, build.variable_shapes(recipe, inputs.nets, inputs.data.image_shape))
     return inputs

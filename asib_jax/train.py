@@ -22,7 +22,7 @@ from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe, checks
+from asib_jax.recipe import Recipe, checks, read_stored
 from asib_jax.record import console, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
@@ -88,6 +88,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Pat
     logger.info("reading the data, and given weights that are here")
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    plain["dataset"] = {**plain["dataset"], "name": recipe.dataset.name}  # whatever becomes of its path
     record = (
         Record.reopen(found, plain)
         if found
@@ -99,7 +100,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Pat
         logger.warning(warning)
     keep_compiled(recipe.compilation_cache)
     try:
-        recorded(recipe, inputs, record, last)
+        recorded(inputs.recipe, inputs, record, last)
     except Exception as error:
         if hosts.is_first():
             error.add_note(f"see {record.folder / 'log.txt'}")
@@ -203,9 +204,10 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
         }
     )  # some of the images
     reporting.describe(recipe, data, context.feed.devices)
+    reporting.describe_told(recipe, read_stored(record.config))
     for key, count in overlap.check(data).items():
         record.log(key, count)
-    if warning := recipe.uses_fusion and checks.check_gate(recipe.enable_kd_after_syn_acc, data.num_classes):
+    if warning := recipe.uses_fusion and checks.check_gate(recipe.gate, data.num_classes):
         logger.warning(warning)
     if (given := recipe.model.student.weights) and not recipe.teachers_only:
         path = origins.locate(given, "model.student.weights", recipe.model.student.weights_sha256)

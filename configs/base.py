@@ -13,7 +13,7 @@ from configs import profiles
 
 
 def get_config(profile: str = "") -> ConfigDict:
-    """The defaults under `profile` ("", "small" or "digits"), locked: an unknown key is an error."""
+    """The defaults under `profile` ("", "small", "digits" or "own"), locked: an unknown key is an error."""
     config = defaults()
     profiles.apply(config, profile)
     return config.lock()

@@ -9,6 +9,7 @@ def _full(config: ConfigDict) -> None:
     """CIFAR-100 at full scale: ImageNet's ConvNeXt-L and ResNet-152, fine-tuned once, teach a ResNet-101."""
     imagenet_teachers.use(config.teacher1, "convnext_l", config.dataset.name)
     imagenet_teachers.use(config.teacher2, "resnet152", config.dataset.name)
+    config.enable_kd_after_syn_acc = 0.05
 
 
 def _small(config: ConfigDict) -> None:
@@ -27,6 +28,7 @@ def _small(config: ConfigDict) -> None:
     config.teacher_adapt_epochs = 4
     config.synergy_only_epochs = 2
     config.ib_beta_warmup_epochs = 2
+    config.enable_kd_after_syn_acc = 0.05
     config.distill_out_dim = 128
     config.ib_mbm_out_dim = 128
     config.schedule.lr_warmup_epochs = 1
@@ -60,7 +62,30 @@ def _digits(config: ConfigDict) -> None:
     config.schedule.lr_warmup_epochs = 2
 
 
-PROFILES = {"": _full, "small": _small, "digits": _digits}
+def _own(config: ConfigDict) -> None:
+    """Images of one's own on a CPU, as `dataset.path` alone says: small teachers trained here, a smaller student."""
+    config.dataset.image_size = 32
+    config.dataset.batch_size = 32
+    config.dataset.val_fraction = 0.2
+    config.model.student.name = "resnet8_scratch"
+    config.teacher1.name = "resnet20"
+    config.teacher2.name = "resnet14"
+    for teacher in (config.teacher1, config.teacher2):
+        teacher.train_epochs = 30
+        teacher.warmup_epochs = 2
+    config.use_amp = False
+    config.train_control = True
+    config.student_epochs_per_stage = (20, 20)
+    config.teacher_adapt_epochs = 8
+    config.a_step_views, config.b_step_views = 8, 20
+    config.synergy_only_epochs = 4
+    config.ib_beta_warmup_epochs = 4
+    config.distill_out_dim = 64
+    config.ib_mbm_out_dim = 64
+    config.schedule.lr_warmup_epochs = 2
+
+
+PROFILES = {"": _full, "small": _small, "digits": _digits, "own": _own}
 
 
 def apply(config: ConfigDict, profile: str) -> None:

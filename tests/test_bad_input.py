@@ -519,7 +519,7 @@ SCRIPTS = [
     ("main", [DIGITS, "--config.dataset.pth=1"], "unknown key", "'pth'", 'Did you mean "path"'),
     ("main", [DIGITS, "--config.seed=x"], "--config.seed=x", "int"),
     ("main", ["--config=missing.py", "--config.seed=1"], "--config=missing.py", "No such file"),
-    ("main", ["--config=configs/l2_cccp.py:tiny"], "l2_cccp.py:tiny", "'tiny'", "['', 'digits', 'small']"),
+    ("main", ["--config=configs/l2_cccp.py:tiny"], "l2_cccp.py:tiny", "'tiny'", "['', 'digits', 'own', 'small']"),
     ("main", ["--config=FILES/wrong.py"], "NameError", "name 'digits' is not defined", "/wrong.py, line 2"),
     ("main", ["--config=FILES/none.py"], "none.py", "returned None"),
     ("main", ["--config=FILES/exits.py"], "exits.py: SystemExit: no data today", "/exits.py, line 2"),

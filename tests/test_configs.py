@@ -10,12 +10,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from asib_jax import recipe
-from asib_jax.recipe import checks, keys
+from asib_jax.recipe import checks, keys, told_by_data
 from asib_jax.weights import teacher_store
 from configs import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROFILES = ("", "small", "digits")
+PROFILES = ("", "small", "digits", "own")
 # Child: parent, and everything that differs; BASE is the value of base.py under the same profile.
 BASE = object()
 LADDER = {
@@ -59,14 +59,13 @@ COMMON = {
     "student_epochs_per_stage": (20, 20),
     "teacher_adapt_epochs": 12,
     "synergy_only_epochs": 6,
-    "enable_kd_after_syn_acc": 0.05,
     "use_amp": True,
     "amp_dtype": "bfloat16",
     "dataset.batch_size": 64,
     "teacher1.name": "convnext_l",
     "teacher2.name": "resnet152",
     "model.student.name": "resnet101_scratch",
-    "dataset.name": "cifar100",
+    "dataset.name": "",
 }
 OTHERS = {
     "tau": 4.0,
@@ -99,6 +98,8 @@ OTHERS = {
     "teacher2.saw_val": True,
     "teacher_adapt_alpha_kd": None,
     "teacher_lr": None,
+    "enable_kd_after_syn_acc": None,
+    "model.student.mean": (),
     "distill_hidden_dim": 0,
     "num_stages": 0,
     "exp_id": "",
@@ -156,9 +157,10 @@ def test_neighbours_of_the_ladder(profile):
     assert config_of("l2_cccp", profile).cccp_alpha == 0.25
 
 
+@pytest.mark.parametrize("profile", ["digits", "own"])
 @pytest.mark.parametrize("name", LADDER)
-def test_the_digits_profile_can_run(name):
-    checks.check(recipe.read(config_of(name, "digits")))
+def test_profiles_that_need_no_weights_can_run(name, profile):
+    checks.check(recipe.read(config_of(name, profile)))
 
 
 @pytest.mark.parametrize("name", LADDER)
@@ -200,18 +202,25 @@ def test_the_full_scale_ladder_takes_the_teachers_the_fine_tuning_configs_leave(
     assert teacher_store.find(alone, 0).folder != teacher_store.find(ladder, 1 - k).folder
 
 
-def test_digits_opens_the_gate_above_chance_for_ten_classes():
-    digits = recipe.read(config_of("l1_ib", "digits"))
-    assert digits.enable_kd_after_syn_acc == 0.3
-    assert checks.check_gate(digits.enable_kd_after_syn_acc, 10) is None
-    assert checks.check_gate(flat(base.get_config())["enable_kd_after_syn_acc"], 100) is None
+@pytest.mark.parametrize("profile, gate, classes", [("", 0.05, 100), ("small", 0.05, 100), ("digits", 0.3, 10)])
+def test_the_gate_opens_above_chance(profile, gate, classes):
+    read = recipe.read(config_of("l1_ib", profile))
+    assert read.gate == gate and checks.check_gate(gate, classes) is None
+
+
+def test_what_profiles_leave_to_the_data():
+    """At full scale how the student's images are normalised; of one's own images that of all networks, and the gate."""
+    student = ["model.student.mean", "model.student.std"]
+    networks = [f"{name}.{part}" for name in ("model.student", "teacher1", "teacher2") for part in ("mean", "std")]
+    left = {profile: told_by_data.empty(recipe.read(config_of("l2_cccp", profile))) for profile in PROFILES}
+    assert left == {"": student, "small": [], "digits": [], "own": [*networks, "enable_kd_after_syn_acc"]}
 
 
 def test_locked_and_unknown_profile():
     config = config_of("l4_full", "digits")
     with pytest.raises(AttributeError, match="kd_alfa"):
         config.kd_alfa = 0.5
-    with pytest.raises(ValueError, match=r"unknown profile 'digts'.*\['', 'digits', 'small'\]"):
+    with pytest.raises(ValueError, match=r"unknown profile 'digts'.*\['', 'digits', 'own', 'small'\]"):
         config_of("l4_full", "digts")
 
 

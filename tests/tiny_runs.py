@@ -24,6 +24,8 @@ SMALL = {
     "dataset.data_aug": 0,
     "dataset.val_fraction": 0.2,
     "model.student.name": "tiny_scratch",
+    "model.student.mean": (0.5071, 0.4865, 0.4409),
+    "model.student.std": (0.2673, 0.2564, 0.2762),
     "teacher1.name": "tiny_teacher",
     "teacher2.name": "tiny_teacher",
     **{f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("weights", ""), ("finetune_epochs", 0))},

@@ -27,6 +27,7 @@ OPTIONAL = ("x_val", "y_val", "class_names")
 
 _PYTHON_FILES = ("train", "test", "meta")  # of cifar-100-python, pickles written by Python 2
 _BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")  # of cifar-100-binary
+CIFAR_FILES = (_PYTHON_FILES, _BINARY_FILES)
 _CIFAR_FOLDERS = ("cifar-100-python", "cifar-100-binary")
 _CIFAR_BYTES = 256 << 20  # more than the published files and archives, unpacked: 187 MB
 _CIFAR_CLASSES, _CIFAR_NAME = 100, 100  # how many, and the longest name

@@ -31,7 +31,7 @@ def read(path: Path) -> archives.Found:
 
     Raises OSError for a file that cannot be opened, UserError where it is none of these.
     """
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return archives.read_npz(path, archives.NAMES, archives.OPTIONAL, mapped=True), str(path)
     return archives.read_cifar100(path), str(path)
 

@@ -15,7 +15,7 @@ from asib_jax import streams
 from asib_jax.data import archives, cifar100, folders
 from asib_jax.data.archives import Found
 from asib_jax.data.arrays import well_formed
-from asib_jax.data.paths import expanded
+from asib_jax.data.paths import existing, expanded
 from asib_jax.data.splits import stratified_rows
 from asib_jax.errors import UserError
 
@@ -87,8 +87,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A data set without its images: labels [N] of the training split, images of the test split, an image's shape;
-    validation: images of the data's own validation split; class_names: where they were read."""
+    """A data set by its sizes: labels [N] of the training split, images of the test split, an image's shape.
+
+    validation: images of the data's own validation split. class_names, train: its classes and training split, of data
+    that were read.
+    """
 
     labels: np.ndarray
     test: int
@@ -97,6 +100,7 @@ class Sizes:
     origin: str
     validation: int = 0
     class_names: tuple[str, ...] = ()
+    train: Split | None = None
 
 
 _PUBLISHED = {  # training images, test images, classes; all are 32x32x3
@@ -120,6 +124,7 @@ def sizes(name: str, *, path: str = "", data_dir: str = "", image_size: int = 0)
             data.origin,
             len(data.validation.label) if data.validation else 0,
             data.class_names,
+            data.train,
         )
     _existing(path)
     train, test, classes = _PUBLISHED[name]
@@ -152,12 +157,7 @@ def load(name: str, *, path: str = "", data_dir: str = "", image_size: int = 0) 
 
 
 def _existing(path: str) -> Path | None:
-    given = expanded(path, "dataset.path") if path else None
-    if given and not given.exists():
-        raise UserError(f"dataset.path = {path!r} does not exist")
-    if given and not (given.is_file() or given.is_dir()):
-        raise UserError(f"dataset.path = {path!r} is a pipe, socket or device; give a file or a folder")
-    return given
+    return existing(path, "dataset.path") if path else None
 
 
 def _digits(path: Path | None, folder: Path, image_size: int) -> Found:

@@ -31,13 +31,10 @@ def check(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -> None:
-    """UserError for a recipe that does not fit images [H, W, channels] of so many classes."""
+    """UserError for a complete recipe that does not fit images [H, W, channels] of so many classes."""
     if recipe.uses_fusion:
-        check_gate(recipe.enable_kd_after_syn_acc, num_classes)
-    networks: dict[str, StudentRecipe | TeacherRecipe] = {"model.student": recipe.model.student}
-    if recipe.uses_teachers:
-        networks |= {f"teacher{k}": teacher for k, teacher in enumerate(recipe.teachers, 1)}
-    for key, network in networks.items():
+        check_gate(recipe.gate, num_classes)
+    for key, network in recipe.networks.items():
         for name, values in (("mean", network.mean), ("std", network.std)):
             _require(
                 len(values) in (1, image_shape[-1]),
@@ -112,7 +109,8 @@ def _check_training(recipe: Recipe) -> None:
         )
     _require(
         recipe.dataset.name != "digits" or not recipe.dataset.path,
-        f"dataset.path={recipe.dataset.path!r}, but the digits come with scikit-learn; set dataset.name",
+        f"dataset.path={recipe.dataset.path!r}, but dataset.name='digits', which come with scikit-learn: take the "
+        "profile `:own` instead of `:digits`, or set dataset.name",
     )
     _require(
         not (recipe.mixup_alpha and recipe.cutmix_alpha_distill),
@@ -251,7 +249,11 @@ def _check_fusion(recipe: Recipe) -> None:
 def check_gate(threshold: float, num_classes: int) -> str | None:
     """UserError for a gate below chance (SPEC 4); a warning text for one below 1.5 times chance."""
     key = f"enable_kd_after_syn_acc={threshold:g}"
-    _require(threshold >= 1 / num_classes, f"{key} is below chance for {num_classes} classes (1/{num_classes})")
+    _require(
+        threshold >= 1 / num_classes,
+        f"{key} is below chance for {num_classes} classes (1/{num_classes}); a config that leaves it empty has "
+        f"{1 / math.sqrt(num_classes):.2g}",
+    )
     if threshold < 1.5 / num_classes:
         return f"{key} is less than 1.5 times chance ({1 / num_classes:g}): the gate will open almost at once"
     return None

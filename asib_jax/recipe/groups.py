@@ -8,12 +8,14 @@ from asib_jax.objectives.schedules import SCHEDULES
 from asib_jax.recipe.conditions import FINETUNED, FROM_SCRATCH, GIVEN, STUDENT, TRAINED_FIRST, TRAINED_IN_A
 from asib_jax.recipe.keys import When, key
 
-_MEAN, _STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100
-
 
 @dataclasses.dataclass(frozen=True)
 class DatasetRecipe:
-    name: str = key("cifar100", "where images come from", choices=tuple(SOURCES))
+    name: str = key(
+        "",
+        "where images come from; empty: what `dataset.path` holds, told by its files, or without a path cifar100",
+        choices=("", *SOURCES),
+    )
     path: str = key("", "a file or folder of one's own; empty: look in `data_dir`, else download", free=True)
     data_dir: str = key(
         "", "where tfds and downloads live; empty: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`", free=True
@@ -55,9 +57,12 @@ class StudentRecipe:
     weights: str = key("", "as `teacherK.weights`; empty: trained from scratch")
     weights_sha256: str = key("", "of that file, in hexadecimal: any other is refused; empty: not compared")
     mean: tuple[float, ...] = key(
-        _MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all channels"
+        (),
+        "mean of pixels in [0, 1] that the weights expect; one value serves all channels; empty: of the training "
+        "images without validation",
+        of_data=True,
     )
-    std: tuple[float, ...] = key(_STD, "standard deviation, likewise", above=0)
+    std: tuple[float, ...] = key((), "standard deviation, likewise", above=0, of_data=True)
     saw_val: bool = key(
         True, "as `teacherK.saw_val`", when=When("`weights`", lambda recipe: bool(recipe.model.student.weights))
     )
@@ -81,9 +86,12 @@ class TeacherRecipe:
     )
     weights_sha256: str = key("", "of that file, in hexadecimal: any other is refused; empty: not compared", when=GIVEN)
     mean: tuple[float, ...] = key(
-        _MEAN, "mean of pixels in [0, 1] that the weights expect; one value serves all channels"
+        (),
+        "mean of pixels in [0, 1] that the weights expect; one value serves all channels; empty: of the training "
+        "images without validation",
+        of_data=True,
     )
-    std: tuple[float, ...] = key(_STD, "standard deviation, likewise", above=0)
+    std: tuple[float, ...] = key((), "standard deviation, likewise", above=0, of_data=True)
     saw_val: bool = key(
         True,
         "the weights were fitted on our validation images too: the final table marks what that inflates",

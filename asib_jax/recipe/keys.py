@@ -44,7 +44,8 @@ class Key:
     """What is told of a key beside its name, type and default.
 
     at_least, above, at_most, below: the range of a number, or of each in a tuple. choices: the only values. lengths:
-    of a tuple. when: it acts; elsewhere it has no effect. free: a resumed run may have another value.
+    of a tuple. when: it acts; elsewhere it has no effect. free: a resumed run may have another value. of_data: where it
+    is empty the data tell it (`told_by_data.py`).
     """
 
     meaning: str
@@ -56,6 +57,7 @@ class Key:
     lengths: tuple[int, ...] = ()
     when: When = ALWAYS
     free: bool = False
+    of_data: bool = False
 
     def range(self) -> str:
         """In words, e.g. "at least 1", "positive" or "in [0, 1)"; "" where there is none."""

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from asib_jax.data import recognise
 from asib_jax.errors import UserError
 from asib_jax.recipe.groups import TeacherRecipe
 from asib_jax.recipe.keys import numbered
@@ -20,8 +21,11 @@ RETIRED = {"scale_lr_with_devices": False, "bank_memory_gb": None}
 def read(config: Mapping[str, Any]) -> Recipe:
     """The recipe `config` (a ConfigDict or a nested dict) describes.
 
+    An empty `dataset.name` becomes that of what lies at `dataset.path`.
+
     Raises:
-      UserError: a key is unknown (the nearest valid one is named), missing or of the wrong type.
+      UserError: a key is unknown (the nearest valid one is named), missing or of the wrong type; or, with an empty
+        `dataset.name`, nothing known lies at `dataset.path`.
     """
     return _read(config, complete=True)
 
@@ -44,7 +48,12 @@ def _read(config: Mapping[str, Any], *, complete: bool) -> Recipe:
     if names != [f"teacher{k + 1}" for k in range(len(names))]:
         raise UserError(f"teachers must be named teacher1, teacher2, ... without a gap; found {names}")
     groups = tuple(read_group(TeacherRecipe, config.pop(name), f"{name}.", complete=complete) for name in names)
-    return read_group(Recipe, {**config, "teachers": groups}, "", complete=complete)
+    recipe = read_group(Recipe, {**config, "teachers": groups}, "", complete=complete)
+    if recipe.dataset.name:
+        return recipe
+    return dataclasses.replace(
+        recipe, dataset=dataclasses.replace(recipe.dataset, name=recognise.source(recipe.dataset.path))
+    )
 
 
 def read_group(cls: Any, group: Mapping[str, Any], prefix: str, *, complete: bool) -> Any:

@@ -22,7 +22,7 @@ from asib_jax.recipe.conditions import (
     TEACHERS,
     TUNED,
 )
-from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, TeacherRecipe
+from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, StudentRecipe, TeacherRecipe
 from asib_jax.recipe.keys import When, key
 
 
@@ -165,8 +165,10 @@ class Recipe:
                         above=0, at_most=1, when=BOTTLENECK)
     synergy_only_epochs: int = key(6, "first A-epochs of the run, without bottleneck, certainty and student terms",
                                    at_least=0, when=FUSION)
-    enable_kd_after_syn_acc: float = key(0.05, "validation accuracy of the synergy ensemble from which it is "
-                                         "distilled; below chance it is an error", at_least=0, at_most=1, when=FUSION)
+    enable_kd_after_syn_acc: float | None = key(
+        None, "validation accuracy of the synergy ensemble from which it is distilled; below chance it is an error; "
+        "empty: 1 / sqrt(classes), e.g. 0.71 for 2, 0.32 for 10, 0.1 for 100", at_least=0, at_most=1, when=FUSION,
+        of_data=True)
     synergy_ce_alpha: float = key(0.6, "A-Step: weight of the synergy logits' cross entropy", at_least=0, when=FUSION)
     synergy_kd_alpha: float = key(1.0, "A-Step: pulls synergy towards the teachers' average, which keeps it soft; 0 is "
                                   "the original", at_least=0, when=FUSION)
@@ -201,6 +203,13 @@ class Recipe:
     # fmt: on
 
     @property
+    def gate(self) -> float:
+        """`enable_kd_after_syn_acc`, of a recipe that is complete: see `told_by_data.py`."""
+        if self.enable_kd_after_syn_acc is None:
+            raise ValueError("enable_kd_after_syn_acc is left to the data, which have not been asked")
+        return self.enable_kd_after_syn_acc
+
+    @property
     def distils_from_fusion(self) -> bool:
         """Whether there is a B-Step with a weight that asks for the fusion network."""
         asks = (self.kd_alpha > 0 and self.kd_target == "synergy") or self.feat_kd_alpha > 0
@@ -230,6 +239,12 @@ class Recipe:
     def uses_teachers(self) -> bool:
         """Whether anything the student learns from needs a teacher, or teachers are all there is to train."""
         return self.teachers_only or self.uses_fusion or self.reads_teachers_in_b
+
+    @property
+    def networks(self) -> dict[str, StudentRecipe | TeacherRecipe]:
+        """The networks of the run by the names of their groups of keys: "model.student", "teacher1", ..."""
+        teachers = self.teachers if self.uses_teachers else ()
+        return {"model.student": self.model.student, **{f"teacher{k}": own for k, own in enumerate(teachers, 1)}}
 
     @property
     def trains_control(self) -> bool:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_network
-from asib_jax.recipe import Recipe, TeacherRecipe, keys, read_stored
+from asib_jax.recipe import Recipe, TeacherRecipe, keys, read_stored, told_by_data
 from asib_jax.record.experiment import Record, read_json
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import read_weights
@@ -58,7 +58,8 @@ def changed_here(recipe: Recipe, teacher: TeacherRecipe) -> bool:
 
 
 def read_recipe(folder: pathlib.Path) -> Recipe:
-    """The recipe of the run in `folder`. UserError if there is none, or one of a version with other keys."""
+    """The recipe of the run in `folder`, with what its data told. UserError if there is none, or one of a version with
+    other keys."""
     path = folder / "config.json"
     config = read_json(path)
     try:
@@ -70,6 +71,8 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
         ) from error
     if absent := sorted(keys.flat(recipe).keys() - flatten_dict(config, sep=".").keys()):
         logger.warning("%s has no %s, which came later: their defaults are taken", path, ", ".join(absent))
+    if told_by_data.empty(recipe):  # a run that is not finished may have had no data yet
+        recipe = told_by_data.with_values(recipe, read_json(folder / "about.json").get("told_by_data", {}))
     return recipe
 
 

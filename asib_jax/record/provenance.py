@@ -16,7 +16,7 @@ from asib_jax.data.parts import Data
 from asib_jax.data.sources import images_digest
 from asib_jax.engine.compiled import PRECISION
 from asib_jax.errors import UserError
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, told_by_data
 from asib_jax.record.experiment import Record
 
 logger = logging.getLogger("asib_jax")
@@ -32,8 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """JSON-able values that, with the configuration, say what the run computes on which `devices`.
+    """JSON-able values that, with the configuration, say what the run of a complete recipe computes on which `devices`.
 
+    "told_by_data": the values of the keys that a configuration may leave empty, see `recipe/told_by_data.py`;
     "data_sha256": see `data_digests`; "revision" and "uncommitted_changes" are of the git repository that the package
     lies in, "" and None where there is none.
     """
@@ -42,6 +43,7 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
         "seed": recipe.seed,
         "data": data.origin,
         "data_sha256": data_digests(data),
+        "told_by_data": told_by_data.values_of(recipe),
         "revision": revision,
         "uncommitted_changes": changed,
         "versions": {**versions(), "numpy": np.__version__},

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from asib_jax.data.parts import Data
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, keys, told_by_data
 
 logger = logging.getLogger("asib_jax")
 
@@ -162,3 +162,29 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
     )
     levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
+
+
+def describe_told(recipe: Recipe, given: Recipe) -> None:
+    """Log what the data told the complete `recipe` of a run, and warn of given weights that may expect something else.
+
+    given: the recipe as it was given.
+    """
+    told, values = told_by_data.empty(given), keys.flat(recipe)
+    networks = recipe.networks
+    for part in ("mean", "std"):
+        names = [f"{key}.{part}" for key in networks if f"{key}.{part}" in told]
+        if names:
+            numbers = ", ".join(f"{value:.4f}" for value in values[names[0]])
+            logger.info("%s, not given: (%s) of the training images", ", ".join(names), numbers)
+    for key, network in networks.items():
+        unknown = [name for name in (f"{key}.mean", f"{key}.std") if name in told]
+        if network.weights and unknown:
+            logger.warning(
+                "%s.weights=%r: how they expect images to be normalised is not known, so it is done as the training "
+                "images are; if that is wrong set %s",
+                key,
+                network.weights,
+                " and ".join(unknown),
+            )
+    if recipe.uses_fusion and "enable_kd_after_syn_acc" in told:
+        logger.info("enable_kd_after_syn_acc, not given: %.3g", recipe.gate)

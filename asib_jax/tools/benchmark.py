@@ -189,6 +189,7 @@ def measure(
         raise UserError("teachers_only=True: there is no A- or B-Step to measure; set teachers_only=False")
     began = time.perf_counter()
     data = workloads.synthetic_data(recipe) if random else build.load_data(recipe)
+    recipe = build.complete(recipe, data)
     with tempfile.TemporaryDirectory() as folder, Reporter(folder, tensorboard=False, wandb="", config={}) as reporter:
         record = Record.create(folder, "benchmark", "", {"seed": recipe.seed})
         run, variables = workloads.start(recipe, data, record, reporter, random)

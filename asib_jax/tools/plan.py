@@ -13,15 +13,16 @@ import numpy as np
 from clu.parameter_overview import count_parameters
 
 from asib_jax import build, preparation, runner, train
-from asib_jax.data import sources
-from asib_jax.data.parts import Data
+from asib_jax.data import sources, statistics
+from asib_jax.data.parts import Data, Rows
+from asib_jax.data.statistics import Statistics
 from asib_jax.engine import views
 from asib_jax.engine.banks import View
 from asib_jax.engine.feed import tree_bytes
 from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import Networks, StudentOutputs, TeacherOutputs, Variables
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe, TeacherRecipe, checks
+from asib_jax.recipe import Recipe, TeacherRecipe, checks, told_by_data
 from asib_jax.tools import cost
 from asib_jax.weights import origins, teacher_store
 
@@ -66,8 +67,9 @@ def make(recipe: Recipe) -> Plan:
     options = recipe.dataset
     sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size)
     rows = build.divide(recipe, sizes.labels, sizes.validation, sizes.class_names)
+    recipe = told_by_data.complete(recipe, sizes.num_classes, functools.partial(_statistics, options.name, sizes, rows))
     images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
-    warning = checks.check_gate(recipe.enable_kd_after_syn_acc, sizes.num_classes) if recipe.uses_fusion else None
+    warning = checks.check_gate(recipe.gate, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
     checks.check_data(recipe, sizes.image_shape, sizes.num_classes)
     variables = build.variable_shapes(recipe, nets, sizes.image_shape)
@@ -93,6 +95,15 @@ def make(recipe: Recipe) -> Plan:
         stored.lines,
         warning,
     )
+
+
+def _statistics(name: str, sizes: sources.Sizes, rows: Rows) -> Statistics:
+    """As a run finds them; any where the images are not read and nothing is published: no size depends on them."""
+    if known := statistics.PUBLISHED.get(name):
+        return known
+    if sizes.train is None:
+        return Statistics((0.5,), (0.25,))
+    return statistics.of_images(sizes.train.take(rows.teacher_train).image)
 
 
 def networks(
