@@ -70,8 +70,8 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
             continue
         if options.epochs and snapshots.resumed and name not in train:
             raise UserError(
-                f"{name} is no longer in {place.folder}, where this run found or left it: put it back, or set "
-                "the results_dir that it is in"
+                f"{name} is no longer in {place.folder}, where this run found or left it: put it back, set the "
+                "results_dir that it is in, or begin a new run without resume, which trains it again"
             )
         found[name] = start
         if options.weights:

@@ -80,7 +80,7 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Pat
     """
     logger.setLevel(logging.DEBUG)
     recipe = preparation.checked(config)
-    found = resume.find(recipe)
+    found = resume.find(recipe, name)
     hosts.same_everywhere({"the run to go on with": str(found)})
     if found and read_about(found)["status"] == "finished":
         logger.info("%s has finished: there is nothing to go on with", found)
@@ -96,6 +96,8 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Pat
     )
     console.setup_logging(record.folder)
     last = last_whole(found) if found else None
+    if found and not last:
+        logger.warning("%s had come to no snapshot: it begins again, with the teachers that are kept", found)
     if warning := preparation.warning(recipe, defaults):
         logger.warning(warning)
     keep_compiled(recipe.compilation_cache)

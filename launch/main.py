@@ -26,12 +26,9 @@ def main() -> None:
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     if RESUME.value and not CONFIG.value.resume:
         CONFIG.value.resume = "latest"
+    does = dry_run.tell if DRY_RUN.value else train.start
     with JOINED():
-        if DRY_RUN.value:
-            dry_run.tell(CONFIG.value, read(base.get_config(profile)))
-        else:
-            name = "_".join(filter(None, (pathlib.Path(path).stem, profile)))
-            train.start(CONFIG.value, name, read(base.get_config(profile)))
+        does(CONFIG.value, "_".join(filter(None, (pathlib.Path(path).stem, profile))), read(base.get_config(profile)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Four simulated devices for every test; what one test has compiled no other compiles, nor the processes they start."""
 
+import logging
 import os
+import sys
 import tempfile
 
 PROGRAMS = tempfile.TemporaryDirectory()  # before jax, which reads its name
@@ -9,6 +11,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+
+from asib_jax.record import console
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -36,3 +40,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def logger_after_use(monkeypatch):
+    """The logger of a test that begins logging, as the next test finds it; and stderr."""
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    yield logging.getLogger("asib_jax")
+    console.leave()

@@ -19,11 +19,7 @@ from asib_jax.record.reporting import Reporter
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
 
 
-@pytest.fixture(autouse=True)
-def logger_after_use(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
-    yield logging.getLogger("asib_jax")
-    console.leave()
+pytestmark = pytest.mark.usefixtures("logger_after_use")
 
 
 def test_log_lines_carry_time_and_level_and_move_with_the_run(tmp_path, capsys, logger_after_use):

@@ -281,7 +281,8 @@ def test_a_run_of_an_earlier_version_may_lack_keys_and_have_others(copy):
 
     assert differences(bank_memory_gb=3.0, scale_lr_with_devices=False) == differences() == []
     assert differences(scale_lr_with_devices=True) == ["scale_lr_with_devices: True there, False here"]
-    assert "unknown key a_key_of_tomorrow" in differences(a_key_of_tomorrow=1)[0]
+    with pytest.raises(UserError, match="config.json cannot be read: unknown key a_key_of_tomorrow"):
+        differences(a_key_of_tomorrow=1)
 
 
 def test_the_last_whole_snapshot_is_used(copy, caplog):
@@ -386,20 +387,83 @@ def test_snapshots_come_by_time_too(tmp_path, monkeypatch):
 def test_the_newest_run_of_the_same_configuration_is_the_latest(interrupted, tmp_path, caplog):
     config, run = interrupted
     recipe = dataclasses.replace(recipes.read(config), resume="latest", results_dir=str(tmp_path))
-    assert resume.find(dataclasses.replace(recipe, resume="")) is None
-    assert resume.find(recipe) is None and "none of the 0 runs" in caplog.text
+    assert resume.find(dataclasses.replace(recipe, resume=""), "test") is None
+    assert resume.find(recipe, "test") is None and "none of the 0 runs" in caplog.text
     for name, changes in {"older": {}, "newest": {}, "other": {"seed": 7}}.items():
         Record.create(tmp_path, "test_0", name, {**config.to_dict(), **changes}).finish("interrupted", {})
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "about.json").write_text("")
-    assert resume.find(recipe) == tmp_path / "newest"
+    assert resume.find(recipe, "test") == tmp_path / "newest"
     assert "left out: " in caplog.text and "damaged/about.json is damaged" in caplog.text
-    assert resume.find(dataclasses.replace(recipe, seed=7)) == tmp_path / "other"
-    assert resume.find(dataclasses.replace(recipe, exp_id="older")) == tmp_path / "older"
-    assert resume.find(dataclasses.replace(recipe, seed=8)) is None and "none of the 3 runs" in caplog.text
+    assert resume.find(dataclasses.replace(recipe, seed=7), "test") == tmp_path / "other"
+    assert resume.find(dataclasses.replace(recipe, exp_id="older"), "test") == tmp_path / "older"
+    assert resume.find(dataclasses.replace(recipe, seed=8), "test") is None and "none of the 3 runs" in caplog.text
     with pytest.raises(UserError, match="(?s)older has another configuration:.*seed: 0 there, 8 here"):
-        resume.find(dataclasses.replace(recipe, seed=8, exp_id="older"))
-    assert resume.find(dataclasses.replace(recipe, exp_id="unknown")) is None
+        resume.find(dataclasses.replace(recipe, seed=8, exp_id="older"), "test")
+    assert resume.find(dataclasses.replace(recipe, exp_id="unknown"), "test") is None
+
+
+# What is done to a file of a run's folder, and what the message says of it.
+DAMAGED = {
+    "cut": lambda file: file.write_text(file.read_text()[:100]),
+    "emptied": lambda file: file.write_text(""),
+    "removed": lambda file: file.unlink(),
+    "a list": lambda file: file.write_text("[]"),
+    "no text": lambda file: file.write_bytes(bytes(range(128, 256))),
+    "without its keys": lambda file: file.write_text('{"seed": "0"}'),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("file", ["about.json", "config.json"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_run_is_not_buried_for_a_file_of_its_folder(file, damage, interrupted, tmp_path):
+    """The newest of its name, whatever lies beside it; the message names the file, and what to do. Once it has been
+    moved away, or a newer one begun, that one is gone on with."""
+    config, _ = interrupted
+    recipe = dataclasses.replace(recipes.read(config), resume="latest", results_dir=str(tmp_path))
+
+    def begin():
+        record = Record.create(tmp_path, "test_0", "", config.to_dict())
+        record.finish("interrupted", {})
+        return record.folder
+
+    older, newest = begin(), begin()
+    DAMAGED[damage](newest / file)
+    with pytest.raises(UserError, match=f"(?s){newest}.*{file}.*--config.resume=RUN; or move {newest} away") as caught:
+        resume.find(recipe, "test")
+    assert "put that file back" in str(caught.value)
+    assert resume.find(dataclasses.replace(recipe, resume=str(older)), "test") == older
+    newest.rename(tmp_path / ".away")
+    assert resume.find(recipe, "test") == older
+    (tmp_path / ".away").rename(newest)
+    assert begin() == resume.find(recipe, "test")
+
+
+def test_a_damaged_run_of_another_configuration_or_that_has_finished_is_left_out(interrupted, tmp_path, caplog):
+    config, _ = interrupted
+    recipe = dataclasses.replace(recipes.read(config), resume="latest", results_dir=str(tmp_path))
+    for name, status, changes, file in (
+        ("test_0", "interrupted", {"tau": 9.0}, "about.json"),
+        ("other_0", "interrupted", {}, "config.json"),
+        ("test_0", "finished", {}, "config.json"),
+    ):
+        record = Record.create(tmp_path, name, "", config.to_dict() | changes)
+        record.finish(status, {})
+        (record.folder / file).write_text("{")
+        assert resume.find(recipe, "test") is None
+        assert f"left out: {record.folder / file} is damaged" in caplog.text
+
+
+@pytest.mark.usefixtures("logger_after_use")
+def test_a_run_that_begins_again_for_want_of_a_snapshot_says_so(interrupted, tmp_path):
+    config, run = interrupted
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(snapshots.folder(tmp_path / "run"))
+    again = config.to_dict() | {"resume": str(tmp_path / "run"), "compilation_cache": ""}
+    train.start(again, "test", recipes.read(config))
+    assert f"{tmp_path / 'run'} had come to no snapshot: it begins again" in (tmp_path / "run" / "log.txt").read_text()
+    assert experiment.read_about(tmp_path / "run")["status"] == "finished"
 
 
 def test_a_run_that_has_finished_is_not_begun_again(tmp_path):
@@ -423,17 +487,17 @@ def test_what_does_not_matter_may_change_and_what_matters_is_told(interrupted):
         "checkpoint_minutes": 3.0,
         "dataset": dataclasses.replace(recipe.dataset, path="moved.npz", eval_batch_size=7),
     }
-    assert resume.find(dataclasses.replace(recipe, **free)) == run.resolve()
+    assert resume.find(dataclasses.replace(recipe, **free), "test") == run.resolve()
     teacher = dataclasses.replace(recipe.teachers[0], finetune_lr=0.5)
     with pytest.raises(UserError) as error:
-        resume.find(dataclasses.replace(recipe, tau=3.0, teachers=(teacher, *recipe.teachers[1:])))
+        resume.find(dataclasses.replace(recipe, tau=3.0, teachers=(teacher, *recipe.teachers[1:])), "test")
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
         "tau: 4.0 there, 3.0 here",
         "teacher1.finetune_lr: 0.0001 there, 0.5 here",
     ]
     for nowhere in (run.parent, run / "config.json", run / "absent"):
         with pytest.raises(UserError, match="is no run folder"):
-            resume.find(dataclasses.replace(recipe, resume=str(nowhere)))
+            resume.find(dataclasses.replace(recipe, resume=str(nowhere)), "test")
 
 
 def test_a_run_is_one_process_s(copy, tmp_path):
@@ -476,7 +540,7 @@ def test_a_teacher_that_was_moved_away_is_missed(data_file, tmp_path, monkeypatc
     (kept, _) = sorted((tmp_path / "teachers").iterdir())
     kept.rename(tmp_path / "moved")
     record, last = go_on(record)
-    with pytest.raises(UserError, match="is no longer in .*put it back"):
+    with pytest.raises(UserError, match="is no longer in .*put it back.* or begin a new run .* trains it again"):
         train.recorded(recipe, build.make_inputs(recipe), record, last)
 
 

@@ -22,10 +22,10 @@ GiB on each device, an estimate that XLA may undercut or exceed, without images 
   operation   the most that one operation of the forward passes, the teachers' too, reads and writes beside these"""
 
 
-def tell(config: Mapping[str, Any], defaults: Recipe) -> None:
-    """Print what the run of a configuration would do. defaults: of its profile. The errors of `plan.make`."""
+def tell(config: Mapping[str, Any], name: str, defaults: Recipe) -> None:
+    """Print what the run that `train.start` begins with the same arguments would do. The errors of `plan.make`."""
     recipe = preparation.checked(config)
-    found = resume.find(recipe)
+    found = resume.find(recipe, name)
     if hosts.is_first():
         goes_on = f"goes on with {found}" if found else ""
         print(
