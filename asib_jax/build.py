@@ -61,7 +61,7 @@ def load_data(recipe: Recipe) -> Data:
     rows = divide(recipe, dataset.train.label, len(own.label) if own else 0, dataset.class_names)
     train, teacher_train = dataset.train.take(rows.train), dataset.train.take(rows.teacher_train)
     validation = own or dataset.train.take(rows.validation)
-    return Data(train, teacher_train, validation, dataset.test, dataset.num_classes, dataset.origin)
+    return Data(train, teacher_train, validation, dataset.test, dataset.class_names, dataset.origin)
 
 
 def complete(recipe: Recipe, data: Data) -> Recipe:

@@ -1,9 +1,7 @@
 """A whole run: what its phases are, in order, and what comes of them (SPEC 7)."""
 
-import dataclasses
 import logging
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,23 +10,20 @@ import jax
 from asib_jax import a_step, b_step, build, preparation, runner, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
-from asib_jax.data.parts import Data
 from asib_jax.data.sources import Split
-from asib_jax.engine import devices, hosts
+from asib_jax.engine import hosts
 from asib_jax.engine.compiled import keep_compiled
-from asib_jax.engine.evaluate import Evaluator
-from asib_jax.engine.feed import Feed
 from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
+from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, checks, read_stored
-from asib_jax.record import console, finished, provenance, reporting, results, resume
+from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
 from asib_jax.record.remaining import Remaining
 from asib_jax.record.reporting import Reporter
-from asib_jax.record.results import Results
 from asib_jax.record.signals import Interrupted, Stop
 from asib_jax.record.snapshots import Snapshot, Snapshots, last_whole
 from asib_jax.weights import origins
@@ -188,6 +183,8 @@ def train(context: Context) -> dict[str, object]:
         write(context.record.folder / "table.txt", results.render(recipe, found, width=1000) + "\n")
     table = results.render(recipe, found, reporting.width())
     logger.info("\n%s\n\nrecord: %s (%.1f minutes)", table, context.record.folder, minutes)
+    if recipe.pictures and hosts.is_first():
+        drawings.draw(context.record.folder, context.record.metrics, context.data, found.logits)
     return {**found.summary, "minutes": minutes}
 
 
@@ -258,41 +255,3 @@ def _finished(variables: Variables, progress: Progress) -> Finished:
             }
     main = variables.only(variables.params.keys() - {"control"})
     return Finished(main, students, progress.distilled_steps)
-
-
-def evaluate_finished(
-    recipe: Recipe, nets: Networks, data: Data, feed: Feed, done: Finished, validation: Evaluator | None = None
-) -> Results:
-    """Count correct predictions of everything on validation and, the only time, on test.
-
-    validation: an evaluator that has read the teachers as they are now.
-    """
-    variables = devices.share(done.variables, feed.devices)
-    cache = "" if recipe.trains_teachers else recipe.teacher_cache
-    evaluators = [
-        validation or Evaluator(nets, data.validation, feed, "validation", cache),
-        Evaluator(nets, data.test, feed, "test", cache),
-    ]
-    for evaluator in evaluators:
-        if not evaluator.teacher_counts:
-            evaluator.read_teachers(variables)
-    return results.final_results(recipe, nets, dataclasses.replace(done, variables=variables), *evaluators)
-
-
-def evaluate_run(folder: pathlib.Path) -> str:
-    """The final table of the finished run in `folder`, computed anew from disk.
-
-    Raises UserError where the data are not those of the run, and the errors of `finished.load`.
-    """
-    recipe = finished.read_recipe(folder)
-    feed = Feed(tuple(devices.run_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
-    data = build.load_data(recipe)
-    theirs, ours = read_about(folder).get("data_sha256", {}), provenance.data_digests(data)
-    if changed := [split for split in ours if theirs.get(split) != ours[split]]:
-        raise UserError(
-            f"{data.origin} is not the data of the run in {folder}: about.json there has another SHA-256 "
-            f"of {', '.join(changed)}, or none; dataset.path in its config.json says where they were"
-        )
-    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
-    done = finished.load(folder, recipe, nets, data.image_shape)
-    return results.render(recipe, evaluate_finished(recipe, nets, data, feed, done), reporting.width(sys.stdout))

@@ -76,8 +76,12 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
         "student, last",
         "student, best",
     ]
-    again = launch("evaluate", f"--run={folder}")
+    drawn = {f"pictures/{name}.png" for name in ("curves", "confusion", "classes", "mistakes")}
+    for name in drawn:
+        (folder / name).unlink()  # FileNotFoundError for one that the run did not draw
+    again = launch("evaluate", f"--run={folder}", "--pictures")
     assert again.returncode == 0, again.stderr
+    assert {str(path.relative_to(folder)) for path in folder.glob("pictures/*")} == drawn
     assert table(again.stdout) == shown
 
 

@@ -9,7 +9,7 @@ from networks import make_split
 from tiny_runs import tiny_networks
 
 import asib_jax
-from asib_jax import train
+from asib_jax import evaluation
 from asib_jax.errors import UserError
 from asib_jax.record.finished import read_recipe
 
@@ -52,7 +52,7 @@ def test_teachers_student_and_arrays_in_a_run_out(tmp_path, arrays):
 
     with tiny_networks():
         run = distil(tau=3.0)
-        again = train.evaluate_run(run.folder)
+        again = evaluation.evaluate_run(run.folder)
         assert distil(tau=3.0, resume="latest") == run  # which has finished
     assert run.table == again + "\n" and "student, best" in run.table
     assert run.metrics["final/test_count"] == 23

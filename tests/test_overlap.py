@@ -38,7 +38,7 @@ TEST = split(0, (1, 0), (1, 1), (2, 2), (2, 0), (5, 1), (7, 0), (9, 1), (9, 2))
 
 
 def data(train=None, teacher_train=TEACHER_TRAIN, validation=VALIDATION, test=TEST):
-    return Data(teacher_train if train is None else train, teacher_train, validation, test, 3, "colours")
+    return Data(teacher_train if train is None else train, teacher_train, validation, test, tuple("abc"), "colours")
 
 
 def test_copies_are_counted_in_the_log_too(caplog):

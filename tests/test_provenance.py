@@ -27,7 +27,7 @@ def test_the_record_is_plain_and_true():
     config.seed = 3
     teacher_train, validation, test = make_split(20), make_split(10, seed=1), make_split(7, seed=2)
     rows = np.array([3, 1, 2])
-    data = Data(teacher_train.take(rows), teacher_train, validation, test, 5, "noise")
+    data = Data(teacher_train.take(rows), teacher_train, validation, test, tuple("abcde"), "noise")
     about = provenance.describe(recipe.read(config), data, devices.run_devices(2))
     assert json.loads(json.dumps(about)) == about
 

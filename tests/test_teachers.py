@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from networks import convolutions, make_feed, make_split
 
-from asib_jax import build, recipe as recipes, runner, teachers, train
+from asib_jax import build, evaluation, recipe as recipes, runner, teachers, train
 from asib_jax.context import Context
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.engine.progress import Progress
@@ -500,14 +500,14 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
             f"final/{split}_{what}" for split in ("test", "validation") for what in ("acc_teacher1", "count")
         }
         assert (exp_id == "first") == any("/epoch" in key for key in record.metrics)
-        tables.append(train.evaluate_run(record.folder))
+        tables.append(evaluation.evaluate_run(record.folder))
     assert tables[0] == tables[1] and "teacher1 (tiny)" in tables[0] and "distilled" not in tables[0]
     rows = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(rows) == 3 and "test_acc_teacher1" in rows[0] and "synergy" not in rows[0]
     arrays = dict(np.load(own))
     np.savez(own, **arrays | {"y_test": np.roll(arrays["y_test"], 1)})
     with pytest.raises(UserError, match="own.npz is not the data of the run in .*another SHA-256 of test, or none"):
-        train.evaluate_run(record.folder)
+        evaluation.evaluate_run(record.folder)
 
 
 def test_published_classes_in_another_order_need_fine_tuning(first, data_file, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from networks import convolutions, make_split
 from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, preparation, recipe as recipes, train
+from asib_jax import build, evaluation, preparation, recipe as recipes, train
 from asib_jax.data.statistics import Statistics
 from asib_jax.errors import UserError
 from asib_jax.models import MODELS
@@ -92,7 +92,7 @@ def test_the_log_tells_it_in_a_line_each(run):
 
 
 def test_the_run_is_evaluated_and_exported_from_disk(run, tmp_path):
-    table = train.evaluate_run(run.folder)
+    table = evaluation.evaluate_run(run.folder)
     assert table in (run.folder / "log.txt").read_text()
     _, about = export.export(run.folder, "best", "npz", tmp_path / "student.npz")
     wanted = expected(run.given)

@@ -9,7 +9,7 @@ import pytest
 from networks import make_feed
 from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, recipe as recipes, runner, train
+from asib_jax import build, evaluation, recipe as recipes, runner, train
 from asib_jax.context import Context
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import init_network
@@ -91,7 +91,7 @@ def test_a_control_that_fails_takes_nothing_along(run):
     assert finished.load_students(run.folder).keys() == {"last", "best"}
     folders = {path.name for path in (run.folder / "checkpoints").iterdir()}
     assert {"final", "stage1_last", "stage1_best", "snapshots"} <= folders and "control" not in folders
-    assert "student, last" in train.evaluate_run(run.folder)
+    assert "student, last" in evaluation.evaluate_run(run.folder)
     assert ",failed," in (run.folder.parent / "summary.csv").read_text()
 
 
@@ -99,12 +99,12 @@ def test_a_run_of_the_version_before_evaluates(run, caplog, monkeypatch):
     """Whose configuration has keys that are gone, and has not those that came later, which is told."""
     monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
     now = run.folder / "config.json"
-    whole, expected = now.read_text(), train.evaluate_run(run.folder)
+    whole, expected = now.read_text(), evaluation.evaluate_run(run.folder)
     then = json.loads(whole) | {"scale_lr_with_devices": True, "bank_memory_gb": 8.0}
     del then["dataset"]["eval_batch_size"]
     now.write_text(json.dumps(then))
     caplog.clear()
-    assert train.evaluate_run(run.folder) == expected
+    assert evaluation.evaluate_run(run.folder) == expected
     now.write_text(whole)
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         f"{now} has no dataset.eval_batch_size, which came later: their defaults are taken"

@@ -14,8 +14,12 @@ class Data(NamedTuple):
     teacher_train: Split
     validation: Split
     test: Split
-    num_classes: int
+    class_names: tuple[str, ...]
     origin: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, ...]:

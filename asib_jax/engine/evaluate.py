@@ -114,6 +114,12 @@ class Evaluator:
             )
         return totals | ({"average": self.teacher_counts["average"]} if nets.teachers else {})
 
+    def logits(self, variables: Variables) -> np.ndarray:
+        """What the student says of every image of the split, [N, C]."""
+        (outputs,) = self.bank.read("student", variables)
+        self.bank.forget("student")
+        return outputs.logit
+
     def accuracies(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, float]:
         """The same as shares of the split."""
         return {name: count / self.count for name, count in self(nets, variables, student).items()}

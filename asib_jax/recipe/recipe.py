@@ -55,6 +55,7 @@ class Recipe:
                          choices=("bfloat16", "float16", "float32"),
                          when=When("`use_amp`", lambda recipe: recipe.use_amp))
     tensorboard: bool = key(True, "curves in the run's folder", free=True)
+    pictures: bool = key(True, "a finished run's curves, confusions and mistakes as pictures in its folder", free=True)
     wandb: str = key("", "a Weights & Biases project; empty: off", free=True)
     compilation_cache: str = key("~/.cache/asib_jax/xla", "a folder that keeps compiled programs between runs; empty: "
                                  "off; where the environment has `JAX_COMPILATION_CACHE_DIR`, that counts", free=True)

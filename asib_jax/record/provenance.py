@@ -44,6 +44,8 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
         "data": data.origin,
         "data_sha256": data_digests(data),
         "told_by_data": told_by_data.values_of(recipe),
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
         "revision": revision,
         "uncommitted_changes": changed,
         "versions": {**versions(), "numpy": np.__version__},

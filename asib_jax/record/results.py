@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import numpy as np
+
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
 from asib_jax.record.finished import Finished
+from asib_jax.record.predictions import TOP, TOP_FROM, probabilities, top_correct
 from asib_jax.record.reporting import table
 
 _TITLES = {  # of the table's rows, in their order; the teachers come first
@@ -24,6 +27,7 @@ class Results:
     """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used.
 
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
+    logits: [N, C] of the best student on test; None of a run without one.
     Raises ValueError for a count that its split cannot have.
     """
 
@@ -31,6 +35,7 @@ class Results:
     sizes: dict[str, int]
     shares: dict[str, float]
     moving: dict[str, str]
+    logits: np.ndarray | None = None
 
     def __post_init__(self):
         wrong = [
@@ -58,7 +63,8 @@ class Results:
 
 
 def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluators: Evaluator) -> Results:
-    """Evaluate everything on each split. The synergy ensemble asks with the student that training ended with."""
+    """Evaluate everything on each split, the last of which is test. The synergy ensemble asks with the student that
+    training ended with."""
     counts, alone = {}, Networks(nets.student.clone(adapter_dim=0))  # a classifier needs neither adapter nor teachers
     for evaluator in evaluators:
         row = dict(evaluator.teacher_counts)
@@ -71,11 +77,19 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
             own = Variables({"student": student["params"]}, {"student": student["batch_stats"]})
             row[name] = evaluator(alone, own)["student"]
         counts[evaluator.name] = row
+    logits = _best_logits(finished, evaluators[-1]) if "best" in finished.students else None
+    if logits is not None and logits.shape[1] >= TOP_FROM:
+        counts["test"]["top5_best"] = int(top_correct(evaluators[-1].split.label, probabilities(logits)).sum())
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
-    return Results(
-        counts, {evaluator.name: evaluator.count for evaluator in evaluators}, shares, moving_parameters(recipe)
-    )
+    sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
+    return Results(counts, sizes, shares, moving_parameters(recipe), logits)
+
+
+def _best_logits(finished: Finished, evaluator: Evaluator) -> np.ndarray:
+    best = finished.students["best"]
+    params = {**finished.variables.params["student"], **best["params"]}  # with the adapter, if any, that logits skip
+    return evaluator.logits(Variables({"student": params}, {"student": best["batch_stats"]}))
 
 
 def moving_parameters(recipe: Recipe) -> dict[str, str]:
@@ -130,6 +144,8 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
             "distilled from: "
             + ", ".join(f"{name} {100 * share:.1f} % of B-steps" for name, share in results.shares.items())
         )
+    if "top5_best" in test:
+        lines.append(f"student, best: {100 * test['top5_best'] / count:.2f} % of test images among its top {TOP}")
     if "disagreement" in test:
         lines.append(f"teachers disagree on {100 * test['disagreement'] / count:.2f} % of test images")
     return "\n".join(lines)

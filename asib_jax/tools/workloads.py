@@ -61,7 +61,8 @@ def synthetic_data(recipe: Recipe) -> Data:
     test, own_validation = (np.arange(count) % sizes.num_classes for count in (sizes.test, sizes.validation))
     whole = split(np.concatenate([sizes.labels, own_validation]))
     train, teacher_train, validation = map(whole.take, build.divide(recipe, sizes.labels, sizes.validation))
-    return Data(train, teacher_train, validation, split(test), sizes.num_classes, "random images")
+    names = tuple(map(str, range(sizes.num_classes)))
+    return Data(train, teacher_train, validation, split(test), names, "random images")
 
 
 def start(recipe: Recipe, data: Data, record: Record, reporter: Reporter, random: bool) -> tuple[Context, Variables]:

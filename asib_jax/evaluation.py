@@ -1,0 +1,59 @@
+"""Of a run that has finished, every accuracy: in the process that trained it, and again from disk (SPEC 7)."""
+
+import dataclasses
+import pathlib
+import sys
+
+from asib_jax import build
+from asib_jax.data.parts import Data
+from asib_jax.engine import devices
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.engine.feed import Feed
+from asib_jax.errors import UserError
+from asib_jax.models.ensemble import Networks
+from asib_jax.recipe import Recipe
+from asib_jax.record import drawings, finished, provenance, reporting, results
+from asib_jax.record.experiment import read_about, read_json
+from asib_jax.record.finished import Finished
+from asib_jax.record.results import Results
+
+
+def evaluate_finished(
+    recipe: Recipe, nets: Networks, data: Data, feed: Feed, done: Finished, validation: Evaluator | None = None
+) -> Results:
+    """Count correct predictions of everything on validation and, the only time, on test.
+
+    validation: an evaluator that has read the teachers as they are now.
+    """
+    variables = devices.share(done.variables, feed.devices)
+    cache = "" if recipe.trains_teachers else recipe.teacher_cache
+    evaluators = [
+        validation or Evaluator(nets, data.validation, feed, "validation", cache),
+        Evaluator(nets, data.test, feed, "test", cache),
+    ]
+    for evaluator in evaluators:
+        if not evaluator.teacher_counts:
+            evaluator.read_teachers(variables)
+    return results.final_results(recipe, nets, dataclasses.replace(done, variables=variables), *evaluators)
+
+
+def evaluate_run(folder: pathlib.Path, draw: bool = False) -> str:
+    """The final table of the finished run in `folder`, computed anew from disk. draw: its pictures, too.
+
+    Raises UserError where the data are not those of the run, and the errors of `finished.load`.
+    """
+    recipe = finished.read_recipe(folder)
+    feed = Feed(tuple(devices.run_devices(1)), recipe.device_data_gb)  # whatever the run used: counts are the same
+    data = build.load_data(recipe)
+    theirs, ours = read_about(folder).get("data_sha256", {}), provenance.data_digests(data)
+    if changed := [split for split in ours if theirs.get(split) != ours[split]]:
+        raise UserError(
+            f"{data.origin} is not the data of the run in {folder}: about.json there has another SHA-256 "
+            f"of {', '.join(changed)}, or none; dataset.path in its config.json says where they were"
+        )
+    nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
+    done = finished.load(folder, recipe, nets, data.image_shape)
+    found = evaluate_finished(recipe, nets, data, feed, done)
+    if draw:
+        drawings.draw(folder, read_json(folder / "metrics.json"), data, found.logits)
+    return results.render(recipe, found, reporting.width(sys.stdout))
