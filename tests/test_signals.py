@@ -4,9 +4,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from signal import SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1
 
 import pytest
+
+from asib_jax.record.signals import Stop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -67,3 +70,16 @@ def test_a_console_that_is_gone_stops_no_snapshot():
     for gone in ("2>/dev/full", "2>&-"):
         done = raised(signal.SIGTERM, shell=f'exec "$@" {gone}')
         assert (done.stdout, done.returncode) == ("SIGTERM\n", 0)
+
+
+def test_in_another_thread_no_signal_is_heard_and_none_changed():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with Stop() as stop:
+            found.append((stop.asked, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [("", before)] and signal.getsignal(signal.SIGTERM) == before

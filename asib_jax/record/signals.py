@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 _INSIST = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -15,16 +17,20 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Listens to these signals within its context, in the main thread. asked: the name of the first that came, or "".
+    """Listens to these signals within its context. asked: the name of the first that came, or "".
 
-    Where SIGHUP is ignored, as under nohup, it stays so.
+    Where SIGHUP is ignored, as under nohup, it stays so. Beside the main thread no signal can be heard, and none is
+    changed.
     """
 
     def __init__(self):
         self.asked = ""
         self._insisted = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
         self._before = {number: signal.signal(number, self._on) for number in {*_INSIST, *_ASK} - ignored}
         return self
