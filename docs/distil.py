@@ -22,5 +22,4 @@ run = asib_jax.distil(
     teachers=["resnet14", {"name": "resnet8", "train_epochs": 12}],
     tau_schedule=(4.0,) * 2,
 )
-print(run.table)
-print(run.folder, run.metrics["final/test_acc_best"])
+print(f"test accuracy of the best student: {run.metrics['final/test_acc_best']:.4f}; all of it is in {run.folder}")

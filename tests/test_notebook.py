@@ -79,6 +79,7 @@ def test_teachers_student_and_arrays_in_a_run_out(tmp_path, arrays):
         ({"teachers": []}, "0 teachers configured"),
         ({"teachers": [{"name": "resnet8", "weights": "none.npz"}] * 2}, "teacher1.weights='none.npz'"),
         ({"data": {"x_train": np.zeros(3)}}, "has no y_train, x_test, y_test"),
+        ({"data": "nowhere"}, "dataset.path = 'nowhere' does not exist"),
     ],
 )
 def test_what_is_wrong_is_told_before_a_run_has_a_folder(changes, message, tmp_path):

@@ -43,7 +43,7 @@ def distil(
 ) -> Distilled:
     """Train as `python launch/main.py --config=configs/CONFIG` does, and wait for the end.
 
-        run = asib_jax.distil(data="pictures/", student="resnet8", teachers=["resnet20", "resnet14"], tau=3.0)
+        run = asib_jax.distil(data="pictures/", student="resnet8", teachers=["resnet20", "resnet14"], kd_alpha=0.5)
         print(run.table)
 
     config: a shipped configuration with its profile, whose keys count where nothing else is said. data: a folder or
