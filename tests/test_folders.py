@@ -7,10 +7,13 @@ import socket
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import read_recipe
 
-from asib_jax.data import folders
+from asib_jax import build
+from asib_jax.data import folders, overlap, sources
 from asib_jax.data.sources import load
 from asib_jax.errors import UserError
+from asib_jax.record import provenance
 
 
 def write_picture(path, level, size=(6, 4), mode="RGB"):
@@ -41,7 +44,7 @@ def told(caplog, monkeypatch):
 
 
 def levels(split):
-    return split.image[:, 0, 0, 0].tolist()
+    return split.image[:][:, 0, 0, 0].tolist()
 
 
 def test_folder_of_pictures(tmp_path):
@@ -149,11 +152,11 @@ def test_what_is_left_out_is_counted(divided, told):
     (line,) = told()
     start, _, listed = line.partition(": left out: ")
     assert start == str(divided) and set(listed.split(", ")) == {
-        "1 folders beside train and test (extra)",
-        f"1 files beside the classes in {divided / 'train'}",
-        "1 files called without a suffix",
-        "1 files called .csv",
-        "2 files called .txt",
+        "folders beside train and test: extra (1)",
+        f"files beside the classes in {divided / 'train'} (1)",
+        "files without a suffix (1)",
+        "files called .csv (1)",
+        "files called .txt (2)",
     }
 
 
@@ -259,3 +262,23 @@ def test_pictures_stay_in_the_order_of_their_names(tmp_path):
     write_classes(tmp_path / "train", ant=[255])
     ordered = sorted(range(len(names)), key=lambda k: f"{names[k]}.png")
     assert levels(load("folder", path=str(tmp_path)).train) == [255, *ordered]
+
+
+def test_what_a_run_makes_of_a_folder(divided, told, monkeypatch):
+    """Its validation split is the run's whatever the seed and the share, and its index is nobody else's."""
+    monkeypatch.setattr(build.logger, "propagate", True)
+    write_classes(divided / "val", cat=[105], ant=[5, 6])
+    changes = {"dataset.name": "folder", "dataset.batch_size": 2, "dataset.image_size": 3}
+    for seed in (0, 1):
+        recipe = read_recipe("l1_ib", str(divided), **changes, seed=seed)
+        data = build.load_data(recipe)
+        assert levels(data.teacher_train) == [1, 2, 101, 102] == levels(data.train) and data.image_shape == (3, 3, 3)
+        assert levels(data.validation) == [5, 6, 105] and levels(data.test) == [3, 103, 104]
+        assert overlap.check(data)["duplicates/test_in_train"] == 0
+    assert any("own, 3 images: dataset.val_fraction=0.2 has no effect" in line for line in told())
+    plan_of = sources.sizes("folder", path=str(divided), image_size=3)
+    rows = build.divide(recipe, plan_of.labels, plan_of.validation)
+    assert [len(part) for part in rows] == [4, 4, 3] and plan_of.image_shape == (3, 3, 3)
+    other = build.load_data(read_recipe("l1_ib", str(divided), **changes | {"dataset.image_size": 4}))
+    digests = [provenance.data_digests(parts) for parts in (data, other)]
+    assert all(digests[0][split] != digests[1][split] for split in digests[0])

@@ -96,7 +96,7 @@ def contents() -> dict[str, bytes]:
     files["plain.tar"] = tar(python_files(python2_pickle), "w:")
     files["packed.tar.gz"] = tar(python_files(python2_pickle), "w:gz")
     files["binary.tar"] = tar(binary_version(), "w:", "cifar-100-binary")
-    return files | {f"picture.{kind}": picture(kind) for kind in ("png", "jpg")}
+    return files | {f"picture.{kind}": picture(kind) for kind in FORMATS}
 
 
 def python_files(dumps) -> dict[str, bytes]:
@@ -115,11 +115,19 @@ def tar(files: dict[str, bytes], mode: str, folder: str = "cifar-100-python") ->
     return out.getvalue()
 
 
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "ppm": "PPM"}
+
+
 def picture(kind: str) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(out, {"jpg": "JPEG", "png": "PNG"}[kind])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    levels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(levels).save(
+        out, FORMATS[kind], **({"exif": exif} if kind in ("jpg", "png", "webp", "tif") else {})
+    )
     return out.getvalue()
 
 
@@ -227,15 +235,16 @@ def test_cifar100_folders(folder, drawn):
     return checked(only_user_errors(sources.load, "cifar100", path=str(folder / kind)))
 
 
-@fuzz(200, drawn=damaged("picture.png", "picture.jpg"))
-def test_pictures(folder, drawn):
+@fuzz(400, drawn=damaged(*(f"picture.{kind}" for kind in FORMATS)), image_size=st.sampled_from([0, 3]))
+def test_pictures(folder, drawn, image_size):
     name, content = drawn
     for split in ("train", "test"):
-        place = folder / name / split / "cat"
-        place.mkdir(parents=True, exist_ok=True)
+        for label in ("cat", "dog"):
+            place = folder / name / split / label
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"whole{name}").write_bytes(contents()[name])
         (place / name).write_bytes(content)
-        (place / f"whole{name}").write_bytes(contents()[name])
-    return checked(only_user_errors(sources.load, "folder", path=str(folder / name)))
+    return checked(only_user_errors(sources.load, "folder", path=str(folder / name), image_size=image_size))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from asib_jax.data import pictures
 from asib_jax.data.pictures import read_pictures
 from asib_jax.errors import UserError
 
@@ -148,6 +149,21 @@ def test_orientation(tmp_path, orientation, file):
     image, notes = read(saved(tmp_path / file, COLOUR, exif=exif, **options))
     np.testing.assert_array_equal(image, ORIENTED[orientation](plain))
     assert notes == ([TURNED] if orientation > 1 else [])
+
+
+def test_damaged_exif_is_told(tmp_path, recwarn, caplog, monkeypatch):
+    """The picture itself is whole, and the entry that is there counts."""
+    monkeypatch.setattr(pictures.logger, "propagate", True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path / "a.jpg", COLOUR, exif=exif)
+    start = path.read_bytes().index(b"MM\0*")
+    broken = b"MM\0*\0\0\0\x08\0\x09"  # that there are nine entries, of one
+    path.write_bytes(path.read_bytes()[:start] + broken + path.read_bytes()[start + len(broken) :])
+    assert read(path)[0].shape == (7, 5, 3)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("reading pictures, Pillow warned ") and "first: Corrupt EXIF data." in line
+    assert not recwarn.list
 
 
 def test_turned_pictures_have_their_turned_size(tmp_path):

@@ -552,20 +552,33 @@ def data_bombs(folder):
         "a picture's size": png(60_000, 60_000),
         "a size below Pillow's bound": png(9000, 9000),
         "zeros in a picture": png(8000, 8000, bytes(8001 * 8000)),
+        "a wide WebP": picture("WEBP", (16383, 16383), lossless=True, method=0),
+        "a wide GIF": picture("GIF", (8000, 8000)),
+        "a wide TIFF": picture("TIFF", (8000, 8000), compression="tiff_adobe_deflate"),
     }.items():
         for split in ("train", "test"):
             target = folder / name / split / "cat"
             target.mkdir(parents=True)
             for k in range(9):
                 (target / f"{k}.png").write_bytes(content)
-        files["folder", name] = folder / name
+        files["folder", name] = files["resized", name] = folder / name
     return files
+
+
+def picture(kind, size, **options):
+    """One level throughout."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", size).save(file, kind, **options)
+    return file.getvalue()
 
 
 READERS = {
     "weights": origins.load,
     "cifar100": archives.read_cifar100,
     **{name: lambda path, name=name: sources.load(name, path=str(path)) for name in ("npz", "folder")},
+    "resized": lambda path: sources.load("folder", path=str(path), image_size=8),
 }
 
 

@@ -140,6 +140,8 @@ def test_a_second_run_takes_them_up_and_says_so(first, data_file, caplog, monkey
         ({"use_amp": True}, {"teacher1", "teacher2"}),
         ({"teacher1.std": (0.5,)}, {"teacher1"}),
         ({"dataset.small_input": False}, {"teacher1", "teacher2"}),
+        ({"dataset.image_size": 16}, {"teacher1", "teacher2"}),
+        ({"dataset.image_size": 0}, set()),
         ({"schedule.min_lr": 1e-6}, {"teacher1", "teacher2"}),
         # what has no effect makes no other teacher
         ({"schedule.milestones": (3,), "teacher1.finetune_lr": 1.0, "teacher2.finetune_cutmix_alpha": 0.5}, set()),

@@ -51,7 +51,7 @@ def read_folder(source: Path, image_size: int = 0) -> Found:
 def _tell(source: Path, total: int, done: Counter[str], left_out: Counter[str]) -> None:
     told = [f"of {total} pictures " + ", ".join(f"{count} {what}" for what, count in done.items())] if done else []
     if left_out:
-        told.append("left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
+        told.append("left out: " + ", ".join(f"{what} ({count})" for what, count in left_out.items()))
     if told:
         logger.info("%s: %s", source, "; ".join(told))
 
@@ -69,7 +69,7 @@ def _divided(source: Path, left_out: Counter[str]) -> dict[str, Classes]:
         raise UserError(f"{source} holds {' and '.join(there['val'])}: which is the validation split?")
     used = {split: names[0] for split, names in there.items() if names}
     if others := [name for name in folders if name not in used.values()]:
-        left_out[f"folders beside {' and '.join(used.values())} ({', '.join(others[:5])})"] += len(others)
+        left_out[f"folders beside {' and '.join(used.values())}: {', '.join(others[:5])}"] += len(others)
     splits = {split: _classes(source / name, left_out) for split, name in used.items()}
     for split, classes in splits.items():
         folder = source / used[split]
@@ -152,7 +152,7 @@ def _files(folder: Path, left_out: Counter[str]) -> list[Path]:
         folders[:] = sorted(filter(_visible, folders))
         for file in (Path(root, name) for name in sorted(filter(_visible, files))):
             if file.suffix.lower() not in SUFFIXES:
-                left_out[f"files called {file.suffix.lower() or 'without a suffix'}"] += 1
+                left_out[f"files called {file.suffix.lower()}" if file.suffix else "files without a suffix"] += 1
                 continue
             try:
                 mode = file.stat().st_mode

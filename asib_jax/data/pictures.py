@@ -1,5 +1,6 @@
 """Pictures as arrays: every file that Pillow reads without the help of other programs becomes uint8 RGB."""
 
+import logging
 import math
 import os
 import warnings
@@ -17,6 +18,8 @@ from asib_jax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # by contents; some others Pillow gives to programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+logger = logging.getLogger("asib_jax")
+
 _ORIENTATION = 0x0112  # in EXIF
 _PICTURE_BYTES = 64 << 20  # of one picture, unpacked, however small its file
 _AT_ONCE = 4096  # pictures that wait for a thread
@@ -34,7 +37,9 @@ def read_pictures(files: Sequence[Path], image_size: int = 0) -> tuple[np.ndarra
     Raises UserError naming one that cannot be read, has another size, or states one that only an attack has.
     """
     Image.init()  # all formats, by one thread
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)  # of damaged EXIF and the like
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with _opened(files[0]) as picture:
             size = picture.size
             if not image_size:
@@ -66,6 +71,8 @@ def read_pictures(files: Sequence[Path], image_size: int = 0) -> tuple[np.ndarra
             for start in range(0, len(files), _AT_ONCE):
                 for notes in threads.map(read, range(start, min(start + _AT_ONCE, len(files)))):
                     done.update(notes)
+    if heard:
+        logger.warning("reading pictures, Pillow warned %d times, first: %.200s", len(heard), heard[0].message)
     return images, done
 
 
