@@ -1,4 +1,4 @@
-"""Write a finished run's student under PyTorch's names: python launch/export.py --run=results/latest"""
+"""Write a finished run's student under PyTorch's names: python launch/export.py results/latest"""
 
 import pathlib
 import sys

@@ -39,6 +39,7 @@ def launch(script: str | pathlib.Path, *arguments: str, console: TextIO | None =
         mock.patch.object(sys, "path", [*sys.path]),
     ):
         flags.FLAGS.unparse_flags()
+        sys.modules.pop("config_config", None)  # the file of configuration of the script before
         try:
             runpy.run_path(command[0], run_name="__main__")
         except SystemExit as end:

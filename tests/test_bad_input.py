@@ -527,8 +527,22 @@ SCRIPTS = [
     ("main", [DIGITS, "--config.dataset=npz"], "dataset is a group of keys; set dataset.name"),
     ("main", [DIGITS, "--config.teacher1=resnet20"], "teacher1 is a group of keys; set teacher1.name"),
     ("main", [DIGITS, "--config.teacher3.name=resnet20"], "'teacher3'; teachers are added in a config file"),
-    ("main", [DIGITS, "seed=1"], "['seed=1']", "--config.KEY=VALUE"),
-    ("main", [], "--config"),
+    ("main", ["--config=FILES/without.py"], "without.py: it has no get_config(profile)"),
+    ("main", ["FILES/without.py"], "without.py: it has no get_config(profile)"),
+    ("main", ["--config=FILES/three.py"], "three.py: its get_config returned a value of type int"),
+    ("main", ["--config=FILES/profile.py:digits"], "profile.py:digits: get_config() takes 0", "get_config(profile)"),
+    ("main", ["--config=FILES/results"], "results: [Errno 21] Is a directory"),
+    ("main", [DIGITS, "seed=1"], "['seed=1']: --config is given already", "--config.KEY=VALUE"),
+    ("main", [], "--config is missing", "configs/l2_cccp.py:digits"),
+    ("main", ["configs/l2_cccp.py:digits", DIGITS], "['configs/l2_cccp.py:digits']: --config is given already"),
+    ("main", ["--dry_run", "configs/l2_cccp.py:digits", "--config.tau=0.0"], "tau=0.0"),
+    ("main", ["--config.kd_target", "mean", "l2_cccp:digits"], "kd_target='mean'"),
+    ("evaluate", [], "--run is missing", "results/latest"),
+    ("evaluate", ["FILES/results/nothing"], "results/nothing is no run folder"),
+    ("evaluate", ["FILES/results/nothing", "other"], "['other']: --run is given already"),
+    ("export", ["--student", "last", "FILES/results/nothing"], "results/nothing is no run folder"),
+    ("benchmark", ["--synthetic", "l2_cccp:digits", "--config.kd_target=mean"], "kd_target='mean'"),
+    ("check_devices", ["gpu"], "unexpected arguments ['gpu']; flags are written"),
     ("main", [DIGITS, "--config.dataset.name=npz", "--config.dataset.path=FILES/label_above.npz"], "y_test", "0..9"),
     ("main", [DIGITS, "--config.exp_id=earlier", "--dry_run"], "exp_id='earlier'", "exists"),
     ("main", [DIGITS, "--coordinator=there", "--processes=2"], "--coordinator=there", "HOST:PORT"),
@@ -552,6 +566,9 @@ def errors(told: subprocess.CompletedProcess) -> list[str]:
 def test_a_script_says_so_once(script, arguments, words, files):
     (files / "wrong.py").write_text("def get_config(profile=''):\n    return digits\n")
     (files / "none.py").write_text("def get_config(profile=''):\n    pass\n")
+    (files / "without.py").write_text("seed = 1\n")
+    (files / "three.py").write_text("def get_config(profile=''):\n    return 3\n")
+    (files / "profile.py").write_text("def get_config():\n    return 3\n")
     (files / "exits.py").write_text("import sys\nsys.exit('no data today')\n")
     given = [argument.replace("FILES", str(files)) for argument in arguments]
     if script == "main" and DIGITS in given:

@@ -5,6 +5,7 @@ broke down; 75: a run that was stopped by a signal and can go on; 130: stopped b
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from asib_jax.errors import UserError
 from asib_jax.record import console
 from asib_jax.record.signals import EXIT_INTERRUPTED, Interrupted
 from asib_jax.tools import usage
+
+_ALONE = {"config": "configs/l2_cccp.py:digits", "run": "results/latest"}  # flags that need no name, and examples
 
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an error came up.")
 
@@ -86,6 +89,7 @@ def host_flags() -> Callable[[], contextlib.AbstractContextManager]:
 def _parse(argv: list[str]) -> list[str]:
     """UserError for whatever the command line, or a file of configuration, does wrong."""
     usage.answer(argv)
+    argv = _named(argv)
     argv = [f"--config={shipped.path(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
     try:
         others = flags.FLAGS(argv)[1:]
@@ -96,7 +100,26 @@ def _parse(argv: list[str]) -> list[str]:
             raise
         raise UserError(_explained(error, argv)) from error
     if others:
-        raise UserError(f"unexpected arguments {others}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE")
+        already = "".join(f": --{name} is given already" for name in _ALONE if name in flags.FLAGS)
+        raise UserError(
+            f"unexpected arguments {others}{already}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE"
+        )
+    return argv
+
+
+def _named(argv: list[str]) -> list[str]:
+    """The same with the first argument that is no flag, nor the value of one, as that of --config or --run."""
+
+    def takes_next(argument: str) -> bool:
+        name = argument.lstrip("-")
+        known = [flags.FLAGS[flag].boolean for flag in (name, name.removeprefix("no")) if flag in flags.FLAGS]
+        return argument.startswith("-") and "=" not in argument and not any(known)
+
+    for name in _ALONE:
+        if name in flags.FLAGS and not any(re.match(f"--?{name}(=|$)", argument) for argument in argv):
+            for place, (before, argument) in enumerate(itertools.pairwise(argv), 1):
+                if not argument.startswith("-") and not takes_next(before):
+                    return [argv[0], f"--{name}={argument}", *argv[1:place], *argv[place + 1 :]]
     return argv
 
 
@@ -123,9 +146,17 @@ def _explained(error: BaseException, argv: list[str]) -> str:
         return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
     if file != "--config=" and _line(error).startswith("flag --config=None:"):
         return f"{file}: its get_config returned None; it has to return the config"
+    if missing := re.match(r"flag --(config|run)=None:", _line(error)):
+        return f"--{missing[1]} is missing: name a {missing[1]}, as {_ALONE[missing[1]]}"
+    if other := re.match(r"'(\w+)' object has no attribute 'items'", _line(error)):
+        return f"{file}: its get_config returned a value of type {other[1]}; it has to return the config"
     for one in chain:
         if place := _in_config(one):
             return f"{file}: {type(one).__name__}: {_line(getattr(one, 'msg', one))} ({place})"
+    if "has no attribute 'get_config'" in _line(error):
+        return f"{file}: it has no get_config(profile), which has to return the config, as those in configs/ have"
+    if "Error whilst parsing config file" in _line(error):
+        return f"{file}: {_line(chain[-1])}; the config is what get_config(profile) returns"
     for one in chain:
         if isinstance(one, KeyError):  # its text names the nearest key, where one is near
             if teacher := re.match(r"'(teacher\d+)'", _line(one)):
@@ -135,7 +166,7 @@ def _explained(error: BaseException, argv: list[str]) -> str:
                 )
             return f"unknown key in {file}: {_line(one)}"
     if isinstance(error, OSError):
-        return f"{file}: {str(error).splitlines()[-1].strip()}"
+        return f"{file}: {_line(str(error).splitlines()[-1])}"
     return f"{file}: {_line(error)}" if isinstance(error, AttributeError) else _line(error)
 
 
@@ -154,4 +185,7 @@ def _line(message: object) -> str:
     """On one line. ml_collections wraps KeyErrors, whose text is a quotation, and lists a whole configuration."""
     while isinstance(message, KeyError | AttributeError):
         message = message.args[0]
-    return re.sub(r'Other fields present: "{.*}" ', "", " ".join(str(message).split()))
+    line = " ".join(str(message).split()).removeprefix(
+        "Configuration is not available because of an earlier failure to load: "
+    )
+    return re.sub(r'Other fields present: "{.*}" ', "", line)
