@@ -18,13 +18,13 @@ def test_time_left_is_of_what_has_been_measured_and_says_where_something_has_not
     clock = Clock()
     remaining = Remaining(PARTS, clock)
     assert remaining.begin(PARTS[0]) == "phase 1 of 3"
-    assert remaining.text() == "8 epochs left, over 0 s"
+    assert remaining.text() == "8 epochs left"
     clock.now = 100.0
     remaining.epoch("teacher1")
     assert remaining.text() == "7 epochs left"  # no bound: those of the student are unknown, this one was compiled
     clock.now = 140.0
     remaining.epoch("teacher1")
-    assert remaining.text() == "6 epochs left, over 0 s"
+    assert remaining.text() == "6 epochs left"
     assert remaining.begin(PARTS[1]) == "phase 2 of 3"
     clock.now = 190.0
     remaining.epoch("stage1/b")  # its first, with compilation
@@ -61,3 +61,13 @@ def test_a_phase_that_ended_early_leaves_nothing_and_one_that_goes_on_the_rest()
 )  # fmt: skip
 def test_durations_have_two_figures_at_most(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_is_known_bounds_the_whole_from_below():
+    clock = Clock()
+    remaining = Remaining([Part("stage1/a", "a", 3), Part("stage1/b", "b", 2)], clock)
+    remaining.begin(Part("stage1/a", "a", 3))
+    for now in (50.0, 60.0):
+        clock.now = now
+        remaining.epoch("stage1/a")
+    assert remaining.text() == "3 epochs left, over 10 s"

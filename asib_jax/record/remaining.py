@@ -48,7 +48,7 @@ class Remaining:
 
     def text(self) -> str:
         """E.g. "24 epochs left, about 40 s"; "over" where some kind of phase has not been measured yet, "at most" where
-        one only with what was compiled, and no time where both."""
+        one only with what was compiled, and no time where there is no bound."""
         left: collections.Counter[str] = collections.Counter()  # by kind
         for name, epochs in self._left.items():
             kind = self._parts[name].kind
@@ -57,7 +57,7 @@ class Remaining:
         if not kinds:
             return "no epoch left"
         unknown, once = kinds - self._took.keys(), kinds & self._once
-        if unknown and once:
+        if unknown and (once or unknown == kinds):
             return f"{left.total()} epochs left"
         bound = "over" if unknown else "at most" if once else "about"
         seconds = sum(epochs * self._took.get(kind, 0.0) for kind, epochs in left.items())
