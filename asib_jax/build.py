@@ -91,7 +91,10 @@ def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0, class_na
     if options.train_subset and not recipe.teachers_only:
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]
     if len(train) < options.batch_size:
-        raise UserError(f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on")
+        raise UserError(
+            f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on; set "
+            f"--config.dataset.batch_size={len(train)} or fewer"
+        )
     return Rows(train, teacher_train, validation)
 
 

@@ -174,5 +174,5 @@ def test_given_weights_may_expect_something_else(data_file, caplog, monkeypatch,
 
 def test_a_gate_below_chance_names_what_would_be_taken(data_file):
     recipe = read_recipe("l1_ib", data_file, enable_kd_after_syn_acc=0.05)
-    with pytest.raises(UserError, match=r"=0\.05 is below chance for 5 classes .*empty has 0\.45"):
+    with pytest.raises(UserError, match=r"=0\.05 is below chance for 5 classes .*set --config.*_acc=0\.45, which"):
         preparation.prepare(recipe)

@@ -28,7 +28,7 @@ def source(path: str) -> str:
         return "cifar100"
     raise UserError(
         f"dataset.path={path!r} is nothing that is recognised: give a folder of pictures, one subfolder for each "
-        "class, or an .npz of arrays, or cifar-100-python.tar.gz; docs/own_data.md has what is read, and how"
+        "class, or an .npz of arrays, or cifar-100-python.tar.gz; docs/data.md has what is read, and how"
     )
 
 

@@ -251,8 +251,8 @@ def check_gate(threshold: float, num_classes: int) -> str | None:
     key = f"enable_kd_after_syn_acc={threshold:g}"
     _require(
         threshold >= 1 / num_classes,
-        f"{key} is below chance for {num_classes} classes (1/{num_classes}); a config that leaves it empty has "
-        f"{1 / math.sqrt(num_classes):.2g}",
+        f"{key} is below chance for {num_classes} classes (1/{num_classes}); set --config.enable_kd_after_syn_acc="
+        f"{1 / math.sqrt(num_classes):.2g}, which it is where it is left empty",
     )
     if threshold < 1.5 / num_classes:
         return f"{key} is less than 1.5 times chance ({1 / num_classes:g}): the gate will open almost at once"

@@ -123,8 +123,9 @@ def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
 def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
     """Log lines by which a reader verifies an ablation: data, and the active KD, IB/CCCP and freezing settings."""
     logger.info(
-        "data: %s; %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
+        "data: %s (%s); %d training (student), %d training (teachers), %d validation, %d test images, %d classes",
         data.origin,
+        recipe.dataset.name,
         len(data.train.label),
         len(data.teacher_train.label),
         len(data.validation.label),
