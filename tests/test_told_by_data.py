@@ -98,14 +98,15 @@ def test_the_run_is_evaluated_and_exported_from_disk(run, tmp_path):
     wanted = expected(run.given)
     np.testing.assert_allclose(about["mean"], wanted["mean"], rtol=1e-12)
     np.testing.assert_allclose(about["std"], wanted["std"], rtol=1e-12)
+    assert about["class_names"] == ["0", "1", "2", "3", "4"] and about["image_shape"] == [8, 8, 3]
     recipe = finished.read_recipe(run.folder)
     assert recipe == build.complete(run.given, build.load_data(run.given)) and told_by_data.empty(recipe) == []
 
 
-def test_the_same_command_finds_its_run_and_another_does_not(run, capsys):
+def test_the_same_command_finds_its_run_and_another_does_not(run):
     run.config.resume = "latest"
     again = recipes.read(run.config)
-    assert resume.find(again).resolve() == run.folder and resume.differences(run.folder, again) == []
+    assert resume.find(again, "test").resolve() == run.folder and resume.differences(run.folder, again) == []
     other = dataclasses.replace(again, enable_kd_after_syn_acc=0.5)
     assert resume.differences(run.folder, other) == ["enable_kd_after_syn_acc: None there, 0.5 here"]
     run.config.resume = ""

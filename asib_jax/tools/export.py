@@ -11,6 +11,7 @@ from safetensors import numpy as safetensors
 from asib_jax import models
 from asib_jax.errors import UserError
 from asib_jax.record import finished
+from asib_jax.record.experiment import read_json
 from asib_jax.weights import torch_names
 
 Arrays = dict[str, np.ndarray]
@@ -40,7 +41,8 @@ def export(
     out: the file; None: student.KIND in the run folder.
 
     Returns the file and what a user of the weights must know: network, num_classes, mean and std of pixels in [0, 1],
-    small_input, the run. A .safetensors file holds these too, as text.
+    small_input, an image's shape and the names of the classes in the order of the logits, where the run recorded them,
+    the run. A .safetensors file holds these too, as text.
 
     Raises UserError where there is no such run, it did not finish, the file exists, the run has no such student, its
     network has no PyTorch counterpart, or `out` is named otherwise.
@@ -48,7 +50,7 @@ def export(
     out = out or run / f"student.{kind}"
     if out.suffix != f".{kind}":
         raise UserError(f"--out={out} must end in .{kind}, or --format say otherwise")
-    recipe, students = finished.read_recipe(run), finished.load_students(run)
+    recipe, students, told = finished.read_recipe(run), finished.load_students(run), read_json(run / "about.json")
     if student not in students:
         raise UserError(f"--student={student}: the run in {run} has {', '.join(sorted(students)) or 'no student'}")
     options, variables = recipe.model.student, students[student]
@@ -60,6 +62,7 @@ def export(
         "mean": options.mean,
         "std": options.std,
         "small_input": recipe.dataset.small_input,
+        **{key: told[key] for key in ("image_shape", "class_names") if key in told},
         "run": run.resolve().name,
         "student": student,
     }
