@@ -32,7 +32,8 @@ def build_student(name="resnet8", small_input=True, shape=(8, 8, 1), **changes):
 
 def draw(shapes, seed):
     generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), shapes)
+    drawn = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), shapes)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: np.abs(leaf) if "var" in str(path[-1]) else leaf, drawn)
 
 
 def save_run(folder, config, model, students):
