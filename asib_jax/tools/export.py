@@ -56,7 +56,7 @@ def export(
     options, variables = recipe.model.student, students[student]
     architecture = models.backbone(options.name, recipe.dataset.small_input, "model.student.name")
     arrays = torch_names.export_weights(variables, architecture)
-    about = {
+    about: dict[str, Any] = {
         "network": options.name,
         "num_classes": variables["params"]["classifier"]["kernel"].shape[-1],
         "mean": options.mean,
