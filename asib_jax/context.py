@@ -130,7 +130,7 @@ class Context:
             self.reporter.scalars({f"{curve}/{name}": value for name, value in values.items()}, drawn)
 
     def tell_epoch(self, key: str, values: dict[str, float], seconds: float, last: bool) -> None:
-        """A line of log.txt, on the console only every few seconds, and of a phase's last epoch."""
+        """A line of log.txt, on the console only every few seconds, and where it is the `last` one or must be seen."""
         shown = [f"{name} {value:.4g}" for name, value in values.items()]
         quiet = not last and time.monotonic() - self._told < _QUIET
         self._told = self._told if quiet else time.monotonic()

@@ -14,7 +14,6 @@ from asib_jax.context import Context
 from asib_jax.data.splits import training_rows
 from asib_jax.engine import devices
 from asib_jax.engine.compiled import Call, most_in_flight
-from asib_jax.engine.nonfinite import Watch
 from asib_jax.engine.progress import Best, Held, Progress, Tally, overlay
 from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import freezing, state
@@ -54,10 +53,7 @@ class Running:
             trains_convolutions=bool(training.trained_stats),
         )
         self._window = 1  # steps between two drains, grown while they are quick
-        self.epoch, self.tally, self.watch = 0, Tally(), Watch(context.recipe.max_nonfinite_steps)
-        if begun:
-            self.epoch, self.watch.in_a_row = begun.epoch, begun.tally["in_a_row"]
-            self.tally = Tally(begun.tally["steps"], begun.tally["totals"], begun.tally["lr"])
+        self.epoch, self.tally = (begun.epoch, Tally(**begun.tally)) if begun else (0, Tally())
 
     @property
     def whole(self) -> Variables:
@@ -93,7 +89,8 @@ class Running:
         def collect() -> None:
             metrics, call = pending.pop(0)
             found = jax.device_get(metrics)
-            self.watch.see(found, before + self.tally.steps, f"{self.phase.name}, epoch {self.epoch + 1}")
+            limit = self.context.recipe.max_nonfinite_steps
+            self.progress.watch.see(found, before + self.tally.steps, self.phase.name, self.epoch, limit)
             self.tally.add(found)
             on_images(call.rows.size)
 
@@ -124,8 +121,7 @@ class Running:
 
     def offer(self, steps: int, now: bool = False) -> None:
         """A snapshot, if it is time, where no step is under way. steps: since the last one was offered."""
-        tally = {**vars(self.tally), "in_a_row": self.watch.in_a_row}
-        self.context.snapshots.offer(self.phase.name, self.epoch, tally, steps, self.content, now)
+        self.context.snapshots.offer(self.phase.name, self.epoch, {**vars(self.tally)}, steps, self.content, now)
 
     def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of a snapshot, its arrays and values: how far the run has come, and what of its variables is nowhere else."""
@@ -184,7 +180,7 @@ def run_phase(
     """All epochs of a phase, or those that a snapshot leaves to do, to which `variables` and `progress` have been set.
 
     Returns all variables, with the best state in place where the phase says so. Raises FloatingPointError where steps
-    break as `Watch` says, naming the last snapshot.
+    break as `Watch` says: too many in a row of the run, or of the phase; it names the last snapshot.
     """
     place = context.remaining.begin(part(phase), begun.epoch if begun else 0)
     logger.info("%s (%s, %d epochs)", phase.title, place, phase.epochs)
@@ -196,16 +192,13 @@ def run_phase(
         progress.best.setdefault(phase.best, Best())
         if phase.watch:
             _watch_incoming(running)
-    while running.epoch < phase.epochs and not _waited(running):
-        start, controls = time.perf_counter(), phase.controls(progress, running.epoch)
-        try:
-            with context.bar(phase.split, f"{phase.title} {running.epoch + 1}/{phase.epochs}") as bar:
-                running.run_epoch(running.calls(), controls, bar.update)
-        except FloatingPointError as error:
-            context.snapshots.close()
-            raise FloatingPointError(f"{error}. Last snapshot: {context.snapshots.newest() or 'none yet'}") from error
-        _end_epoch(running, controls, time.perf_counter() - start)
-        running.epoch, running.tally = running.epoch + 1, Tally()
+    try:
+        _run_epochs(running)
+    except FloatingPointError as error:
+        context.snapshots.close()
+        raise FloatingPointError(f"{error}. Last snapshot: {context.snapshots.newest() or 'none yet'}") from error
+    if skipped := progress.watch.skipped[phase.name]:
+        context.record.log(f"skipped_steps/{phase.name}", skipped)
     if phase.snapshot_at_end:
         running.offer(0, now=True)
     variables = phase.finish(context, _end(running, variables), progress)
@@ -223,6 +216,21 @@ def _tell_parameters(running: Running, variables: Variables) -> None:
     told = [f"{name} {trained:,}/{total:,}" for name, (trained, total) in counts.items() if trained]
     frozen = ", ".join(name for name, (trained, _) in counts.items() if not trained)
     logger.info("trainable parameters: %s", "; ".join(filter(None, (", ".join(told), frozen and f"none of {frozen}"))))
+
+
+def _run_epochs(running: Running) -> None:
+    """Those that are left, as long as enough of the phase's steps count."""
+    context, phase, progress = running.context, running.phase, running.progress
+    recipe = context.recipe
+    each, dtype = len(getattr(context.data, phase.split).label) // recipe.dataset.batch_size, recipe.compute_dtype
+    while running.epoch < phase.epochs and not _waited(running):
+        start, controls = time.perf_counter(), phase.controls(progress, running.epoch)
+        with context.bar(phase.split, f"{phase.title} {running.epoch + 1}/{phase.epochs}") as bar:
+            running.run_epoch(running.calls(), controls, bar.update)
+        _end_epoch(running, controls, time.perf_counter() - start)
+        running.epoch, running.tally = running.epoch + 1, Tally()
+        progress.watch.judge(phase.name, each * phase.epochs, dtype)  # as soon as it is known
+    progress.watch.judge(phase.name, each * running.epoch, dtype)
 
 
 def _waited(running: Running) -> bool:
@@ -262,7 +270,8 @@ def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> No
     key = f"{phase.name}/epoch{epoch + 1:02d}"
     context.log_epoch(key, values, seconds, phase.curve, progress.drawn)
     own = {name: values[name] for name in ("loss", f"val_{phase.network}", "val_synergy") if name in values}
-    context.tell_epoch(key, own, seconds, last=epoch + 1 == phase.epochs)
+    own |= {"skipped": values["skipped"]} if values["skipped"] else {}
+    context.tell_epoch(key, own, seconds, last=epoch + 1 == phase.epochs or "skipped" in own)
     if progress.best[phase.best].see(measured[phase.score], f"{phase.title}, epoch {epoch + 1}", phase.margin):
         progress.best[phase.best].held = running.hold()
 

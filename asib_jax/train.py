@@ -254,4 +254,4 @@ def _finished(variables: Variables, progress: Progress) -> Finished:
                 f"{prefix}best": of_network(progress.best[network].held, network),
             }
     main = variables.only(variables.params.keys() - {"control"})
-    return Finished(main, students, progress.distilled_steps)
+    return Finished(main, students, progress.distilled_steps, progress.watch.skipped)

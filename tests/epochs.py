@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from networks import make_feed
 
+from asib_jax.engine.nonfinite import Watch
 from asib_jax.engine.progress import Progress, overlay
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.objectives.step import Loss, Training
@@ -63,7 +64,8 @@ def make_running(
     variables = Variables({"w": {"kernel": np.float32(w)}}, {"w": {"mean": np.float32(0)}})
     if begun:
         variables = overlay(variables, begun.arrays["variables"])
-    running = Running(context, phase, variables, Progress(steps=collections.Counter(b=BEGUN)), begun)
+    watch = Progress.restored({}, begun.values).watch if begun else Watch()
+    running = Running(context, phase, variables, Progress(steps=collections.Counter(b=BEGUN), watch=watch), begun)
     running.epoch = 1
     return running
 

@@ -1,6 +1,7 @@
 """Steps that are not finite: NaN put into a batch, a weight, a teacher's outputs; on one of two devices; in a row."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from networks import CLASSES, SHALLOW, make_batch, make_networks, random_variabl
 
 from asib_jax import streams
 from asib_jax.engine.nonfinite import Watch
+from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import TeacherOutputs, Variables
 from asib_jax.objectives import losses, optimizers, state
 from asib_jax.objectives.a_loss import ATerms, a_loss
@@ -116,7 +118,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_terms(kind, whe
     after, metrics = step(current, frozen, CONTROLS, batch)
     assert metrics["skipped"] == 1 and metrics["skipped"].dtype == jnp.float32 and same(after, current)
     with pytest.raises(FloatingPointError, match=f"broke in {broken}\\. "):
-        Watch(1).see({name: np.array([value]) for name, value in metrics.items()}, 0)
+        Watch().see({name: np.array([value]) for name, value in metrics.items()}, 0, "stage1/b", 0, 1)
     _, _, current, frozen = make(kind)
     after, metrics = step(current, frozen, CONTROLS, good)
     assert metrics["skipped"] == 0
@@ -180,12 +182,12 @@ def test_bad_batches_among_good_ones_leave_what_the_good_ones_make(devices, bad)
         w -= 0.25 * (gradient + 0.9 * trace)
     running = begin(devices)
     running.run_epoch(calls_of(running, [GOOD[0], (1, bad), *GOOD[1:3], (2, bad), (1, bad), GOOD[3]]), {})
-    current, metrics, watch = jax.device_get(running.current), running.tally.means, running.watch
+    current, metrics, watch = jax.device_get(running.current), running.tally.means, running.progress.watch
     np.testing.assert_allclose(current.params["w"]["kernel"], [w, w], rtol=1e-6)
     np.testing.assert_allclose(jax.tree.leaves(current.opt_state), [[trace, trace]], rtol=1e-6)
     np.testing.assert_allclose(current.batch_stats["w"]["mean"], np.mean(GOOD[3]), rtol=1e-6)
     np.testing.assert_allclose(metrics.pop("loss"), np.mean(losses), rtol=1e-6)
-    assert metrics["skipped"] == watch.skipped == 3 and watch.in_a_row == 0
+    assert metrics["skipped"] == watch.skipped["stage1/b"] == 3 and watch.in_a_row == 0
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -196,11 +198,12 @@ def test_too_many_in_a_row_are_an_error_across_calls(devices, steps_a_call):
     running = begin(devices, limit=3, steps_a_call=steps_a_call)
     with pytest.raises(
         FloatingPointError,
-        match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} .* "
+        match=rf"^stage1/b, epoch 2: 3 steps in a row from step {BEGUN + 3} of stage1/b, epoch 2 .* "
         r"broke in ce\. .*grad_clip_norm.*max_nonfinite_steps",
     ):
         running.run_epoch(calls_of(running, batches), {})
-    assert running.watch.in_a_row == 3 and running.watch.skipped == 4
+    watch = running.progress.watch
+    assert watch.in_a_row == 3 and watch.skipped == {"stage1/b": 4}
     running = begin(devices, limit=4, steps_a_call=steps_a_call)
     running.run_epoch(calls_of(running, batches), {})
 
@@ -245,22 +248,59 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(devices):
 # The watch -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_streak_goes_on_over_calls_and_over_a_resumption():
-    skipped = {"skipped": np.float32([0, 1]), "ce": np.float32([1, np.inf])}
-    watch = Watch(4)
-    watch.see(skipped, 0)
-    watch.see({"ce": np.float32([np.nan])}, 2)  # of a step that skips nothing
-    watch.see({"skipped": np.float32([1]), "ce": np.float32([1])}, 2)
-    assert watch.in_a_row == watch.skipped == 2
-    resumed = Watch(4, in_a_row=2)
-    for each in (watch, resumed):
-        with pytest.raises(FloatingPointError, match="4 steps in a row from step 1 "):
-            each.see({"skipped": np.float32([1, 1]), "ce": np.float32([1, 1])}, 3)
-    with pytest.raises(FloatingPointError, match="broke in ce"):
-        watch.see({"skipped": np.float32([1]), "ce": np.float32([1])}, 5)
+def metrics_of(skipped, ce=1.0):
+    return {"skipped": np.float32(skipped), "ce": np.full(len(skipped), ce, np.float32)}
+
+
+def test_a_streak_goes_on_over_calls_phases_and_a_resumption():
+    """It is named by where it began."""
+    progress = Progress()
+    progress.watch.see(metrics_of([0, 1], np.inf), 0, "stage1/a", 2, 4)
+    progress.watch.see({"ce": np.float32([np.nan])}, 2, "stage1/a", 2, 4)  # of a step that skips nothing
+    progress.watch.see(metrics_of([1]), 70, "stage1/b", 0, 4)
+    arrays, values = progress.content()
+    resumed = Progress.restored(arrays, json.loads(json.dumps(values)))
+    for each in (progress, resumed):
+        assert each.watch.in_a_row == 2 and each.watch.skipped == {"stage1/a": 1, "stage1/b": 1}
+        told = "^stage1/b, epoch 1: 4 steps in a row from step 1 of stage1/a, epoch 3 .* the first one broke in ce"
+        with pytest.raises(FloatingPointError, match=told):
+            each.watch.see(metrics_of([1, 1]), 71, "stage1/b", 0, 4)
+    progress.watch.see(metrics_of([0]), 73, "stage1/b", 0, 4)
+    assert progress.watch.in_a_row == 0
+
+
+@pytest.mark.parametrize(
+    "skipped, steps, dtype, ends",
+    [
+        (1, 10, "float32", False),
+        (2, 10, "float32", True),
+        (20, 200, "bfloat16", False),
+        (21, 200, "bfloat16", True),
+        (17, 20, "float16", False),  # a loss scale of 65536 that has to come down to 0.5
+        (19, 20, "float16", False),
+        (20, 20, "float16", True),
+        (217, 2000 - 1, "float16", True),
+        (217, 2000, "float16", False),
+        (1, 1, "float32", True),
+        (0, 0, "float32", False),
+        (0, 5, "float32", False),
+    ],
+)
+def test_a_phase_that_skipped_too_many_of_its_steps_is_an_error(skipped, steps, dtype, ends):
+    """More than a tenth, beside what float16's scale may; or all."""
+    watch = Watch()
+    for step in range(skipped):  # never two in a row
+        watch.see(metrics_of([1, 0], np.nan), 2 * step, "stage2/a", 0, 2)
+    if ends:
+        told = f"^stage2/a: {skipped} of {steps} steps .* than a tenth; step {2 * skipped - 2} of .* broke in ce. "
+        with pytest.raises(FloatingPointError, match=told):
+            watch.judge("stage2/a", steps, dtype)
+    else:
+        watch.judge("stage2/a", steps, dtype)
+    watch.judge("stage1/a", steps, dtype)
 
 
 def test_where_every_metric_is_finite_the_gradient_broke():
     """An overflow of float16's scaled gradients."""
     with pytest.raises(FloatingPointError, match="broke in the gradient"):
-        Watch(1).see({"skipped": np.float32([1]), "ce": np.float32([1]), "acc": np.float32([0.5])}, 0)
+        Watch().see({**metrics_of([1]), "acc": np.float32([0.5])}, 0, "stage1/b", 0, 1)

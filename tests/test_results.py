@@ -110,6 +110,15 @@ def test_a_table_fits_its_width_and_leaves_out_the_parameters_before_a_figure():
     assert {name: re.split("  +", line)[1:] for name, line in rows(narrow).items()} == figures
 
 
+def test_skipped_steps_are_told_where_there_are_any():
+    read, made = make()
+    assert "skipped" not in results.render(read, made) and "skipped_steps" not in made.summary
+    made = dataclasses.replace(made, skipped={"stage1/a": 3, "stage1/b": 0, "control/stage2/b": 1})
+    text = results.render(read, made)
+    assert "\nskipped steps, whose loss or gradient was not finite: 3 of stage1/a, 1 of control/stage2/b" in text
+    assert made.summary["skipped_steps"] == 4
+
+
 def test_summary_holds_shares_of_each_split():
     summary = make()[1].summary
     assert summary["test_acc_best"] == 0.71 and summary["validation_acc_best"] == 35 / 50

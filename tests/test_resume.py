@@ -1,5 +1,6 @@
 """Runs that are interrupted and go on, against the same run left alone: every array and figure, bit for bit."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -143,6 +144,7 @@ CASES = {
         {
             "use_amp": True,
             "amp_dtype": "float16",
+            "synergy_ce_alpha": 1e4,  # at first too large for the loss scale, which skips steps until it fits
             "use_partial_freeze": True,
             "student_freeze_level": (1, -1),
             "train_distill_adapter_only": False,
@@ -179,6 +181,13 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, mo
     for key in shared:
         assert stopped.seen[key] == untouched.seen[key], key
     assert not snapshots.paths(tmp_path / "stopped" / "run")  # of a finished run there are none
+    metrics = experiment.read_json(tmp_path / "stopped" / "run" / "metrics.json")
+    skipped = collections.Counter()
+    for key, value in metrics.items():
+        if key.endswith("/skipped"):
+            skipped[key.rpartition("/epoch")[0]] += value
+    told = {key.removeprefix("skipped_steps/"): value for key, value in metrics.items() if "skipped_steps/" in key}
+    assert told == +skipped and bool(told) == (case == "float16"), told
 
 
 def test_interrupted_between_calls_of_several_steps_it_goes_on_with_the_calls_that_were_to_come(
@@ -356,7 +365,7 @@ def test_a_run_that_breaks_names_the_last_good_snapshot_and_leaves_it(copy, fini
     with pytest.raises(
         FloatingPointError,
         match=(
-            r"stage1/b, epoch 2: 3 steps in a row from step 11 are not finite .* broke in ce.*"
+            r"stage1/b, epoch 2: 3 steps in a row from step 11 of stage1/b, epoch 2 are not finite .* broke in ce.*"
             rf"Last snapshot: {run}/checkpoints/snapshots/{number:06d}$"
         ),
     ):

@@ -35,7 +35,7 @@ class Offers:
 
     def __call__(self, part, epoch, tally, steps, content, now):
         arrays, values = jax.device_get(content())
-        self.held[tally["steps"]] = copy.deepcopy((part, epoch, tally, arrays["variables"], values["steps"]))
+        self.held[tally["steps"]] = copy.deepcopy((part, epoch, tally, arrays["variables"], values))
         self.since.append(steps)
 
 
@@ -67,7 +67,8 @@ def test_with_several_calls_in_flight_all_is_as_with_one_step_at_a_time(one_by_o
     assert len(offers.held) == len(offers.since) and max(offers.held) == STEPS
     for steps, held in offers.held.items():
         jax.tree.map(np.testing.assert_array_equal, held, expected[steps])
-    assert running.tally == reference.tally and running.watch.skipped == reference.watch.skipped == 3
+    assert running.tally == reference.tally and running.progress == reference.progress
+    assert running.progress.watch.skipped == {"stage1/b": 3}
     assert running.tally.lr == 2.0 ** -(3 + (BEGUN + STEPS - 1) % 3)
 
 
@@ -82,9 +83,9 @@ def test_what_is_counted_is_what_numpy_counts(one_by_one):
         if not bad:
             total += w * mean * factor
             w -= 2.0 ** -(3 + (BEGUN + step) % 3) * mean * factor
-        part, epoch, tally, variables, steps = held[step + 1]
-        assert (part, epoch, steps) == ("stage1/b", 1, {"b": BEGUN})
-        assert (tally["totals"]["loss"], tally["in_a_row"]) == (total, in_a_row)
+        part, epoch, tally, variables, values = held[step + 1]
+        assert (part, epoch, values["steps"]) == ("stage1/b", 1, {"b": BEGUN})
+        assert (tally["totals"]["loss"], values["watch"]["in_a_row"]) == (total, in_a_row)
         assert variables["params"]["w"]["kernel"] == w
     assert running.tally.means["loss"] == total / (STEPS - 3)
 
@@ -93,12 +94,13 @@ def test_what_is_counted_is_what_numpy_counts(one_by_one):
 def test_from_a_snapshot_an_epoch_goes_on(one_by_one, steps):
     """Bitwise, with the sums so far and in the middle of a streak of two, which counts from where it began."""
     expected, reference = one_by_one
-    part, epoch, tally, variables, _ = expected[steps]
-    begun = Snapshot(part, epoch, tally, {}, {}, [], 0.0, 1, {"variables": variables})
+    part, epoch, tally, variables, values = expected[steps]
+    begun = Snapshot(part, epoch, tally, values, {}, [], 0.0, 1, {"variables": variables})
     offers, running, _ = run(begun=copy.deepcopy(begun))
     for done, held in offers.held.items():
         jax.tree.map(np.testing.assert_array_equal, held, expected[done])
-    assert running.tally == reference.tally and sum(offers.since) == STEPS - steps
+    assert (running.tally, running.progress) == (reference.tally, reference.progress)
+    assert sum(offers.since) == STEPS - steps
     if steps == 21:
         with pytest.raises(FloatingPointError, match=f"2 steps in a row from step {BEGUN + 20} "):
             run(begun=copy.deepcopy(begun), limit=2)

@@ -1,5 +1,6 @@
 """A whole run of tiny networks: what it runs is what was planned, and what it leaves is enough to evaluate it."""
 
+import dataclasses
 import json
 import logging
 from types import SimpleNamespace
@@ -161,4 +162,18 @@ def test_a_given_teacher_at_chance_ends_a_run_before_anything_learns_from_it(dat
     with pytest.raises(UserError, match=r"^teacher1 .* is right on \d+ of 20 .* not above chance, 20 %"):
         train.recorded(recipe, build.make_inputs(recipe), record)
     assert not [key for key in record.metrics if key.startswith("stage")]
+    assert ",failed," in (tmp_path / "summary.csv").read_text()
+
+
+def test_a_phase_that_nothing_comes_of_ends_a_run(data_file, tmp_path):
+    """A weight of the bottleneck under which every A-step overflows once it counts, after an epoch without: 10 steps of
+    20, fewer in a row than are allowed."""
+    config = read_config("l1_ib", data_file, ib_beta=1e30, ib_beta_warmup_epochs=0, tensorboard=False)
+    for k in (1, 2):
+        config[f"teacher{k}"].update(train_epochs=1, warmup_epochs=0)
+    recipe, record = recipes.read(config), Record.create(tmp_path, "test", "run", config.to_dict())
+    recipe = dataclasses.replace(recipe, results_dir=str(tmp_path))
+    told = r"^stage1/a: 10 of 20 steps .* more than a tenth; step 10 of stage1/a, epoch 2 broke in .*Last snapshot: "
+    with pytest.raises(FloatingPointError, match=told):
+        train.recorded(recipe, build.make_inputs(recipe), record)
     assert ",failed," in (tmp_path / "summary.csv").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from asib_jax.engine.nonfinite import Watch
 from asib_jax.models.ensemble import Variables
 
 
@@ -76,6 +77,7 @@ class Progress:
     opt_states: dict[str, Any] = dataclasses.field(default_factory=dict)  # moments that go on in the next stage
     best: dict[str, Best] = dataclasses.field(default_factory=dict)
     last: dict[str, Held] = dataclasses.field(default_factory=dict)  # at the end of the stage before
+    watch: Watch = dataclasses.field(default_factory=Watch)  # for steps that are not finite
 
     def measured_synergy(self, accuracy: float, alpha: float) -> None:
         """`last_synergy_acc` becomes alpha*accuracy + (1-alpha)*old, the first taken whole (SPEC 4)."""
@@ -97,7 +99,7 @@ class Progress:
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays
         }
         bests = {name: {**vars(best), "held": None} for name, best in self.best.items()}
-        return arrays, {**values, "best": bests}
+        return arrays, {**values, "best": bests, "watch": vars(self.watch)}
 
     @classmethod
     def restored(cls, arrays: Mapping[str, Any], values: Mapping[str, Any]) -> "Progress":
@@ -109,8 +111,9 @@ class Progress:
         }
         held = arrays.get("best", {})
         bests = {name: Best(**{**best, "held": held.get(name)}) for name, best in values["best"].items()}
+        watch = Watch(**{**values["watch"], "skipped": collections.Counter(values["watch"]["skipped"])})
         return cls(
-            **{**values, **counters, "best": bests},
+            **{**values, **counters, "best": bests, "watch": watch},
             opt_states=arrays.get("opt_states", {}),
             last=arrays.get("last", {}),
         )

@@ -38,6 +38,12 @@ def first_loss_scale(compute_dtype: str) -> DynamicScale | None:
     return DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(65536))  # typed as a step returns them
 
 
+def skipped_by_scale(compute_dtype: str, steps: int) -> int:
+    """How many of a phase's steps its loss scale skips at the most: 17 halvings from 65536 to below 1, and one for each
+    time that it has doubled."""
+    return 17 + steps // 2000 if compute_dtype == "float16" else 0
+
+
 def begin(
     variables: Variables,
     mask: Mapping[str, Any],

@@ -21,7 +21,8 @@ logger = logging.getLogger("asib_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """All variables, the students ({"params", "batch_stats"}), and how many B-steps distilled from each target.
+    """All variables, the students ({"params", "batch_stats"}), how many B-steps distilled from each target, and how
+    many steps of each phase were skipped.
 
     students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best";
         none of a run with teachers_only.
@@ -30,6 +31,7 @@ class Finished:
     variables: Variables
     students: dict[str, dict[str, Any]]
     distilled_steps: collections.Counter
+    skipped_steps: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> None:
@@ -103,9 +105,15 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
             stats[name] = variables["batch_stats"]
     for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
         stats[name] = {}  # a network without BatchNorm
-    prefix = "distilled_steps/"
-    steps = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-    return Finished(Variables(params, stats), _students(folder, stored), collections.Counter(steps))
+    counted = (_counted(metrics, name) for name in ("distilled_steps", "skipped_steps"))
+    return Finished(Variables(params, stats), _students(folder, stored), *counted)
+
+
+def _counted(metrics: dict[str, Any], name: str) -> collections.Counter:
+    """What is logged under `name`/."""
+    return collections.Counter(
+        {key.removeprefix(f"{name}/"): value for key, value in metrics.items() if key.startswith(f"{name}/")}
+    )
 
 
 def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

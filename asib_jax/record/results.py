@@ -24,7 +24,8 @@ _TITLES = {  # of the table's rows, in their order; the teachers come first
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used.
+    """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used;
+    skipped: steps by their phase.
 
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
     logits: [N, C] of the best student on test; None of a run without one.
@@ -35,6 +36,7 @@ class Results:
     sizes: dict[str, int]
     shares: dict[str, float]
     moving: dict[str, str]
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     logits: np.ndarray | None = None
 
     def __post_init__(self):
@@ -59,6 +61,8 @@ class Results:
         row |= {f"{split}_count": size for split, size in self.sizes.items()}
         if self.shares:
             row["synergy_steps_share"] = self.shares.get("synergy", 0.0)  # unmixed synergy
+        if self.skipped:
+            row["skipped_steps"] = sum(self.skipped.values())
         return row
 
 
@@ -83,7 +87,7 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
     sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
-    return Results(counts, sizes, shares, moving_parameters(recipe), logits)
+    return Results(counts, sizes, shares, moving_parameters(recipe), {**finished.skipped_steps}, logits)
 
 
 def _best_logits(finished: Finished, evaluator: Evaluator) -> np.ndarray:
@@ -148,6 +152,9 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
         lines.append(f"student, best: {100 * test['top5_best'] / count:.2f} % of test images among its top {TOP}")
     if "disagreement" in test:
         lines.append(f"teachers disagree on {100 * test['disagreement'] / count:.2f} % of test images")
+    skipped = [f"{count} of {phase}" for phase, count in results.skipped.items() if count]
+    if skipped:
+        lines.append(f"skipped steps, whose loss or gradient was not finite: {', '.join(skipped)}")
     return "\n".join(lines)
 
 
