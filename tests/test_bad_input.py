@@ -24,7 +24,7 @@ from test_recipe import A_FILE, STEADY, changed
 from asib_jax import models, preparation, recipe
 from asib_jax.errors import UserError
 from asib_jax.models.kd_model import KDModel
-from asib_jax.recipe import checks
+from asib_jax.recipe import checks, keys
 from asib_jax.recipe.keys import flat
 from asib_jax.record.experiment import Record
 from asib_jax.weights import torch_names
@@ -146,8 +146,8 @@ CASES = [
     ({"model.student.name": "resnet9"}, "model.student.name", "resnet8, resnet14"),
     ({"model.student.name": "resnet8_pretrain"}, "model.student.weights", "_scratch"),
     ({"model.student.weights": A_FILE}, "model.student.weights=", "_pretrain"),
-    ({"model.student.std": (0.0,)}, "model.student.std=(0.0,)", "positive"),
-    ({"teacher2.std": (-1.0,)}, "teacher2.std=(-1.0,)", "positive"),
+    ({"model.student.std": (0.0,)}, "model.student.std=(0.0,)", "[0.001, 10]"),
+    ({"teacher2.std": (-1.0,)}, "teacher2.std=(-1.0,)", "[0.001, 10]"),
     ({"model.student.name": "convnext_s", "dataset.small_input": False}, "images of 8x8 pixels", "dataset.small_input"),
     ({"teacher2.name": "vgg19"}, "teacher2.name", "resnet8, resnet14"),
     ({"teacher2.train_epochs": 0}, "teacher2.weights", "teacher2.train_epochs"),
@@ -223,12 +223,12 @@ CASES = [
     ),
     (FINETUNED | {"teacher1.finetune_freeze_level": 5}, "teacher1.finetune_freeze_level=5", "0 to 4"),
     ({"tau_schedule": (2.0,)}, "tau_schedule=(2.0,)", "2 entries"),
-    ({"tau_schedule": (0.0, 4.0)}, "tau_schedule=(0.0, 4.0)", "positive"),
-    ({"tau": 0.0}, "tau=0.0", "positive"),
-    ({"tau_decay_power": 0.0}, "tau_decay_power=0.0", "positive"),
-    ({"tau": -4.0}, "tau=-4.0", "positive"),
+    ({"tau_schedule": (0.0, 4.0)}, "tau_schedule=(0.0, 4.0)", "[0.01, 1000]"),
+    ({"tau": 0.0}, "tau=0.0", "[0.01, 1000]"),
+    ({"tau_decay_power": 0.0}, "tau_decay_power=0.0", "(0, 100]"),
+    ({"tau": -4.0}, "tau=-4.0", "[0.01, 1000]"),
     ({"beta_schedule": (0.0, 1e-4)}, "beta_schedule=(0.0, 0.0001)", "3 entries"),
-    ({"beta_schedule": (0.0, -1.0, 5)}, "beta_schedule=(0.0, -1.0, 5.0)", "at least 0"),
+    ({"beta_schedule": (0.0, -1.0, 5)}, "beta_schedule=(0.0, -1.0, 5.0)", "[0, 1e+06]"),
     ({"profile_steps": (10,)}, "profile_steps=(10,)", "2 entries"),
     ({"profile_steps": (15, 10)}, "profile_steps=(15, 10)", "first and the last"),
     ({"profile_steps": (-5, 10)}, "profile_steps=(-5, 10)", "at least 0"),
@@ -237,7 +237,7 @@ CASES = [
     ({"schedule.milestones": (-1, 10)}, "schedule.milestones=(-1, 10)", "at least 1"),
     ({"schedule.min_lr": 5e-4}, "schedule.min_lr=0.0005", "a_step_lr=0.0001"),
     ({"schedule.step_size": 0}, "schedule.step_size=0", "at least 1"),
-    ({"schedule.gamma": 0.0}, "schedule.gamma=0.0", "positive"),
+    ({"schedule.gamma": 0.0}, "schedule.gamma=0.0", "(0, 1]"),
     (
         {"schedule.lr_warmup_epochs": 17},
         "schedule.lr_warmup_epochs=17",
@@ -261,30 +261,44 @@ CASES = [
     # learning
     ({"optimizer": "adam"}, "optimizer='adam'", "'adamw', 'sgd'"),
     ({"amp_dtype": "float64"}, "amp_dtype='float64'", "'bfloat16', 'float16', 'float32'"),
-    ({"student_lr": 0.0}, "student_lr=0.0", "positive"),
+    ({"student_lr": 0.0}, "student_lr=0.0", "[1e-12, 100]"),
     ({"momentum": 1.5}, "momentum=1.5", "[0, 1]"),
     ({"a_step_views": -1}, "a_step_views=-1", "at least 0"),
     ({"device_data_gb": -0.5}, "device_data_gb=-0.5", "at least 0"),
     ({"bank_memory_gb": 8.0}, "unknown key bank_memory_gb"),
     ({"dataset.eval_batch_size": -1}, "dataset.eval_batch_size=-1", "at least 0"),
-    ({"teacher_lr": -1.0}, "teacher_lr=-1.0", "at least 0"),
-    ({"teacher_adapt_alpha_kd": -1.0}, "teacher_adapt_alpha_kd=-1.0", "at least 0"),
+    ({"teacher_lr": -1.0}, "teacher_lr=-1.0", "[0, 100]"),
+    ({"teacher_adapt_alpha_kd": -1.0}, "teacher_adapt_alpha_kd=-1.0", "[0, 1e+06]"),
     ({"teacher1.train_lr": 1e-6}, "schedule.min_lr=1e-05", "teacher1.train_lr=1e-06"),
-    ({"teacher1.train_weight_decay": -1.0}, "teacher1.train_weight_decay=-1.0", "at least 0"),
+    ({"teacher1.train_weight_decay": -1.0}, "teacher1.train_weight_decay=-1.0", "[0, 100]"),
     ({"teacher1.label_smoothing": 1.0}, "teacher1.label_smoothing=1.0", "[0, 1)"),
     ({"teacher1.finetune_epochs": 3}, "teacher1.finetune_epochs=3 needs teacher1.weights", "teacher1.train_epochs"),
     (
         {"teacher1.finetune_use_cutmix": True, "teacher1.finetune_cutmix_alpha": 0.0},
         "teacher1.finetune_cutmix_alpha=0.0",
-        "positive",
+        "(0, 1000]",
     ),
     (FINETUNED | {"teacher1.finetune_lr": 1e-6}, "schedule.min_lr=1e-05", "teacher1.finetune_lr=1e-06"),
     ({"teacher1.early_stopping_patience": -1}, "teacher1.early_stopping_patience=-1", "at least 0"),
     ({"teacher1.early_stopping_min_delta": 1.5}, "teacher1.early_stopping_min_delta=1.5", "[0, 1]"),
+    # numbers that nothing can come of
+    ({"ib_beta": 1e30}, "ib_beta=1e+30", "[0, 1e+06]"),
+    ({"cccp_alpha": 1e38}, "cccp_alpha=1e+38", "[0, 1e+06]"),
+    ({"synergy_kd_alpha": 1e300}, "synergy_kd_alpha=1e+300", "[0, 1e+06]"),
+    ({"tau_schedule": (2.0, 1e30)}, "tau_schedule=(2.0, 1e+30)", "[0.01, 1000]"),
+    ({"tau": 1e-30}, "tau=1e-30", "[0.01, 1000]"),
+    ({"ce_alpha": 1e308, "kd_alpha": 1e308}, "ce_alpha=1e+308", "[0, 1e+06]"),
+    ({"student_lr": 1e-300}, "student_lr=1e-300", "[1e-12, 100]"),
+    ({"student_lr": 1e20}, "student_lr=1e+20", "[1e-12, 100]"),
+    ({"schedule.gamma": 1e9}, "schedule.gamma=1000000000.0", "(0, 1]"),
+    ({"model.student.mean": (129.3, 124.1, 112.4)}, "model.student.mean=(129.3, 124.1, 112.4)", "in [0, 1]"),
+    ({"teacher1.std": (68.2,)}, "teacher1.std=(68.2,)", "[0.001, 10]"),
+    ({"teacher1.std": (1e-30,)}, "teacher1.std=(1e-30,)", "[0.001, 10]"),
+    ({"ib_mbm_logvar_clip": 100.0}, "ib_mbm_logvar_clip=100.0", "(0, 50]"),
     # distillation and fusion
-    ({"ce_alpha": 0.0, "kd_alpha": 0.0}, "ce_alpha=0.0, kd_alpha=0.0", "one of them positive"),
-    ({"ce_alpha": -0.1}, "ce_alpha=-0.1", "at least 0"),
-    ({"kd_max_ratio": -1.0}, "kd_max_ratio=-1.0", "at least 0"),
+    ({"ce_alpha": 0.0, "kd_alpha": 0.0}, "ce_alpha=0.0, kd_alpha=0.0", "their sum positive"),
+    ({"ce_alpha": -0.1}, "ce_alpha=-0.1", "[0, 1e+06]"),
+    ({"kd_max_ratio": -1.0}, "kd_max_ratio=-1.0", "[0, 1e+06]"),
     ({"kd_target": "mean"}, "kd_target='mean'", "'synergy', 'avg', 'weighted_conf', 'teacher'"),
     ({"kd_target": "teacher", "kd_teacher_index": 2}, "kd_teacher_index=2", "0..1"),
     ({"teacher_adapt_epochs": 0}, "kd_target='synergy'", "teacher_adapt_epochs"),
@@ -315,7 +329,7 @@ CASES = [
     ({"ce_label_smoothing": 1.5}, "ce_label_smoothing=1.5", "[0, 1]"),
     ({"synergy_head_dropout": -0.1}, "synergy_head_dropout=-0.1", "[0, 1)"),
     ({"kd_ens_alpha": 2.0}, "kd_ens_alpha=2.0", "[0, 1]"),
-    ({"loss_clamp_max": 0.0}, "loss_clamp_max=0.0", "positive"),
+    ({"loss_clamp_max": 0.0}, "loss_clamp_max=0.0", "[1e-06, 1e+09]"),
     ({"synergy_ce_alpha": 0.0, "synergy_kd_alpha": 0.0}, "synergy_ce_alpha and synergy_kd_alpha", "nothing to fit"),
     ({"min_cw": 0.0}, "min_cw=0.0", "in (0, 1]"),
     ({"min_cw": 1.5}, "min_cw=1.5", "in (0, 1]"),
@@ -467,16 +481,33 @@ def test_what_is_right_begins(files, compiled, tmp_path, monkeypatch):
 def test_no_number_escapes_by_not_being_one(files):
     """Every floating-point key, teachers' among them, alone or in a tuple."""
     read = recipe.read(config_of({}, files))
-    keys = {
+    numbers = {
         key: value
         for key, value in flat(read).items()
         if isinstance(value, float) or (isinstance(value, tuple) and any(isinstance(v, float) for v in value))
     }
-    assert len(keys) >= 59
-    for key, value in keys.items():
+    assert len(numbers) >= 59
+    for key, value in numbers.items():
         nan = (*value[:-1], float("nan")) if isinstance(value, tuple) else float("nan")
         with pytest.raises(UserError, match=f"^{key}=.*nan.* must be finite$"):
             checks.check(recipe.read(config_of({key: nan}, files)))
+
+
+def test_no_number_is_beyond_what_float32_bears(files):
+    """1e30 is no weight, rate, temperature, exponent or share; it is memory or time."""
+    read = recipe.read(config_of({}, files))
+    numbers = {key: value for key, value in flat(read).items() if isinstance(value, float)}
+    numbers |= {"tau_schedule": 0.0, "beta_schedule": 0.0, "teacher_lr": 0.0, "teacher_adapt_alpha_kd": 0.0}
+    unbounded = set()
+    for key in numbers:
+        value = {"tau_schedule": (2.0, 1e30), "beta_schedule": (0.0, 1e30, 1.0)}.get(key, 1e30)
+        try:
+            keys.check(recipe.read(config_of({key: value}, files)))
+        except UserError as error:
+            assert str(error).startswith(f"{key}=") and "must be in " in str(error)
+        else:
+            unbounded.add(key)
+    assert unbounded == {"device_data_gb", "checkpoint_minutes", "ib_mbm_min_std"}  # the last is checked with its clip
 
 
 def test_shipped_configs_never_trip_over_their_warm_up():

@@ -226,6 +226,6 @@ def test_alphas_are_renormalised_only_where_both_count():
     assert losses.renormalise_alphas(1.0, 3.0) == (0.25, 0.75)
     assert losses.renormalise_alphas(0.5, 0.0) == (0.5, 0.0)
     assert losses.renormalise_alphas(0.0, 0.2) == (0.0, 0.2)
-    for alphas in [(0.0, 0.0), (-0.1, 1.1), (0.5, -0.5), (float("nan"), 1.0)]:
+    for alphas in [(0.0, 0.0), (-0.1, 1.1), (0.5, -0.5), (float("nan"), 1.0), (1e308, 1e308)]:
         with pytest.raises(ValueError, match="ce_alpha=.*kd_alpha="):
             losses.renormalise_alphas(*alphas)

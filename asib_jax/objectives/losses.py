@@ -117,10 +117,12 @@ def renormalise_alphas(ce_alpha: float, kd_alpha: float) -> tuple[float, float]:
     """The two loss weights, scaled to sum 1 only where both are positive and do not (SPEC 2).
 
     Raises:
-        UserError: one is negative, or both are zero, which would leave nothing to learn from.
+        UserError: one is negative, or both are zero, which would leave nothing to learn from; or their sum is infinite.
     """
-    if not (ce_alpha >= 0 and kd_alpha >= 0 and ce_alpha + kd_alpha > 0):
-        raise UserError(f"ce_alpha={ce_alpha}, kd_alpha={kd_alpha}: both must be at least 0 and one of them positive")
+    if not (ce_alpha >= 0 and kd_alpha >= 0 and 0 < ce_alpha + kd_alpha < math.inf):
+        raise UserError(
+            f"ce_alpha={ce_alpha}, kd_alpha={kd_alpha}: both must be at least 0, their sum positive and finite"
+        )
     total = ce_alpha + kd_alpha
     if ce_alpha == 0 or kd_alpha == 0 or math.isclose(total, 1.0):
         return ce_alpha, kd_alpha

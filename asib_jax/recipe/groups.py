@@ -7,6 +7,7 @@ from asib_jax.data.sources import SOURCES
 from asib_jax.objectives.schedules import SCHEDULES
 from asib_jax.recipe.conditions import FINETUNED, FROM_SCRATCH, GIVEN, STUDENT, TRAINED_FIRST, TRAINED_IN_A
 from asib_jax.recipe.keys import When, key
+from asib_jax.recipe.ranges import DECAY, MEAN, MIXING, RATE, STD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,10 @@ class StudentRecipe:
         (),
         "mean of pixels in [0, 1] that the weights expect; one value serves all channels; empty: of the training "
         "images without validation",
+        **MEAN,
         of_data=True,
     )
-    std: tuple[float, ...] = key((), "standard deviation, likewise", above=0, of_data=True)
+    std: tuple[float, ...] = key((), "standard deviation, likewise", **STD, of_data=True)
     saw_val: bool = key(
         True, "as `teacherK.saw_val`", when=When("`weights`", lambda recipe: bool(recipe.model.student.weights))
     )
@@ -89,9 +91,10 @@ class TeacherRecipe:
         (),
         "mean of pixels in [0, 1] that the weights expect; one value serves all channels; empty: of the training "
         "images without validation",
+        **MEAN,
         of_data=True,
     )
-    std: tuple[float, ...] = key((), "standard deviation, likewise", above=0, of_data=True)
+    std: tuple[float, ...] = key((), "standard deviation, likewise", **STD, of_data=True)
     saw_val: bool = key(
         True,
         "the weights were fitted on our validation images too: the final table marks what that inflates",
@@ -102,11 +105,11 @@ class TeacherRecipe:
         "supervised training from scratch, without the validation images; the best epoch on validation counts",
         at_least=0,
     )
-    train_lr: float = key(1e-3, "learning rate from scratch, under the run's `schedule`", above=0, when=FROM_SCRATCH)
-    train_weight_decay: float = key(3e-4, "weight decay from scratch", at_least=0, when=FROM_SCRATCH)
+    train_lr: float = key(1e-3, "learning rate from scratch, under the run's `schedule`", **RATE, when=FROM_SCRATCH)
+    train_weight_decay: float = key(3e-4, "weight decay from scratch", **DECAY, when=FROM_SCRATCH)
     finetune_epochs: int = key(0, "the same from `weights`; 0: they are used as they are", at_least=0)
-    finetune_lr: float = key(1e-4, "learning rate of fine-tuning, under the run's `schedule`", above=0, when=FINETUNED)
-    finetune_weight_decay: float = key(0.05, "weight decay of fine-tuning", at_least=0, when=FINETUNED)
+    finetune_lr: float = key(1e-4, "learning rate of fine-tuning, under the run's `schedule`", **RATE, when=FINETUNED)
+    finetune_weight_decay: float = key(0.05, "weight decay of fine-tuning", **DECAY, when=FINETUNED)
     finetune_freeze_level: int = key(-1, "as `student_freeze_level`, while fine-tuning", when=FINETUNED)
     warmup_epochs: int = key(
         1, "of the learning rate; this and the next five keys: of either training", at_least=0, when=TRAINED_FIRST
@@ -117,6 +120,7 @@ class TeacherRecipe:
         1.0,
         "of its Beta(alpha, alpha)",
         above=0,
+        at_most=MIXING["at_most"],
         when=TRAINED_FIRST & When("`finetune_use_cutmix`", lambda teacher, recipe: teacher.finetune_use_cutmix),
     )
     early_stopping_patience: int = key(
@@ -168,12 +172,13 @@ class ScheduleRecipe:
     lr_warmup_epochs: int = key(
         5, "first epochs, in which they rise linearly; teachers have their own", at_least=0, when=STUDENT
     )
-    min_lr: float = key(1e-5, "learning rate at the end", at_least=0, when=_COSINE)
+    min_lr: float = key(1e-5, "learning rate at the end", at_least=0, at_most=RATE["at_most"], when=_COSINE)
     step_size: int = key(10, "epochs between two steps of it", at_least=1, when=_STEP)
     gamma: float = key(
         0.1,
         "factor of the learning rate at a step or milestone",
         above=0,
+        at_most=1,
         when=When("another `schedule.type`", lambda recipe: recipe.schedule.type != "cosine"),
     )
     milestones: tuple[int, ...] = key(

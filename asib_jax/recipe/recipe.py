@@ -24,6 +24,7 @@ from asib_jax.recipe.conditions import (
 )
 from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, StudentRecipe, TeacherRecipe
 from asib_jax.recipe.keys import When, key
+from asib_jax.recipe.ranges import DECAY, MIXING, RATE, TEMPERATURE, WEIGHT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,10 @@ class Recipe:
     kd_teacher_index: int = key(0, "which teacher, from 0", at_least=0, when=STUDENT & When(
         "`kd_target='teacher'`", lambda recipe: recipe.kd_target == "teacher"))
     ce_alpha: float = key(0.65, "weight of the labels; scaled with `kd_alpha` to sum 1 where both are positive",
-                          at_least=0, when=STUDENT)
-    kd_alpha: float = key(0.35, "weight of distillation", at_least=0, when=STUDENT)
+                          **WEIGHT, when=STUDENT)
+    kd_alpha: float = key(0.35, "weight of distillation", **WEIGHT, when=STUDENT)
     kd_max_ratio: float = key(2.0, "after the ramp KD counts as at most this many times the cross entropy, both before "
-                              "their weights; 0: no bound", at_least=0, when=STUDENT & KD)
+                              "their weights; 0: no bound", **WEIGHT, when=STUDENT & KD)
     kd_warmup_epochs: int = key(0, "linear ramp of the KD weight, in the first stage only", at_least=0,
                                 when=STUDENT & KD)
     kd_ens_alpha: float = key(
@@ -107,30 +108,31 @@ class Recipe:
     teacher_adapt_kd_warmup: int = key(
         0, "first epochs of every B-Step, in which there is that share", at_least=0,
         when=STUDENT & SYNERGY & When("`kd_ens_alpha`", lambda recipe: recipe.kd_ens_alpha > 0))
-    tau: float = key(4.0, "distillation temperature, and that of CCCP", above=0, when=STUDENT & TEACHERS & When(
+    tau: float = key(4.0, "distillation temperature, and that of CCCP", **TEMPERATURE, when=STUDENT & TEACHERS & When(
         "`use_cccp` if `tau_schedule`", lambda recipe: not recipe.tau_schedule or recipe.use_cccp))
     tau_schedule: tuple[float, ...] = key((2.0, 6.0), "temperature in the first and the last epoch of each step of "
-                                          "each stage; beats `tau`", above=0, lengths=(0, 2), when=STUDENT & TEACHERS)
-    tau_decay_power: float = key(1.0, "shape of `tau_schedule`; 1 is linear", above=0, when=STUDENT & When(
+                                          "each stage; beats `tau`", **TEMPERATURE, lengths=(0, 2),
+                                          when=STUDENT & TEACHERS)
+    tau_decay_power: float = key(1.0, "shape of `tau_schedule`; 1 is linear", above=0, at_most=100, when=STUDENT & When(
         "`tau_schedule`", lambda recipe: bool(recipe.tau_schedule)))
     feat_kd_alpha: float = key(0.0, "weight of the student's distance to mu of the fusion network, by certainty; "
-                               "widths must match", at_least=0, when=STUDENT)
+                               "widths must match", **WEIGHT, when=STUDENT)
     feat_kd_key: str = key("", "which of the student's features asks the fusion network and is drawn to it; empty: as "
                            "the teachers are read", choices=("", "distill_feat", "feat_2d"), when=FUSION)
     use_loss_clamp: bool = key(False, "scale the B-Step's loss down to a bound, its gradient's direction kept",
                                when=STUDENT)
-    loss_clamp_max: float = key(1000.0, "bound of the B-Step's loss", above=0, when=STUDENT & When(
+    loss_clamp_max: float = key(1000.0, "bound of the B-Step's loss", at_least=1e-6, at_most=1e9, when=STUDENT & When(
         "`use_loss_clamp`", lambda recipe: recipe.use_loss_clamp))
     ce_label_smoothing: float = key(0.0, "of the B-Step's cross entropy", at_least=0, at_most=1, when=STUDENT)
-    mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", at_least=0,
+    mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", **MIXING,
                              when=STUDENT)
-    cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", at_least=0, when=STUDENT)
+    cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", **MIXING, when=STUDENT)
     use_disagree_weight: bool = key(False, "weight the KD term by the teachers' disagreement, to batch mean 1",
                                     when=STUDENT & KD & LAMBDAS_DIFFER)
     disagree_mode: str = key("pred", "in what sense teachers disagree", choices=tuple(DISAGREE_MODES),
                              when=DISAGREEMENT & LAMBDAS_DIFFER)
-    disagree_lambda_high: float = key(1.0, "weight where teachers disagree", at_least=0, when=DISAGREEMENT)
-    disagree_lambda_low: float = key(1.0, "weight elsewhere", at_least=0, when=DISAGREEMENT)
+    disagree_lambda_high: float = key(1.0, "weight where teachers disagree", **WEIGHT, when=DISAGREEMENT)
+    disagree_lambda_low: float = key(1.0, "weight elsewhere", **WEIGHT, when=DISAGREEMENT)
     use_partial_freeze: bool = key(False, "act on all freeze levels", when=STUDENT)
     student_freeze_level: tuple[int, ...] = key(
         (-1,), "one level, or one per stage; -1 nothing frozen, 0 head and adapters train, 1 the network's last stage "
@@ -143,11 +145,11 @@ class Recipe:
     distill_hidden_dim: int = key(0, "hidden width of the distillation adapters; 0: max(feature width // 2, "
                                   "`distill_out_dim`)", at_least=0, when=ADAPTERS)
     use_ib: bool = key(False, "information bottleneck: a variance layer, and sampling", when=FUSION)
-    ib_beta: float = key(5e-5, "weight of the bottleneck's KL term", at_least=0, when=IB_BETA)
+    ib_beta: float = key(5e-5, "weight of the bottleneck's KL term", **WEIGHT, when=IB_BETA)
     ib_beta_warmup_epochs: int = key(8, "linear ramp of `ib_beta`, in the run's A-epochs with the bottleneck "
                                      "active", at_least=0, when=IB_BETA)
     beta_schedule: tuple[float, ...] = key((), "`ib_beta` as (start, end, epochs): linear, then constant",
-                                           at_least=0, lengths=(0, 3), when=BOTTLENECK)
+                                           **WEIGHT, lengths=(0, 3), when=BOTTLENECK)
     ib_mbm_out_dim: int = key(512, "width of the fusion network", at_least=1, when=FUSION)
     ib_mbm_n_head: int = key(4, "attention heads of the fusion network; divides `ib_mbm_out_dim`", at_least=1,
                              when=FUSION)
@@ -155,10 +157,10 @@ class Recipe:
                                    choices=FEATURE_NORMS, when=FUSION)
     ib_mbm_residual: bool = key(True, "add the query to what attention read, followed by LayerNorm", when=FUSION)
     ib_mbm_logvar_clip: float = key(6.0, "bound of the log variance, both ways; the share of clipped entries is "
-                                    "logged", above=0,
+                                    "logged", above=0, at_most=50,
                                     when=BOTTLENECK)
-    ib_mbm_min_std: float = key(1e-3, "smallest standard deviation of the bottleneck", above=0, when=BOTTLENECK)
-    ib_mbm_reg_lambda: float = key(0.0, "weight of the mean squares of fusion network and head", at_least=0,
+    ib_mbm_min_std: float = key(1e-3, "smallest standard deviation of the bottleneck", at_least=1e-9, when=BOTTLENECK)
+    ib_mbm_reg_lambda: float = key(0.0, "weight of the mean squares of fusion network and head", **WEIGHT,
                                    when=FUSION)
     synergy_head_dropout: float = key(0.0, "dropout in the synergy head", at_least=0, below=1, when=FUSION)
     synergy_temp_learnable: bool = key(False, "synergy logits are divided by a learnt temperature", when=FUSION)
@@ -170,36 +172,37 @@ class Recipe:
         None, "validation accuracy of the synergy ensemble from which it is distilled; below chance it is an error; "
         "empty: 1 / sqrt(classes), e.g. 0.71 for 2, 0.32 for 10, 0.1 for 100", at_least=0, at_most=1, when=FUSION,
         of_data=True)
-    synergy_ce_alpha: float = key(0.6, "A-Step: weight of the synergy logits' cross entropy", at_least=0, when=FUSION)
+    synergy_ce_alpha: float = key(0.6, "A-Step: weight of the synergy logits' cross entropy", **WEIGHT, when=FUSION)
     synergy_kd_alpha: float = key(1.0, "A-Step: pulls synergy towards the teachers' average, which keeps it soft; 0 is "
-                                  "the original", at_least=0, when=FUSION)
+                                  "the original", **WEIGHT, when=FUSION)
     synergy_ema_alpha: float = key(0.8, "weight of a new measurement in the averaged synergy accuracy that decides",
                                    at_least=0, at_most=1, when=FUSION)
     label_smoothing: float = key(0.0, "of the A-Step's cross entropy", at_least=0, at_most=1, when=FUSION)
     teacher_adapt_alpha_kd: float | None = key(None, "A-Step: pulls synergy towards the student; empty: `kd_alpha`",
-                                               at_least=0, when=FUSION)
+                                               **WEIGHT, when=FUSION)
     use_cccp: bool = key(False, "add the CCCP term; multiply epochs", when=STUDENT & When(
         "fusion or `cccp_ns` > 1", lambda recipe: recipe.uses_fusion or recipe.cccp_ns > 1))
-    cccp_alpha: float = key(0.25, "weight of the CCCP term", at_least=0, when=FUSION & CCCP)
+    cccp_alpha: float = key(0.25, "weight of the CCCP term", **WEIGHT, when=FUSION & CCCP)
     cccp_nt: int = key(1, "multiplies the A-epochs", at_least=1, when=FUSION & CCCP)
     cccp_ns: int = key(1, "multiplies the B-epochs", at_least=1, when=STUDENT & CCCP)
     train_distill_adapter_only: bool = key(False, "A-Steps also train the teachers' adapters", when=ADAPTERS)
     use_teacher_finetuning: bool = key(False, "A-Steps also train the teachers; both at once is an error", when=FUSION)
-    reg_lambda: float = key(0.0, "weight of the mean squares of teacher tensors in training", at_least=0, when=TUNED)
+    reg_lambda: float = key(0.0, "weight of the mean squares of teacher tensors in training", **WEIGHT, when=TUNED)
     # optimisation
     optimizer: str = key("adamw", "the student's; the A-Step uses AdamW",
                          choices=("adamw", "sgd"), when=STUDENT)
     momentum: float = key(0.9, "Nesterov momentum of sgd", at_least=0, at_most=1, when=STUDENT & When(
         "`optimizer='sgd'`", lambda recipe: recipe.optimizer == "sgd"))
-    student_lr: float = key(1e-3, "learning rate of the B-Step", above=0, when=STUDENT)
-    student_weight_decay: float = key(3e-4, "weight decay of the B-Step, on matrices only", at_least=0, when=STUDENT)
-    grad_clip_norm: float = key(0.5, "bound of the global gradient norm, in every optimizer; 0: off", at_least=0)
-    a_step_lr: float = key(1e-4, "learning rate of adapters in the A-Step", above=0, when=FUSION)
+    student_lr: float = key(1e-3, "learning rate of the B-Step", **RATE, when=STUDENT)
+    student_weight_decay: float = key(3e-4, "weight decay of the B-Step, on matrices only", **DECAY, when=STUDENT)
+    grad_clip_norm: float = key(0.5, "bound of the global gradient norm, in every optimizer; 0: off", at_least=0,
+                                at_most=1e9)
+    a_step_lr: float = key(1e-4, "learning rate of adapters in the A-Step", **RATE, when=FUSION)
     ib_mbm_lr_factor: float = key(10.0, "learning rate of fusion network and head, in multiples of `a_step_lr`",
-                                  above=0, when=FUSION)
+                                  at_least=1e-6, at_most=1e6, when=FUSION)
     teacher_lr: float | None = key(None, "learning rate of teacher tensors in the A-Step; empty: `a_step_lr`",
-                                   at_least=0, when=TUNED)
-    a_step_weight_decay: float = key(0.0, "weight decay of the A-Step, on matrices only", at_least=0, when=FUSION)
+                                   at_least=0, at_most=RATE["at_most"], when=TUNED)
+    a_step_weight_decay: float = key(0.0, "weight decay of the A-Step, on matrices only", **DECAY, when=FUSION)
     schedule: ScheduleRecipe = key(ScheduleRecipe(), "learning rates over a run")
     # fmt: on
 
