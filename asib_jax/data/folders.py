@@ -125,7 +125,7 @@ def _classes(folder: Path, left_out: Counter[str]) -> Classes:
     stray = [entry for entry in folder.iterdir() if _visible(entry.name) and entry.suffix.lower() in SUFFIXES]
     if stray := [entry for entry in stray if not entry.is_dir()]:
         left_out[f"files beside the classes in {folder}"] += len(stray)
-    return {name: _files(folder / name, left_out) for name in _subfolders(folder)}
+    return {name: picture_files(folder / name, left_out) for name in _subfolders(folder)}
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -141,7 +141,7 @@ def _subfolders(folder: Path) -> list[str]:
     return names
 
 
-def _files(folder: Path, left_out: Counter[str]) -> list[Path]:
+def picture_files(folder: Path, left_out: Counter[str]) -> list[Path]:
     """The pictures in `folder` and its subfolders, by their suffixes. UserError for what cannot be read as a file."""
     found, seen = [], dict[str, str]()
     for root, folders, files in os.walk(folder, onerror=_raised, followlinks=True):
@@ -154,14 +154,19 @@ def _files(folder: Path, left_out: Counter[str]) -> list[Path]:
             if file.suffix.lower() not in SUFFIXES:
                 left_out[f"files called {file.suffix.lower()}" if file.suffix else "files without a suffix"] += 1
                 continue
-            try:
-                mode = file.stat().st_mode
-            except OSError as error:
-                raise UserError(f"{file} is a link that leads to no file ({error.strerror}): remove it") from error
-            if not stat.S_ISREG(mode):
-                raise UserError(f"{file} is no file but a pipe, socket or device: move it away")
+            check_regular(file)
             found.append(file)
     return found
+
+
+def check_regular(file: Path) -> None:
+    """UserError for what cannot be read as a file: a link to nothing, a pipe, a socket, a device."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{file} is a link that leads to no file ({error.strerror}): remove it") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file} is no file but a pipe, socket or device: move it away")
 
 
 def _visible(name: str) -> bool:

@@ -121,6 +121,14 @@ def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return _students(folder, checkpoint.restore(folder / "checkpoints" / "final"))
 
 
+def load_student(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """One of them. UserError for a name that the run has not; errors: those of `checkpoint.restore`."""
+    students = load_students(folder)
+    if name not in students:
+        raise UserError(f"--student={name}: the run in {folder} has {', '.join(sorted(students)) or 'no student'}")
+    return students[name]
+
+
 def _students(folder: pathlib.Path, stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
     students, control = stored.get("students", {}), folder / "checkpoints" / "control"
     if control.exists():

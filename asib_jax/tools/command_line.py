@@ -5,6 +5,7 @@ broke down; 75: a run that was stopped by a signal and can go on; 130: stopped b
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -27,13 +28,16 @@ _ALONE = {"config": "configs/l2_cccp.py:digits", "run": "results/latest"}  # fla
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show where in the code an error came up.")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Read the flags, do `main` and leave the process with a status from above, its error told on stderr."""
+def run(main: Callable[..., None], arguments: bool = False) -> None:
+    """Read the flags, do `main` and leave the process with a status from above, its error told on stderr.
 
-    def quietly(_: list[str]) -> None:
+    arguments: whether `main` takes, as a list, what stands on the command line beside flags; else that is an error.
+    """
+
+    def quietly(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
         console.listen(logging.WARNING)  # of ours
-        main()
+        main(*([argv[1:]] if arguments else []))
         out.flush()
         if out.failed and not isinstance(out.failed, BrokenPipeError):  # who closed the pipe had read enough
             raise UserError(f"what was to be printed is lost: {out.failed}")
@@ -42,7 +46,7 @@ def run(main: Callable[[], None]) -> None:
     out = console.Lasting(sys.stdout)
     sys.stdout, sys.stderr = cast(TextIO, out), console.lasting(sys.stderr)
     try:
-        app.run(quietly, flags_parser=_parse)
+        app.run(quietly, flags_parser=functools.partial(_parse, arguments=arguments))
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(tell(error))
 
@@ -86,8 +90,8 @@ def host_flags() -> Callable[[], contextlib.AbstractContextManager]:
     return lambda: hosts.joined(coordinator.value, processes.value, process.value, tell)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """UserError for whatever the command line, or a file of configuration, does wrong."""
+def _parse(argv: list[str], arguments: bool) -> list[str]:
+    """What is there beside flags. UserError for whatever the command line, or a file of configuration, does wrong."""
     usage.answer(argv)
     argv = _named(argv)
     argv = [f"--config={shipped.path(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
@@ -99,12 +103,12 @@ def _parse(argv: list[str]) -> list[str]:
         if isinstance(error, SystemExit) and not _in_config(error):  # --help ends so
             raise
         raise UserError(_explained(error, argv)) from error
-    if others:
+    if others and not arguments:
         already = "".join(f": --{name} is given already" for name in _ALONE if name in flags.FLAGS)
         raise UserError(
             f"unexpected arguments {others}{already}; flags are written --FLAG=VALUE, overrides --config.KEY=VALUE"
         )
-    return argv
+    return [argv[0], *others]
 
 
 def _named(argv: list[str]) -> list[str]:

@@ -50,10 +50,8 @@ def export(
     out = out or run / f"student.{kind}"
     if out.suffix != f".{kind}":
         raise UserError(f"--out={out} must end in .{kind}, or --format say otherwise")
-    recipe, students, told = finished.read_recipe(run), finished.load_students(run), read_json(run / "about.json")
-    if student not in students:
-        raise UserError(f"--student={student}: the run in {run} has {', '.join(sorted(students)) or 'no student'}")
-    options, variables = recipe.model.student, students[student]
+    recipe, variables = finished.read_recipe(run), finished.load_student(run, student)
+    options, told = recipe.model.student, read_json(run / "about.json")
     architecture = models.backbone(options.name, recipe.dataset.small_input, "model.student.name")
     arrays = torch_names.export_weights(variables, architecture)
     about: dict[str, Any] = {
