@@ -14,6 +14,7 @@ from asib_jax.data import folders, overlap, sources
 from asib_jax.data.sources import load
 from asib_jax.errors import UserError
 from asib_jax.record import provenance
+from asib_jax.record.console import setup_logging
 
 
 def write_picture(path, level, size=(6, 4), mode="RGB"):
@@ -227,6 +228,16 @@ def test_a_name_that_is_no_text_is_told(divided, name):
     str(e.value).encode()
 
 
+def test_files_whose_names_are_no_text_reach_the_log(divided, tmp_path_factory):
+    """A picture is read, what is none is told."""
+    cat, results = os.fsencode(divided / "train" / "cat"), tmp_path_factory.mktemp("results")
+    os.rename(os.path.join(cat, b"101.png"), os.path.join(cat, b"caf\xe9.png"))
+    open(os.path.join(cat, b"a.caf\xe9"), "w").close()
+    setup_logging(results)
+    assert levels(load("folder", path=str(divided)).train) == [1, 2, 102, 101]
+    assert "left out: files called .caf\\udce9 (1)" in (results / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -238,6 +249,19 @@ def test_a_name_that_is_no_text_is_told(divided, name):
             lambda folder: [write_classes(folder / "train", ant=[1]), (folder / "test" / "ant").mkdir(parents=True)],
             r"/test: no picture .* in ant",
         ),
+        (
+            lambda folder: [
+                write_classes(folder, ant=[1]),
+                (folder / "ant" / "001.png").rename(folder / "ant" / "a.heic"),
+            ],
+            r"no picture .* in ant; there are files called \.heic \(1\)$",
+        ),
+        (
+            lambda folder: [write_classes(folder, train=[1]), write_classes(folder, test=[1])],
+            r"/train: no picture .* in <class>; there are files beside the classes in .*/train \(1\)",
+        ),
+        (lambda folder: (folder / "ant").symlink_to("nowhere"), "/ant is a link that leads to nothing: remove it"),
+        (lambda folder: (folder / "ant").symlink_to("ant"), "/ant is a link that leads to nothing: remove it"),
         (lambda folder: write_classes(folder, ant=range(5)), "all training images are of one class, 'ant'"),
     ],
 )

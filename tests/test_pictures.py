@@ -260,3 +260,11 @@ def test_rows_are_in_the_order_of_their_files(tmp_path):
     files = [saved(tmp_path / f"{k}.png", np.full((2, 2), k, np.uint8)) for k in range(200)]
     images, _ = read_pictures(files)
     np.testing.assert_array_equal(images[:, 1, 0, 2], np.arange(200))
+
+
+def test_more_than_all_memory_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"1,000,000 images of 4000x4000x3 take 4.47e\+04 GiB, and this machine has .*image_size"
+    ):
+        pictures.room((1_000_000, 4000, 4000, 3))
+    assert pictures.room((2, 3, 4, 1)).shape == (2, 3, 4, 1)

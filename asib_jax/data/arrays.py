@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from asib_jax.data.archives import Arrays
-from asib_jax.data.pictures import resized
+from asib_jax.data.pictures import resized, room
 from asib_jax.errors import UserError
 
 logger = logging.getLogger("asib_jax")
@@ -95,7 +95,7 @@ def _scaled(x: np.ndarray, name: str, origin: str) -> np.ndarray:
 
 def _resized(x: np.ndarray, size: int) -> np.ndarray:
     """[N,size,size,channels]; every channel by itself."""
-    found = np.empty((len(x), size, size, x.shape[3]), np.uint8)
+    found = room((len(x), size, size, x.shape[3]))
     for image, small in zip(x, found, strict=True):
         for channel in range(x.shape[3]):
             plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))

@@ -51,9 +51,13 @@ def read_folder(source: Path, image_size: int = 0) -> Found:
 def _tell(source: Path, total: int, done: Counter[str], left_out: Counter[str]) -> None:
     told = [f"of {total} pictures " + ", ".join(f"{count} {what}" for what, count in done.items())] if done else []
     if left_out:
-        told.append("left out: " + ", ".join(f"{what} ({count})" for what, count in left_out.items()))
+        told.append(f"left out: {_listed(left_out)}")
     if told:
         logger.info("%s: %s", source, "; ".join(told))
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{what} ({count})" for what, count in counts.items())
 
 
 Classes = dict[str, list[Path]]  # the pictures of each
@@ -75,9 +79,7 @@ def _divided(source: Path, left_out: Counter[str]) -> dict[str, Classes]:
         folder = source / used[split]
         if unknown := sorted(set(classes) - set(splits["train"])):
             raise UserError(f"{folder} has classes that {source / 'train'} has not: {', '.join(unknown)}")
-        if not any(classes.values()):
-            raise UserError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in {', '.join(classes) or '<class>'}")
-    _check_empty(source / "train", splits["train"])
+        _check_empty(folder, classes, left_out, all_of_them=split == "train")
     return splits
 
 
@@ -92,7 +94,7 @@ def _undivided(source: Path, left_out: Counter[str]) -> dict[str, Classes]:
     classes = _classes(source, left_out)
     if not classes:
         raise UserError(f"dataset.path = {str(source)!r} must hold {LAYOUT}; it holds no folder")
-    _check_empty(source, classes)
+    _check_empty(source, classes, left_out)
     if few := [f"{name} ({len(files)})" for name, files in classes.items() if len(files) < 3]:
         raise UserError(
             f"{source} is divided into training, validation and test, for which every class needs 3 pictures; too few "
@@ -115,9 +117,11 @@ def _undivided(source: Path, left_out: Counter[str]) -> dict[str, Classes]:
     return splits
 
 
-def _check_empty(folder: Path, classes: Classes) -> None:
-    if empty := [name for name, files in classes.items() if not files]:
-        raise UserError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in {', '.join(empty)}")
+def _check_empty(folder: Path, classes: Classes, left_out: Counter[str], *, all_of_them: bool = True) -> None:
+    empty = [name for name, files in classes.items() if not files]
+    if len(empty) == len(classes) or (empty and all_of_them):
+        others = f"; there are {_listed(left_out)}" if left_out else ""
+        raise UserError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in {', '.join(empty) or '<class>'}{others}")
 
 
 def _classes(folder: Path, left_out: Counter[str]) -> Classes:
@@ -129,7 +133,10 @@ def _classes(folder: Path, left_out: Counter[str]) -> Classes:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if _visible(entry.name) and entry.is_dir())
+    entries = [entry for entry in folder.iterdir() if _visible(entry.name)]
+    if broken := [entry.name for entry in entries if entry.is_symlink() and not entry.exists()]:
+        raise UserError(f"{folder / broken[0]} is a link that leads to nothing: remove it")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     for name in names:
         try:
             name.encode()

@@ -54,10 +54,7 @@ def read_pictures(files: Sequence[Path], image_size: int = 0) -> tuple[np.ndarra
                 return _rgb(picture, image_size)
 
         first, _ = decoded(files[0])
-        try:
-            images = np.empty((len(files), *first.shape), np.uint8)
-        except MemoryError as error:
-            raise UserError(f"{len(files)} pictures of {first.shape} take more memory than there is") from error
+        images = room((len(files), *first.shape))
 
         def read(row: int) -> list[str]:
             image, notes = decoded(files[row])
@@ -74,6 +71,17 @@ def read_pictures(files: Sequence[Path], image_size: int = 0) -> tuple[np.ndarra
     if heard:
         logger.warning("reading pictures, Pillow warned %d times, first: %.200s", len(heard), heard[0].message)
     return images, done
+
+
+def room(shape: tuple[int, ...]) -> np.ndarray:
+    """An array for images, uint8 and not filled. UserError for more than all memory of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if math.prod(shape) > memory:
+        raise UserError(
+            f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {math.prod(shape) / 2**30:.3g} GiB, and this "
+            f"machine has {memory / 2**30:.3g}: make them smaller (dataset.image_size), or fewer"
+        )
+    return np.empty(shape, np.uint8)
 
 
 @contextmanager

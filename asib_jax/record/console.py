@@ -86,7 +86,7 @@ class _LogFile(logging.FileHandler):
     """log.txt, with time and level. While it cannot be written a run goes on; the console says so, once."""
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # for files whose names are no text
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"))
         self._failed = False
 
