@@ -228,7 +228,7 @@ def test_a_name_that_is_no_text_is_told(divided, name):
     str(e.value).encode()
 
 
-def test_files_whose_names_are_no_text_reach_the_log(divided, tmp_path_factory):
+def test_files_whose_names_are_no_text_reach_the_log(divided, tmp_path_factory, logger_after_use):
     """A picture is read, what is none is told."""
     cat, results = os.fsencode(divided / "train" / "cat"), tmp_path_factory.mktemp("results")
     os.rename(os.path.join(cat, b"101.png"), os.path.join(cat, b"caf\xe9.png"))
