@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from asib_jax.errors import UserError
 from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe, checks, read_stored
+from asib_jax.recipe import Recipe, checks, overrides, read_stored
 from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
@@ -66,12 +66,13 @@ def phases_of(
     return found
 
 
-def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Path:
+def start(config: Mapping[str, Any], name: str, defaults: Recipe, changed: Collection[str] = ()) -> pathlib.Path:
     """Begin the run of a configuration, or go on with the one that its `resume` finds; nothing where that has finished.
 
-    The folder of the run. name: of the configuration and its profile; defaults: of that profile. The outcome is
-    recorded whatever it is: a failed or interrupted run is never a finished one. Raises UserError for what can be known
-    before a run leaves a trace, and Interrupted after a signal, with a snapshot that holds all that was done.
+    The folder of the run. name: of the configuration and its profile; defaults: of that profile; changed: the keys
+    that were set beside the configuration, by which the run's folder and row tell it apart. The outcome is recorded
+    whatever it is: a failed or interrupted run is never a finished one. Raises UserError for what can be known before a
+    run leaves a trace, and Interrupted after a signal, with a snapshot that holds all that was done.
     """
     logger.setLevel(logging.DEBUG)
     recipe = preparation.checked(config)
@@ -84,11 +85,13 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe) -> pathlib.Pat
     inputs = preparation.prepare(recipe)  # and the last that fails without a trace
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     plain["dataset"] = {**plain["dataset"], "name": recipe.dataset.name}  # whatever becomes of its path
+    told = overrides.text(recipe, changed)
     record = (
         Record.reopen(found, plain)
         if found
-        else Record.create(recipe.results_dir, f"{name}_{recipe.seed}", recipe.exp_id, plain)
+        else Record.create(recipe.results_dir, f"{name}_{recipe.seed}", recipe.exp_id, plain, overrides.digest(told))
     )
+    record.about["overrides"] = told
     console.setup_logging(record.folder)
     last = last_whole(found) if found else None
     if found and not last:

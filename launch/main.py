@@ -26,9 +26,13 @@ def main() -> None:
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     if RESUME.value and not CONFIG.value.resume:
         CONFIG.value.resume = "latest"
-    does = dry_run.tell if DRY_RUN.value else train.start
+    name, defaults = "_".join(filter(None, (pathlib.Path(path).stem, profile))), read(base.get_config(profile))
     with JOINED():
-        does(CONFIG.value, "_".join(filter(None, (pathlib.Path(path).stem, profile))), read(base.get_config(profile)))
+        if DRY_RUN.value:
+            dry_run.tell(CONFIG.value, name, defaults)
+        else:
+            changed = config_flags.get_override_values(flags.FLAGS["config"])
+            train.start(CONFIG.value, name, defaults, changed)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,11 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
     }
 
 
+def test_a_digest_stands_before_the_time(tmp_path):
+    record = Record.create(tmp_path / "results", "l1_ib_digits_3", "", CONFIG, "3fa9")
+    assert record.folder.name.startswith("l1_ib_digits_3_3fa9_20") and record.name == "l1_ib_digits_3"
+
+
 def test_explicit_exp_id_is_kept_and_never_reused(tmp_path):
     assert create(tmp_path, "mine").folder == tmp_path / "results" / "mine"
     with pytest.raises(UserError, match="exp_id='mine'"):

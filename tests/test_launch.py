@@ -1,6 +1,7 @@
 """The command line as a user meets it: whole runs."""
 
 import csv
+import hashlib
 import json
 
 import pytest
@@ -48,6 +49,12 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     with open(tmp_path / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["l2_cccp_digits_0", "ce_only_digits_0"]
+    networks = "model.student.name=tiny_scratch num_devices=1 schedule.lr_warmup_epochs=1"
+    assert rows[1]["overrides"] == f"{networks} student_epochs_per_stage=(1,1) train_control=False"
+    digest = hashlib.sha256(rows[1]["overrides"].encode()).hexdigest()[:4]
+    assert rows[1]["exp_id"].startswith(f"ce_only_digits_0_{digest}_20")
+    assert [row["teachers"] for row in rows] == ["tiny_teacher tiny_teacher", ""]
+    assert {(row["dataset"], row["student"]) for row in rows} == {("digits", "tiny_scratch")}
     assert {row["status"] for row in rows} == {"finished"} and not any(None in row for row in rows)
     assert (tmp_path / "latest").resolve() == (tmp_path / rows[1]["exp_id"]).resolve()
     folder = tmp_path / rows[0]["exp_id"]

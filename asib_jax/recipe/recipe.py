@@ -35,7 +35,8 @@ class Recipe:
     # run
     seed: int = key(0, "the one source of all randomness", at_least=0)
     results_dir: str = key("results", "one folder a run, plus `summary.csv`, `teachers` and `latest`", free=True)
-    exp_id: str = key("", "the run's folder there; empty: config, profile, seed and time; one that exists is an error",
+    exp_id: str = key("", "the run's folder there; empty: config, profile, seed, what was set and time; one that "
+                      "exists is an error",
                       free=True)
     student_epochs_per_stage: tuple[int, ...] = key((20, 20), "B-epochs of each stage", at_least=1, when=STUDENT)
     num_stages: int = key(0, "0, or as many as `student_epochs_per_stage` has entries", at_least=0, when=STUDENT)

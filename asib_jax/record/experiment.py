@@ -20,7 +20,16 @@ logger = logging.getLogger("asib_jax")
 
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
 _LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
-_ABOUT = ("revision", "device_kind", "compute_dtype")  # of about.json, in the run's row too
+_ABOUT = (
+    "dataset",
+    "data",
+    "student",
+    "teachers",
+    "overrides",
+    "revision",
+    "device_kind",
+    "compute_dtype",
+)  # of about.json, in the run's row too
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -40,11 +49,13 @@ class Record:
         self._lock: TextIO | None = None
 
     @classmethod
-    def create(cls, results_dir: str | os.PathLike, name: str, exp_id: str, config: dict[str, Any]) -> "Record":
+    def create(
+        cls, results_dir: str | os.PathLike, name: str, exp_id: str, config: dict[str, Any], digest: str = ""
+    ) -> "Record":
         """Make the folder `results_dir/exp_id` with the resolved config, a dict of plain values that has a `seed`.
 
-        `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, and runs that start
-        within the same second get different ones.
+        `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, or
+        name_digest_timestamp, and runs that start within the same second get different ones.
 
         Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
         in it.
@@ -55,7 +66,7 @@ class Record:
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = None
         try:
-            record = cls(_new_folder(Path(results_dir), name, exp_id), name, config)
+            record = cls(_new_folder(Path(results_dir), "_".join(filter(None, (name, digest))), exp_id), name, config)
             (record.folder / "checkpoints").mkdir()
             (record.folder / "log.txt").touch()
             write(record.folder / "config.json", text)

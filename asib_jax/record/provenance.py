@@ -41,6 +41,9 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
     revision, changed = git_state(ROOT)
     return {
         "seed": recipe.seed,
+        "dataset": recipe.dataset.name,
+        "student": "" if recipe.teachers_only else recipe.model.student.name,
+        "teachers": " ".join(teacher.name for teacher in recipe.teachers) if recipe.uses_teachers else "",
         "data": data.origin,
         "data_sha256": data_digests(data),
         "told_by_data": told_by_data.values_of(recipe),
@@ -65,8 +68,8 @@ def note_changes(record: Record, now: dict[str, Any]) -> None:
 
     Raises UserError for other data.
     """
-    before = {key: record.about.get(key) for key in now}
-    changed = [key for key in now if before[key] != now[key] and key != "data"]  # which is a path
+    before = {key: record.about[key] for key in now if key in record.about}  # an earlier version told less
+    changed = [key for key in before if before[key] != now[key] and key != "data"]  # which is a path
     if "data_sha256" in changed:
         raise UserError(
             f"{now['data']} is not the data that the run {record.folder} began with ({before['data']}): the "

@@ -16,7 +16,7 @@ from asib_jax import shipped, train
 from asib_jax.data.archives import NAMES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
-from asib_jax.recipe import read
+from asib_jax.recipe import keys as keys_, read
 from asib_jax.record import console, experiment
 from asib_jax.weights import origins
 
@@ -70,9 +70,11 @@ def distil(
             _merge(values, {f"teacher{k}": ({"train_epochs": 0} if own.get("weights") else {}) | own})
     if data is not None:
         _merge(values, {"dataset": _dataset(data, pathlib.Path(values["results_dir"]))})
+    before, now = keys_.flat(defaults), keys_.flat(read(values))
+    changed = [key for key in now if now[key] != before.get(key)]
     with contextlib.redirect_stderr(sys.stderr), contextlib.ExitStack() as end:  # both are the caller's afterwards
         end.callback(console.leave)
-        folder = train.start(values, config.replace(":", "_"), defaults)
+        folder = train.start(values, config.replace(":", "_"), defaults, changed)
     return Distilled(
         folder, (folder / "table.txt").read_text(encoding="utf-8"), experiment.read_json(folder / "metrics.json")
     )
