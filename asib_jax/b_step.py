@@ -1,6 +1,7 @@
 """The B-Step: distil the student while all else stands still (SPEC 5)."""
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe
 from asib_jax.weights import checkpoint
 
+logger = logging.getLogger("asib_jax")
+
 
 def phase(
     recipe: Recipe,
@@ -38,6 +41,7 @@ def phase(
     runs = _runs_networks(recipe) if nets.teachers and recipe.reads_teachers_in_b else ""
     reads = frozenset({"teachers"} if nets.teachers and recipe.reads_teachers_in_b and not runs else ())
     mask, _ = trainable(recipe, nets, params, stage, student)
+    pretrained = bool(recipe.model.student.weights) and stage == 0
     chosen = {student: {child: child != "distill_adapter" or adapter_trains(recipe) for child in mask[student]}}
     return Phase(
         name=f"{prefix}stage{stage + 1}/b",
@@ -59,7 +63,8 @@ def phase(
         best=student,
         chosen=chosen,
         restore=recipe.restore_best,
-        watch=nets.ib_mbm is not None,
+        watch=nets.ib_mbm is not None or pretrained,
+        incoming=pretrained,
         counts=functools.partial(_count, recipe) if not prefix else Phase.counts,
         finish=functools.partial(_save_students, f"{prefix.replace('/', '_')}stage{stage + 1}", student),
     )
@@ -179,5 +184,14 @@ def target_name(recipe: Recipe, controls: dict[str, Any]) -> str:
 def _save_students(name: str, student: str, context: Context, variables: Variables, progress: Progress) -> Variables:
     folder = context.record.folder / "checkpoints"
     checkpoint.save(folder / f"{name}_last", of_network(progress.last[student], student))
-    checkpoint.save(folder / f"{name}_best", of_network(progress.best[student].held, student))
+    best = progress.best[student]
+    checkpoint.save(folder / f"{name}_best", of_network(best.held, student))
+    if best.began is not None and best.latest < 0.9 * best.began:
+        logger.warning(
+            "%s: ends at %.2f %% on validation, far below the %.2f %% that its given weights had; a lower student_lr "
+            "may keep what they know",
+            name,
+            100 * best.latest,
+            100 * best.began,
+        )
     return variables

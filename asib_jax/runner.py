@@ -14,7 +14,7 @@ from asib_jax.context import Context
 from asib_jax.data.splits import training_rows
 from asib_jax.engine import devices
 from asib_jax.engine.compiled import Call, most_in_flight
-from asib_jax.engine.progress import Best, Held, Progress, Tally, overlay
+from asib_jax.engine.progress import BEFORE, Best, Held, Progress, Tally, overlay
 from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import freezing, state
 from asib_jax.objectives.step import make_train_step
@@ -248,8 +248,9 @@ def _watch_incoming(running: Running) -> None:
     measured = context.validation.accuracies(phase.nets, running.whole, phase.network)
     context.log(f"{phase.name}/before", {f"val_{name}": value for name, value in measured.items()})
     if phase.incoming:
-        best = running.progress.best[phase.best] = Best(measured[phase.score], "before its first epoch")
-        best.held = running.hold()
+        score = measured[phase.score]
+        running.progress.best[phase.best] = Best(score, BEFORE, running.hold(), began=score)
+        logger.info("%s: validation accuracy %.2f %% before its first epoch", phase.title, 100 * score)
 
 
 def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> None:

@@ -250,11 +250,13 @@ def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables
 def _finished(variables: Variables, progress: Progress) -> Finished:
     """What the phases that are over have come to."""
     students: dict[str, dict[str, Any]] = {}
+    when = {}
     for network, prefix in (("student", ""), ("control", "control_")):
         if network in progress.last:
             students |= {
                 f"{prefix}last": of_network(progress.last[network], network),
                 f"{prefix}best": of_network(progress.best[network].held, network),
             }
+            when[f"{prefix}best"] = progress.best[network].when
     main = variables.only(variables.params.keys() - {"control"})
-    return Finished(main, students, progress.distilled_steps, progress.watch.skipped)
+    return Finished(main, students, progress.distilled_steps, progress.watch.skipped, when)

@@ -10,7 +10,7 @@ import pytest
 from networks import make_feed
 from tiny_runs import STEPS, read_config, read_recipe, tiny_networks, write_data
 
-from asib_jax import build, evaluation, recipe as recipes, runner, train
+from asib_jax import b_step, build, evaluation, recipe as recipes, runner, train
 from asib_jax.context import Context
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import init_network
@@ -177,3 +177,45 @@ def test_a_phase_that_nothing_comes_of_ends_a_run(data_file, tmp_path):
     with pytest.raises(FloatingPointError, match=told):
         train.recorded(recipe, build.make_inputs(recipe), record)
     assert ",failed," in (tmp_path / "summary.csv").read_text()
+
+
+def ran(name, data_file, folder, exp_id, **changes):
+    """The folder and metrics of a run."""
+    config = read_config(name, data_file, results_dir=str(folder), tensorboard=False, **changes)
+    recipe, record = recipes.read(config), Record.create(folder, "test", exp_id, config.to_dict())
+    checks.check(recipe)
+    train.recorded(recipe, build.make_inputs(recipe), record)
+    return record.folder, record.metrics
+
+
+@pytest.mark.parametrize("student_lr, as_given", [(30.0, True), (0.01, False)])
+def test_a_given_student_competes_as_it_is(data_file, tmp_path, caplog, monkeypatch, student_lr, as_given):
+    """Of half what can be learnt; a rate that is too high ruins it, which is told, and one that is not betters it."""
+    monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
+    first, learnt = ran("ce_only", data_file, tmp_path, "first", student_epochs_per_stage=(1,))
+    given = {"model.student.name": "tiny", "model.student.weights": str(first / "checkpoints" / "final")}
+    caplog.clear()
+    folder, metrics = ran("ce_only", data_file, tmp_path, "second", student_lr=student_lr, **given)
+    before = metrics["stage1/b/before/val_student"]
+    assert before == learnt["final/validation_acc_best"] and "stage2/b/before/val_student" not in metrics
+    epochs = [metrics[f"stage{stage}/b/epoch0{epoch}/val_student"] for stage in (1, 2) for epoch in (1, 2)]
+    assert (
+        metrics["final/validation_acc_best"] == max(before, *epochs)
+        and metrics["final/validation_acc_last"] == epochs[-1]
+    )
+    table = evaluation.evaluate_run(folder)
+    assert ("  as given  " in table) == as_given == (max(epochs) <= before)
+    fell = [record.message for record in caplog.records if "far below" in record.message]
+    assert [line.split(":")[0] for line in fell] == (["stage1", "stage2"] if as_given else [])
+
+
+@pytest.mark.parametrize(
+    "network, weights, stages",
+    [("student", "x", [True, False]), ("control", "x", [True, False]), ("student", "", [False, False])],
+)
+def test_what_a_student_begins_with_competes_once(data_file, network, weights, stages):
+    recipe = read_recipe("l0_baseline", data_file, **{"model.student.name": "tiny", "model.student.weights": weights})
+    nets = build.build_networks(recipe, 5)
+    params = {network: init_network(nets.student, 0, "student", (8, 8, 3))["params"]}
+    phases = [b_step.phase(recipe, nets, params, stage, 80, None, network) for stage in (0, 1)]
+    assert [phase.incoming for phase in phases] == [phase.watch for phase in phases] == stages

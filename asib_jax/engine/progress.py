@@ -44,18 +44,27 @@ class Tally:
 Held = dict[str, Any]  # {"params": {network: leaves}, "batch_stats": ..., perhaps "opt_state"}, on the host
 
 
+BEFORE = "before its first epoch"  # when the best state was there already
+
+
 @dataclasses.dataclass
 class Best:
-    """The best state on validation so far; when, in words; and for how many epochs none was better by a margin."""
+    """The best state on validation so far; when, in words; and for how many epochs none was better by a margin.
+
+    began: the score of the state before the first epoch, where that competed; latest: of the last epoch.
+    """
 
     score: float = -1.0
     when: str = ""
     held: Held | None = None
+    began: float | None = None
+    latest: float = -1.0
     mark: float = -1.0  # the last score that was better by more than the margin
     waited: int = 0  # epochs since
 
     def see(self, score: float, when: str, margin: float = 0.0) -> bool:
-        """Take note of a score; whether it is the best, so that its state is to be held."""
+        """Take note of an epoch's score; whether it is the best, so that its state is to be held."""
+        self.latest = score
         better = score > self.score
         if better:
             self.score, self.when = score, when

@@ -25,13 +25,14 @@ class Finished:
     many steps of each phase were skipped.
 
     students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best";
-        none of a run with teachers_only.
+        none of a run with teachers_only. when: the best ones were, in words (`progress.Best`).
     """
 
     variables: Variables
     students: dict[str, dict[str, Any]]
     distilled_steps: collections.Counter
     skipped_steps: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    when: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> None:
@@ -44,6 +45,8 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
             trained[name] = {"params": adapter, "batch_stats": {}}
     for name, steps in finished.distilled_steps.items():
         record.log(f"distilled_steps/{name}", steps)
+    if "best" in finished.when:
+        record.log("when/best", finished.when["best"])
     record.save()  # before the checkpoint, whose presence says that the run can be evaluated
     checkpoint.save(record.folder / "checkpoints" / "final", {"variables": trained, "students": finished.students})
 
@@ -51,6 +54,7 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
 def save_control(record: Record, finished: Finished) -> None:
     """The control's students, which are trained after all else is saved."""
     students = {name: student for name, student in finished.students.items() if name.startswith("control_")}
+    record.log("when/control_best", finished.when["control_best"])
     checkpoint.save(record.folder / "checkpoints" / "control", students)
 
 
@@ -105,15 +109,14 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
             stats[name] = variables["batch_stats"]
     for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
         stats[name] = {}  # a network without BatchNorm
-    counted = (_counted(metrics, name) for name in ("distilled_steps", "skipped_steps"))
-    return Finished(Variables(params, stats), _students(folder, stored), *counted)
+    distilled, skipped = (collections.Counter(_logged(metrics, f"{name}_steps")) for name in ("distilled", "skipped"))
+    students = _students(folder, stored)
+    return Finished(Variables(params, stats), students, distilled, skipped, _logged(metrics, "when"))
 
 
-def _counted(metrics: dict[str, Any], name: str) -> collections.Counter:
+def _logged(metrics: dict[str, Any], name: str) -> dict[str, Any]:
     """What is logged under `name`/."""
-    return collections.Counter(
-        {key.removeprefix(f"{name}/"): value for key, value in metrics.items() if key.startswith(f"{name}/")}
-    )
+    return {key.removeprefix(f"{name}/"): value for key, value in metrics.items() if key.startswith(f"{name}/")}
 
 
 def load_students(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from asib_jax.engine.evaluate import Evaluator
+from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
 from asib_jax.record.finished import Finished
@@ -25,7 +26,7 @@ _TITLES = {  # of the table's rows, in their order; the teachers come first
 @dataclasses.dataclass(frozen=True)
 class Results:
     """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used;
-    skipped: steps by their phase.
+    skipped: steps by their phase; as_given: the students that no training bettered.
 
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
     logits: [N, C] of the best student on test; None of a run without one.
@@ -37,6 +38,7 @@ class Results:
     shares: dict[str, float]
     moving: dict[str, str]
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    as_given: frozenset[str] = frozenset()
     logits: np.ndarray | None = None
 
     def __post_init__(self):
@@ -87,7 +89,8 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
     sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
-    return Results(counts, sizes, shares, moving_parameters(recipe), {**finished.skipped_steps}, logits)
+    as_given = frozenset(name for name, when in finished.when.items() if when == BEFORE)
+    return Results(counts, sizes, shares, moving_parameters(recipe), {**finished.skipped_steps}, as_given, logits)
 
 
 def _best_logits(finished: Finished, evaluator: Evaluator) -> np.ndarray:
@@ -168,7 +171,7 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
         return "as above"
     if teacher := _teachers(recipe).get(name):
         return "best epoch" if teacher.epochs else "as given"
-    return f"{name.removeprefix('control_')} epoch"
+    return "as given" if name in results.as_given else f"{name.removeprefix('control_')} epoch"
 
 
 def _saw_validation(recipe: Recipe, name: str) -> bool:
