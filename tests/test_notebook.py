@@ -54,6 +54,14 @@ def test_teachers_student_and_arrays_in_a_run_out(tmp_path, arrays):
         run = distil(tau=3.0)
         again = evaluation.evaluate_run(run.folder)
         assert distil(tau=3.0, resume="latest") == run  # which has finished
+        probabilities = run.predict(arrays["x_test"], "last")
+        with pytest.raises(UserError, match=r"images \[23, 4, 8, 3\]: those of the run in .* are \[N, \*\(8, 8, 3\)\]"):
+            run.predict(arrays["x_test"][:, :4])
+        with pytest.raises(UserError, match="control_best"):  # which it has
+            run.predict(arrays["x_test"], "first")
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    correct = int((probabilities.argmax(axis=1) == arrays["y_test"]).sum())
+    assert correct == round(23 * run.metrics["final/test_acc_last"])
     assert run.table == again + "\n" and "student, best" in run.table
     assert run.metrics["final/test_count"] == 23
     recipe = read_recipe(run.folder)

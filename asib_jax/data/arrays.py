@@ -31,7 +31,7 @@ def well_formed(arrays: Arrays, origin: str, image_size: int = 0) -> tuple[Array
         raise UserError(f"{origin} has {'x_val without y_val' if 'x_val' in arrays else 'y_val without x_val'}")
     found: Arrays = {}
     for split in _splits(arrays):
-        x, y = _images(arrays[f"x_{split}"], f"x_{split}", origin, image_size), arrays[f"y_{split}"]
+        x, y = images(arrays[f"x_{split}"], f"x_{split}", origin, image_size), arrays[f"y_{split}"]
         if split != "train" and x.shape[1:] != found["x_train"].shape[1:]:
             raise UserError(f"{origin}: x_{split} is {_kind(x)}, but x_train is {_kind(found['x_train'])}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
@@ -50,8 +50,8 @@ def _splits(arrays: Arrays) -> Iterator[str]:
     return (split for split in ("train", "val", "test") if f"x_{split}" in arrays)
 
 
-def _images(x: np.ndarray, name: str, origin: str, image_size: int) -> np.ndarray:
-    """uint8 [N,H,W,channels] of one split."""
+def images(x: np.ndarray, name: str, origin: str, image_size: int = 0) -> np.ndarray:
+    """uint8 [N,H,W,channels] of the array called `name`, as `well_formed` makes them; its errors."""
     told = []
     if (x.dtype != np.uint8 and x.dtype.kind != "f") or x.ndim not in (3, 4) or not x.size:
         raise UserError(f"{origin}: {name} must be {_EXPECTED}, not empty; found {_kind(x)}")

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from asib_jax import shipped, train
+from asib_jax.data import arrays
 from asib_jax.data.archives import NAMES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
 from asib_jax.recipe import keys as keys_, read
 from asib_jax.record import console, experiment
+from asib_jax.tools.predict import Classifier
 from asib_jax.weights import origins
 
 Network = str | Mapping[str, Any]  # a name, or keys of the configuration's group
@@ -31,6 +33,18 @@ class Distilled:
     folder: pathlib.Path
     table: str
     metrics: dict[str, Any]
+
+    def predict(self, images: np.ndarray, student: str = "best") -> np.ndarray:
+        """Probabilities [N, C] of the classes, in their order, of images in any form that `distil` takes them in.
+
+        student: "best" (on validation), "last", "control_best" or "control_last". Raises UserError for images of
+        another size than those of the run, or a student that it has not.
+        """
+        classify = Classifier(self.folder, student)
+        found = arrays.images(np.asarray(images), "images", "predict")
+        if found.shape[1:] != classify.shape:
+            raise UserError(f"images {list(found.shape)}: those of the run in {self.folder} are [N, *{classify.shape}]")
+        return classify(found)
 
 
 def distil(
@@ -102,13 +116,13 @@ def _dataset(data: str | Mapping[str, np.ndarray], results: pathlib.Path) -> dic
     return {"name": "", "path": str(data)}
 
 
-def _kept(arrays: Mapping[str, np.ndarray], folder: pathlib.Path) -> pathlib.Path:
+def _kept(given: Mapping[str, np.ndarray], folder: pathlib.Path) -> pathlib.Path:
     """The file of these arrays, called by their digest."""
-    if missing := [name for name in NAMES if name not in arrays]:
-        raise UserError(f"data={{{', '.join(arrays)}}} has no {', '.join(missing)}")
+    if missing := [name for name in NAMES if name not in given]:
+        raise UserError(f"data={{{', '.join(given)}}} has no {', '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]  # names
+        np.savez(file, **{name: np.asarray(array) for name, array in given.items()})  # type: ignore[arg-type]  # names
     path = folder / f"{origins.digest(file.name)[:16]}.npz"
     os.replace(file.name, path)  # or the same once more
     return path

@@ -54,25 +54,37 @@ def predict(run: pathlib.Path, student: str, paths: Sequence[str]) -> Prediction
 
     Raises UserError where there is no such run, student or picture, and the errors of `read_pictures`.
     """
-    recipe, variables = finished.read_recipe(run), finished.load_student(run, student)
-    names, shape = _of_data(run, variables["params"]["classifier"]["kernel"].shape[-1])
-    files = list_files(paths)
-    keep_compiled(recipe.compilation_cache)
-    feed = Feed(tuple(devices.run_devices(1)), recipe.device_data_gb, eval_batch=recipe.dataset.eval_batch_size)
-    nets = Networks(build.build_networks(recipe, len(names)).student.clone(adapter_dim=0))
-    own = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
-    logits, done = [], Counter[str]()
-    at_once = max(1, _BYTES // math.prod(shape))
+    classify, files = Classifier(run, student), list_files(paths)
+    found, done = [], Counter[str]()
+    at_once = max(1, _BYTES // math.prod(classify.shape))
     for start in range(0, len(files), at_once):
-        images, notes = read_images(files[start : start + at_once], shape)
+        images, notes = read_images(files[start : start + at_once], classify.shape)
         done += notes
-        nothing = np.zeros(len(images), np.int32)
-        bank = Bank(nets, Split(images, nothing, nothing), feed, name="pictures")
-        logits.append(bank.read("student", own)[0].logit)
+        found.append(classify(images))
     if done:
         told = ", ".join(f"{count} {what}" for what, count in done.items())
         logger.warning("of %d pictures %s", len(files), told)
-    return Predictions(files, names, probabilities(np.concatenate(logits)))
+    return Predictions(files, classify.names, np.concatenate(found))
+
+
+class Classifier:
+    """A finished run's student. names: of its classes; shape: of an image, (H, W, channels)."""
+
+    def __init__(self, run: pathlib.Path, student: str):
+        """The errors of `predict` but those of pictures."""
+        recipe, variables = finished.read_recipe(run), finished.load_student(run, student)
+        self.names, self.shape = _of_data(run, variables["params"]["classifier"]["kernel"].shape[-1])
+        keep_compiled(recipe.compilation_cache)
+        devices_, batch = tuple(devices.run_devices(1)), recipe.dataset.eval_batch_size
+        self._feed = Feed(devices_, recipe.device_data_gb, eval_batch=batch)
+        self._nets = Networks(build.build_networks(recipe, len(self.names)).student.clone(adapter_dim=0))
+        self._own = Variables({"student": variables["params"]}, {"student": variables["batch_stats"]})
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities [N, C] of uint8 images [N, H, W, channels]; NaN where a logit is not finite."""
+        nothing = np.zeros(len(images), np.int32)
+        bank = Bank(self._nets, Split(images, nothing, nothing), self._feed, name="pictures")
+        return probabilities(bank.read("student", self._own)[0].logit)
 
 
 def _of_data(run: pathlib.Path, classes: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
