@@ -195,18 +195,18 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
     """All variables, which wait on the host for who uses them, and what is to be trained; the log says of what."""
     recipe, data, nets, record = context.recipe, context.data, context.nets, context.record
     hosts.same_everywhere(
-        vars(recipe)
-        | {"the versions": str(provenance.versions()), "the kind of devices": jax.local_devices()[0].device_kind}
-    )
-    hosts.same_everywhere(
         {
             f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
             for name, split in data._asdict().items()
             if isinstance(split, Split)
         }
-    )  # some of the images
+    )  # some of the images; before the recipe, of which they told a part
+    hosts.same_everywhere(
+        vars(recipe)
+        | {"the versions": str(provenance.versions()), "the kind of devices": jax.local_devices()[0].device_kind}
+    )
     reporting.describe(recipe, data, context.feed.devices)
-    reporting.describe_told(recipe, read_stored(record.config))
+    reporting.describe_told(recipe, read_stored(record.config), data)
     for key, count in overlap.check(data).items():
         record.log(key, count)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.gate, data.num_classes):

@@ -1,6 +1,7 @@
 """The student alone: cross entropy, no teachers.
 
     python launch/main.py --config=configs/ce_only.py:digits   # handwritten digits, under a minute on two CPU cores
+    python launch/main.py --config=configs/ce_only.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/ce_only.py:small    # CIFAR-100 on a CPU; docs/results.md
     python launch/main.py --config=configs/ce_only.py          # CIFAR-100 at full scale
 

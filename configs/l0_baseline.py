@@ -1,6 +1,7 @@
 """L0: distillation from the average of the teachers' logits, no A-Step.
 
     python launch/main.py --config=configs/l0_baseline.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/l0_baseline.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/l0_baseline.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/l0_baseline.py          # CIFAR-100 at full scale
 

@@ -1,6 +1,7 @@
 """L2: L1 plus the CCCP term.
 
     python launch/main.py --config=configs/l2_cccp.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/l2_cccp.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/l2_cccp.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/l2_cccp.py          # CIFAR-100 at full scale
 

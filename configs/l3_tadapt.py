@@ -1,6 +1,7 @@
 """L3: L2 with the teachers' adapters trained in the A-Step.
 
     python launch/main.py --config=configs/l3_tadapt.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/l3_tadapt.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/l3_tadapt.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/l3_tadapt.py          # CIFAR-100 at full scale
 

@@ -1,6 +1,7 @@
 """L4: L3 with partial freezing of the student in the second stage.
 
     python launch/main.py --config=configs/l4_full.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/l4_full.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/l4_full.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/l4_full.py          # CIFAR-100 at full scale
 

@@ -1,6 +1,7 @@
 """The fusion network without a bottleneck, with CCCP and partial freezing.
 
     python launch/main.py --config=configs/side_cccp_ppf.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/side_cccp_ppf.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/side_cccp_ppf.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/side_cccp_ppf.py          # CIFAR-100 at full scale
 

@@ -1,6 +1,7 @@
 """The fusion network without a bottleneck: L0 plus the A-Step and the synergy target.
 
     python launch/main.py --config=configs/side_fusion.py:digits   # handwritten digits, about a minute on two cores
+    python launch/main.py --config=configs/side_fusion.py:own --config.dataset.path=FOLDER   # your own images
     python launch/main.py --config=configs/side_fusion.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/side_fusion.py          # CIFAR-100 at full scale
 

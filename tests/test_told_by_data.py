@@ -165,8 +165,8 @@ def test_given_weights_may_expect_something_else(data_file, caplog, monkeypatch,
     given = read_recipe("l1_ib", data_file, **changes)
     whole = told_by_data.complete(given, 5, lambda: Statistics((0.5,) * 3, (0.2,) * 3))
     with caplog.at_level(logging.INFO, "asib_jax"):
-        reporting.describe_told(whole, given)
-    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        reporting.describe_told(whole, given, build.load_data(given))
+    warnings = [record.message for record in caplog.records if ".weights" in record.message]
     assert len(warnings) == warns
     if warns:
         keys = " and ".join(f"teacher2.{part}" for part in left)
@@ -177,3 +177,26 @@ def test_a_gate_below_chance_names_what_would_be_taken(data_file):
     recipe = read_recipe("l1_ib", data_file, enable_kd_after_syn_acc=0.05)
     with pytest.raises(UserError, match=r"=0\.05 is below chance for 5 classes .*set --config.*_acc=0\.45, which"):
         preparation.prepare(recipe)
+
+
+@pytest.mark.parametrize(
+    "changes, warned",
+    [
+        ({}, ""),
+        ({"teacher1.mean": (0.0,), "model.student.std": (1.0, 1.0, 1.0)}, "model.student, teacher1"),
+        ({"teacher2.std": (0.02,), "teacher2.weights": "a.npz"}, ""),  # weights know better
+        ({"teacher2.std": (), "teacher2.mean": (3.0,)}, "teacher2"),
+    ],
+)
+def test_images_far_from_the_given_mean_and_std(data_file, caplog, monkeypatch, changes, warned):
+    monkeypatch.setattr(logging.getLogger("asib_jax"), "propagate", True)
+    data = build.load_data(read_recipe("l1_ib", data_file))
+    pixels = np.asarray(data.teacher_train.image).reshape(-1, 3) / 255
+    mean, std = pixels.mean(axis=0), pixels.std(axis=0)
+    near = {"mean": (mean + 0.7 * std).tolist(), "std": (1.9 * std).tolist()}
+    every = {f"{name}.{part}": near[part] for name in NETWORKS for part in near}
+    given = read_recipe("l1_ib", data_file, **every | changes)
+    caplog.clear()
+    reporting.describe_told(build.complete(given, data), given, data)
+    warnings = [record.message for record in caplog.records if "from scratch" in record.message]
+    assert [message.partition(":")[0] for message in warnings] == ([warned] if warned else [])

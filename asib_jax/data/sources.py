@@ -224,6 +224,7 @@ def _required(path: Path | None, what: str) -> Path:
     return path
 
 
+OWN = ("npz", "folder")  # of these sources, those whose images nobody else knows
 SOURCES: dict[str, Callable[[Path | None, Path, int], Found]] = {
     "cifar100": lambda path, folder, image_size: cifar100.read(path) if path else cifar100.find(folder),
     "digits": _digits,

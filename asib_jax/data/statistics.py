@@ -1,6 +1,6 @@
 """Mean and standard deviation of pixels, by which networks normalise images."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,3 +31,12 @@ def of_images(images: np.ndarray | Selected) -> Statistics:
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
     return Statistics(tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+
+
+def differ(given: Any, found: Statistics) -> bool:
+    """Whether images normalised by `mean` and `std` of `given` ([ch], or one value) are far from mean 0, deviation 1.
+
+    Far: a channel's mean by more than half a deviation, or its deviation by more than a factor of 2.
+    """
+    mean, std = np.subtract(found.mean, given.mean) / given.std, np.divide(found.std, given.std)
+    return bool((np.abs(mean) > 0.5).any() or (std > 2).any() or (std < 0.5).any())

@@ -11,7 +11,9 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
+from asib_jax.data import statistics
 from asib_jax.data.parts import Data
+from asib_jax.data.sources import OWN
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, keys, told_by_data
@@ -165,10 +167,11 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
 
 
-def describe_told(recipe: Recipe, given: Recipe) -> None:
-    """Log what the data told the complete `recipe` of a run, and warn of given weights that may expect something else.
+def describe_told(recipe: Recipe, given: Recipe, data: Data) -> None:
+    """Log what the data told the complete `recipe` of a run. given: the recipe as it was given.
 
-    given: the recipe as it was given.
+    Warns of given weights that may expect something else, and of networks that are to learn one's own images from
+    scratch under a mean and std that are those of others.
     """
     told, values = told_by_data.empty(given), keys.flat(recipe)
     networks = recipe.networks
@@ -189,3 +192,17 @@ def describe_told(recipe: Recipe, given: Recipe) -> None:
             )
     if recipe.uses_fusion and "enable_kd_after_syn_acc" in told:
         logger.info("enable_kd_after_syn_acc, not given: %.3g", recipe.gate)
+    scratch = {
+        key: network
+        for key, network in networks.items()
+        if not network.weights and not {f"{key}.mean", f"{key}.std"} <= set(told)
+    }
+    if scratch and recipe.dataset.name in OWN:
+        found = statistics.of_images(data.teacher_train.image)
+        if unlike := [key for key, network in scratch.items() if statistics.differ(network, found)]:
+            logger.warning(
+                "%s: trained from scratch with the given mean and std, but the training images have mean (%s) and std "
+                "(%s): give those, or leave both empty, as the profile `:own` does",
+                ", ".join(unlike),
+                *(", ".join(f"{value:.4f}" for value in values) for values in found),
+            )

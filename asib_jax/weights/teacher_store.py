@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from asib_jax.data.sources import Split, images_digest
+from asib_jax.data.sources import OWN, Split, images_digest
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, keys
@@ -62,7 +62,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
         for name, value in dataclasses.asdict(recipe.schedule).items()
         if name != "lr_warmup_epochs" and f"schedule.{name}" not in idle
     }
-    source = str(pathlib.Path(data.path).expanduser().resolve()) if data.name in ("npz", "folder") else ""
+    source = str(pathlib.Path(data.path).expanduser().resolve()) if data.name in OWN else ""
     key = {
         "teacher": own | {"weights": f"sha256:{weights_digest}" if teacher.weights else ""},
         "streams": streams_name(recipe, k),
