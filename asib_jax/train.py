@@ -18,7 +18,7 @@ from asib_jax.errors import UserError
 from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe, checks, overrides, read_stored
+from asib_jax.recipe import Recipe, checks, overrides, read_stored, told_by_data
 from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
@@ -194,26 +194,28 @@ def train(context: Context) -> dict[str, object]:
 def begin(context: Context) -> tuple[Variables, list[Phase]]:
     """All variables, which wait on the host for who uses them, and what is to be trained; the log says of what."""
     recipe, data, nets, record = context.recipe, context.data, context.nets, context.record
+    given = read_stored(record.config)
+    hosts.same_everywhere(
+        vars(given)
+        | {"the versions": str(provenance.versions()), "the kind of devices": jax.local_devices()[0].device_kind}
+    )
     hosts.same_everywhere(
         {
             f"the {name} data": split._replace(image=split.image[:: len(split.label) // 64 or 1])
             for name, split in data._asdict().items()
             if isinstance(split, Split)
         }
-    )  # some of the images; before the recipe, of which they told a part
-    hosts.same_everywhere(
-        vars(recipe)
-        | {"the versions": str(provenance.versions()), "the kind of devices": jax.local_devices()[0].device_kind}
-    )
+    )  # some of the images
+    hosts.same_everywhere({"what the data tell": told_by_data.values_of(recipe)})  # of all of them
     reporting.describe(recipe, data, context.feed.devices)
-    reporting.describe_told(recipe, read_stored(record.config), data)
+    reporting.describe_told(recipe, given, data)
     for key, count in overlap.check(data).items():
         record.log(key, count)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.gate, data.num_classes):
         logger.warning(warning)
-    if (given := recipe.model.student.weights) and not recipe.teachers_only:
-        path = origins.locate(given, "model.student.weights", recipe.model.student.weights_sha256)
-        record.confirm("weights/student", origins.digest(path), f"model.student.weights={given!r}")
+    if (weights := recipe.model.student.weights) and not recipe.teachers_only:
+        path = origins.locate(weights, "model.student.weights", recipe.model.student.weights_sha256)
+        record.confirm("weights/student", origins.digest(path), f"model.student.weights={weights!r}")
     logger.info("networks: initial values")
     own, random_stem = build.initial(recipe, nets, data.image_shape)  # before teachers: its errors come early
     collected = teachers.collect(recipe, nets, data, record, context.snapshots)
@@ -226,7 +228,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
         variables.params,
         images,
         {name: collected.places[name] for name in collected.train},
-        calibrate=recipe.uses_fusion and (not given or bool(random_stem)),
+        calibrate=recipe.uses_fusion and (not weights or bool(random_stem)),
     )
     return jax.device_get(variables), todo
 

@@ -197,7 +197,7 @@ def describe_told(recipe: Recipe, given: Recipe, data: Data) -> None:
         for key, network in networks.items()
         if not network.weights and not {f"{key}.mean", f"{key}.std"} <= set(told)
     }
-    if scratch and recipe.dataset.name in OWN:
+    if scratch and recipe.dataset.name in OWN and hosts.is_first():  # the others have the same images
         found = statistics.of_images(data.teacher_train.image)
         if unlike := [key for key, network in scratch.items() if statistics.differ(network, found)]:
             logger.warning(
