@@ -157,8 +157,18 @@ def test_a_class_without_images_in_a_split_is_a_warning(tmp_path, caplog, monkey
     load("npz", path=str(write_npz(tmp_path / "own.npz", **changes)))
     absent, val, test = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert absent.endswith("own.npz: 1 classes of 8 have no training image: h")
-    assert "1 of 7 classes have no image in the validation split" in val and val.endswith(": a")
-    assert "4 of 7 classes have no image in the test split" in test and test.endswith(": c, d, e, f")
+    assert "the validation split has no image of 1 of the 7 classes" in val and val.endswith(": a")
+    assert "the test split has no image of 4 of the 7 classes" in test and test.endswith(": c, d, e, f")
+
+
+def test_arrays_of_other_names_are_told(tmp_path, caplog, monkeypatch):
+    """x_valid is no validation split."""
+    monkeypatch.setattr(archives.logger, "propagate", True)
+    labels = {"y_train": np.arange(TRAIN) % 2, "y_test": np.arange(TEST) % 2, "class_names": None}
+    path = write_npz(tmp_path / "own.npz", **labels, x_valid=small(2, 3)[0], y_valid=np.arange(2))
+    assert load("npz", path=str(path)).validation is None
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line == f"{path}: not read: x_valid, y_valid; what may be there is called x_val, y_val, class_names"
 
 
 def test_grey_and_floats_become_bytes_with_channels_and_that_is_told(tmp_path, caplog, monkeypatch):

@@ -6,6 +6,7 @@ so well, and a bomb is.
 
 import gzip
 import io
+import logging
 import math
 import re
 import struct
@@ -19,6 +20,8 @@ import numpy as np
 
 from asib_jax.data.plain_pickle import Unpickler
 from asib_jax.errors import UserError
+
+logger = logging.getLogger("asib_jax")
 
 Arrays = dict[str, np.ndarray]
 Found = tuple[Arrays, str]  # what a source gives: NAMES (and perhaps OPTIONAL), and in words what was read
@@ -62,8 +65,8 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
 def read_npz(
     path: Path, required: Sequence[str] | None = None, optional: Sequence[str] = (), *, mapped: bool = False
 ) -> Arrays:
-    """The named arrays of an .npz file, all without names; optional ones only if they are there. Pickled (object)
-    arrays are refused.
+    """The named arrays of an .npz file, all without names; optional ones only if they are there, and where there are
+    such, those of other names are told. Pickled (object) arrays are refused.
 
     mapped: large uint8 arrays that are not compressed (np.savez) are mapped, read-only: pages come from the file as
     they are used and no checksum is compared, so the file must stay as it is.
@@ -79,6 +82,10 @@ def read_npz(
         missing = [name for name in required or () if name not in members]
         if missing:
             raise UserError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(members)}")
+        if others := [name for name in members if optional and name not in (*(required or ()), *optional)]:
+            logger.warning(
+                "%s: not read: %.200s; what may be there is called %s", path, ", ".join(others), ", ".join(optional)
+            )
         arrays = {}
         for name in members if required is None else (*required, *(name for name in optional if name in members)):
             try:

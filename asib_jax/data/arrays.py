@@ -124,8 +124,8 @@ def _check_classes(arrays: Arrays, names: tuple[str, ...], named: bool, origin: 
         missing = np.setdiff1d(trained, arrays[f"y_{split}"])
         if len(missing):
             logger.warning(
-                "%s: %d of %d classes have no image in the %s split, whose accuracy says nothing of them: %s",
-                *(origin, len(missing), len(trained), {"val": "validation"}.get(split, split), _listed(missing, names)),
+                "%s: the %s split has no image of %d of the %d classes; its accuracy says nothing of them: %s",
+                *(origin, {"val": "validation"}.get(split, split), len(missing), len(trained), _listed(missing, names)),
             )
 
 

@@ -64,7 +64,7 @@ def read_pictures(files: Sequence[Path], image_size: int = 0) -> tuple[np.ndarra
             return notes
 
         done = Counter[str]()
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # which Pillow lets run while it decodes
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # which Pillow lets run while it decodes
             for start in range(0, len(files), _AT_ONCE):
                 for notes in threads.map(read, range(start, min(start + _AT_ONCE, len(files)))):
                     done.update(notes)
