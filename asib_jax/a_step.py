@@ -40,7 +40,6 @@ def phase(
         nets=nets,
         training=make_training(recipe, nets, params, stage, axis_name),
         optimizer="a",
-        curve="a",
         split="train",
         rate=learning_rate(recipe, recipe.a_step_lr, images, sum(lengths), recipe.schedule.lr_warmup_epochs),
         controls=functools.partial(controls_of, recipe, stage),

@@ -51,7 +51,6 @@ def phase(
         nets=nets,
         split="train",
         optimizer=f"{prefix}b",
-        curve=f"{prefix}b",
         training=make_training(recipe, nets, params, stage, axis_name, student),
         rate=learning_rate(recipe, recipe.student_lr, images, sum(recipe.b_epochs), recipe.schedule.lr_warmup_epochs),
         controls=functools.partial(controls_of, recipe, stage),

@@ -121,13 +121,12 @@ class Context:
         for name, value in values.items():
             self.record.log(f"{key}/{name}", value)
 
-    def log_epoch(self, key: str, values: dict[str, float], seconds: float, curve: str, drawn: int) -> None:
-        """Record an epoch's scalars under `key`, its duration under `time/`; draw them at the epoch `drawn`."""
+    def log_epoch(self, key: str, values: dict[str, float], seconds: float, curve: str, number: int) -> None:
+        """Record an epoch's scalars under `key`, its duration under `time/`; draw them as epoch `number` of a curve."""
         self.log(key, values)
         self.record.log(f"time/{key}/seconds", seconds)
         self.record.save()
-        if curve:
-            self.reporter.scalars({f"{curve}/{name}": value for name, value in values.items()}, drawn)
+        self.reporter.scalars({f"{curve}/{name}": value for name, value in values.items()}, number)
 
     def tell_epoch(self, key: str, values: dict[str, float], seconds: float, last: bool) -> None:
         """A line of log.txt, on the console only every few seconds, and where it is the `last` one or must be seen."""

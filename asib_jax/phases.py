@@ -32,7 +32,7 @@ class Phase:
     holds_moments: these, too; restore: whether the phase ends with them; watch: measure before the first epoch, too;
     incoming: whether that state competes; patience, margin: epochs without a score better by a margin that end it.
     What follows. counts: told controls and steps after an epoch; finish: after the last; snapshot_at_end: where finish
-    leaves more than arrays on disk, which a run that goes on must not find early; curve: in TensorBoard, "" for none.
+    leaves more than arrays on disk, which a run that goes on must not find early.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Phase:
     counts: Callable[[Progress, dict[str, Any], int], None] = lambda progress, controls, steps: None
     finish: Callable[[Context, Variables, Progress], Variables] = lambda context, variables, progress: variables
     snapshot_at_end: bool = False
-    curve: str = ""
 
     @property
     def uses(self) -> tuple[str, ...]:

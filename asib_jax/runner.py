@@ -105,7 +105,7 @@ class Running:
                 self.offer(self.tally.steps - offered)
                 offered = self.tally.steps
             numbers = range(before + steps, before + steps + len(call.rows))
-            self.context.reporter.on_steps(self.phase.curve, numbers[0], numbers[-1])
+            self.context.reporter.on_steps(self.phase.optimizer, numbers[0], numbers[-1])
             each = {
                 "lr": np.array([self.phase.rate(number) for number in numbers], np.float32),
                 "step": np.arange(steps, steps + len(numbers), dtype=np.int32),
@@ -258,7 +258,6 @@ def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> No
     context, phase, progress, epoch = running.context, running.phase, running.progress, running.epoch
     progress.steps[phase.optimizer] += running.tally.steps
     progress.epochs[phase.optimizer] += 1
-    progress.drawn += bool(phase.curve)
     phase.counts(progress, controls, running.tally.steps)
     measured = running.measure() if phase.score else {}
     context.remaining.epoch(phase.name)
@@ -269,7 +268,7 @@ def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> No
     values = running.tally.means | {name: float(value) for name, value in controls.items() if not name.endswith("_key")}
     values |= {f"val_{name}": value for name, value in measured.items()}
     key = f"{phase.name}/epoch{epoch + 1:02d}"
-    context.log_epoch(key, values, seconds, phase.curve, progress.drawn)
+    context.log_epoch(key, values, seconds, phase.optimizer, progress.epochs[phase.optimizer])
     own = {name: values[name] for name in ("loss", f"val_{phase.network}", "val_synergy") if name in values}
     own |= {"skipped": values["skipped"]} if values["skipped"] else {}
     context.tell_epoch(key, own, seconds, last=epoch + 1 == phase.epochs or "skipped" in own)

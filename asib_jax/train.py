@@ -18,7 +18,7 @@ from asib_jax.errors import UserError
 from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe, checks, overrides, read_stored, told_by_data
+from asib_jax.recipe import Recipe, checks, keys, overrides, read_stored, told_by_data
 from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
@@ -124,7 +124,7 @@ def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapsho
                 wandb=recipe.wandb,
                 profile_steps=recipe.profile_steps,
                 config=record.config,
-                purge_from=last.values["drawn"] + 1 if last else 0,
+                earlier=last.metrics if last else {},
             ) as reporter:
                 taken = Snapshots(
                     record, stop, minutes=recipe.checkpoint_minutes, steps=recipe.checkpoint_steps, last=last
@@ -186,6 +186,7 @@ def train(context: Context) -> dict[str, object]:
         write(context.record.folder / "table.txt", results.render(recipe, found, width=1000) + "\n")
     table = results.render(recipe, found, reporting.width())
     logger.info("\n%s\n\nrecord: %s (%.1f minutes)", table, context.record.folder, minutes)
+    context.reporter.final(keys.flat(recipe), found.summary)
     if recipe.pictures and hosts.is_first():
         drawings.draw(context.record.folder, context.record.metrics, context.data, found.logits)
     return {**found.summary, "minutes": minutes}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,23 @@ def assert_same(a: Path, b: Path) -> None:
             assert jax.tree.structure(mine[key]) == jax.tree.structure(other[key]), key
             for x, y in zip(jax.tree.leaves(mine[key]), jax.tree.leaves(other[key])):
                 np.testing.assert_array_equal(x, y, err_msg=str(key))
+
+
+def events(folder: Path) -> list[Any]:
+    """All of the run's TensorBoard files: records framed by length and checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        content, start = file.read_bytes(), 0
+        while start < len(content):
+            (length,) = struct.unpack_from("<Q", content, start)
+            found.append(Event.FromString(content[start + 12 : start + 12 + length]))
+            start += length + 16
+    return found
+
+
+def points(folder: Path) -> list[tuple[str, int, float]]:
+    """Name, step and value of every point of its curves."""
+    values = [(event.step, value) for event in events(folder) for value in event.summary.value]
+    return [(value.tag, step, value.simple_value) for step, value in values if value.HasField("simple_value")]

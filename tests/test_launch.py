@@ -42,14 +42,20 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     first = launch("main", "--config=configs/l2_cccp.py:digits", results, *SHORT, *TEACHERS)
     assert first.returncode == 0, first.stderr
     full = open("/dev/full", "w", buffering=1)  # noqa: SIM115  # what cannot be told ends no run
-    labels = ("--config=configs/ce_only.py:digits", results, *SHORT, "--config.train_control=False")
+    labels = (
+        "--config=configs/ce_only.py:digits",
+        results,
+        "--config.pictures=False",
+        *SHORT,
+        "--config.train_control=False",
+    )
     second = launch("main", *labels, console=full)
     assert second.returncode == 0, second.stderr
 
     with open(tmp_path / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["l2_cccp_digits_0", "ce_only_digits_0"]
-    networks = "model.student.name=tiny_scratch num_devices=1 schedule.lr_warmup_epochs=1"
+    networks = "model.student.name=tiny_scratch num_devices=1 pictures=False schedule.lr_warmup_epochs=1"
     assert rows[1]["overrides"] == f"{networks} student_epochs_per_stage=(1,1) train_control=False"
     digest = hashlib.sha256(rows[1]["overrides"].encode()).hexdigest()[:4]
     assert rows[1]["exp_id"].startswith(f"ce_only_digits_0_{digest}_20")

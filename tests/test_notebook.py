@@ -26,6 +26,7 @@ KEYS = {
     "b_step_views": 0,
     "schedule": {"lr_warmup_epochs": 0},
     "tensorboard": False,
+    "pictures": False,
 }
 
 

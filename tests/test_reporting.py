@@ -1,12 +1,13 @@
 """Progress bars, event files read back, and tables."""
 
 import importlib.util
-import struct
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_contents import events, points
 
 from asib_jax.errors import UserError
 from asib_jax.record.reporting import Reporter, table
@@ -18,46 +19,86 @@ def test_bar_is_silent_where_stderr_is_no_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
-def read_scalars(folder):
-    """(name, step, value) of all points in TensorBoard event files: records framed by length and checksums."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    points = []
-    for file in folder.iterdir():
-        content, start = file.read_bytes(), 0
-        while start < len(content):
-            (length,) = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12 : start + 12 + length])
-            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            start += length + 16
-    return points
-
-
 def test_curves_are_written_for_tensorboard(tmp_path):
     with Reporter(tmp_path, tensorboard=True, wandb="", config={}) as reporter:
-        reporter.scalars({"b/loss": np.float32(1.5), "b/val_acc": 0.25}, step=4)
-        reporter.scalars({"b/loss": 1.25}, step=5)
-    assert read_scalars(tmp_path / "tensorboard") == [("b/loss", 4, 1.5), ("b/val_acc", 4, 0.25), ("b/loss", 5, 1.25)]
+        reporter.scalars({"b/loss": np.float32(1.5), "b/val_acc": 0.25}, 4)
+        reporter.scalars({"b/loss": 1.25}, 5)
+    assert points(tmp_path) == [("b/loss", 4, 1.5), ("b/val_acc", 4, 0.25), ("b/loss", 5, 1.25)]
+
+
+def test_a_run_that_goes_on_draws_its_earlier_epochs_and_no_other_once_more(tmp_path):
+    """Of all stages on one axis, the control's on the student's."""
+    with Reporter(tmp_path, tensorboard=True, wandb="", config={}) as reporter:
+        reporter.scalars({"b/loss": 9.0}, 1)  # of an epoch after the snapshot
+    earlier = {
+        "teacher1/epoch01/loss": 4.0,
+        "kept/teacher1": "digest",
+        "stage1/a/before/val_synergy": 0.5,
+        "stage1/a/epoch01/loss": 3.0,
+        "stage1/b/epoch01/loss": 2.0,
+        "time/stage1/b/epoch01/seconds": 1.0,
+        "stage1/b/epoch02/loss": 1.5,
+        "stage2/b/epoch01/loss": 1.25,
+        "control/stage1/b/epoch01/loss": None,
+        "control/stage1/b/epoch02/loss": 0.5,
+    }
+    with Reporter(tmp_path, tensorboard=True, wandb="", config={}, earlier=earlier) as reporter:
+        reporter.scalars({"control/b/loss": 0.25}, 3)
+    assert points(tmp_path) == [
+        ("teacher1/loss", 1, 4.0),
+        ("a/loss", 1, 3.0),
+        ("b/loss", 1, 2.0),
+        ("b/loss", 2, 1.5),
+        ("b/loss", 3, 1.25),
+        ("control/b/loss", 1, pytest.approx(math.nan, nan_ok=True)),
+        ("control/b/loss", 2, 0.5),
+        ("control/b/loss", 3, 0.25),
+    ]
+
+
+def test_final_figures_and_hyperparameters_are_of_the_same_run(tmp_path):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    settings = {"tau": 4.0, "use_ib": True, "dataset.name": "npz", "tau_schedule": (2.0, 6.0), "teacher_lr": None}
+    with Reporter(tmp_path, tensorboard=True, wandb="", config={}) as reporter:
+        reporter.final(settings, {"test_acc_best": 0.75})
+    assert points(tmp_path) == [("final/test_acc_best", 0, 0.75)]
+    assert [path.parent for path in tmp_path.rglob("events*")] == [tmp_path / "tensorboard"]
+    told = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events(tmp_path)
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+    start = told["_hparams_/session_start_info"].session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()} == {
+        "tau": 4.0,
+        "use_ib": True,
+        "dataset.name": "npz",
+        "tau_schedule": "(2.0, 6.0)",
+    }
+    (metric,) = told["_hparams_/experiment"].experiment.metric_infos
+    assert metric.name.tag == "final/test_acc_best" and "_hparams_/session_end_info" in told
 
 
 def test_no_curves_unless_asked_for(tmp_path):
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}) as reporter:
-        reporter.scalars({"b/loss": 1.5}, step=4)
+        reporter.scalars({"b/loss": 1.5}, 4)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "curve, steps_run",
+    "optimizer, steps_run",
     [("b", 4), ("b", 2), ("a", 4), ("control/b", 4)],
     ids=["past the last step", "interrupted inside", "A-Step", "control"],
 )
-def test_profile_is_written_for_the_steps_asked_for(tmp_path, curve, steps_run):
+def test_profile_is_written_for_the_steps_asked_for(tmp_path, optimizer, steps_run):
     """Those of the B-Step: other trainings count theirs apart."""
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
         for step in range(0, steps_run, 2):  # two steps a call
-            reporter.on_steps(curve, step, step + 1)
+            reporter.on_steps(optimizer, step, step + 1)
             jax.block_until_ready(jnp.ones(3) + step)
-    assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (curve == "b")
+    assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (optimizer == "b")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -14,7 +14,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from run_contents import assert_same
+from run_contents import assert_same, points
 from tiny_runs import read_config, read_recipe, tiny_networks, write_data
 
 from asib_jax import build, recipe as recipes, runner, train
@@ -56,7 +56,7 @@ def data_file(tmp_path_factory):
 
 class Watcher:
     """Sees what every offer of a snapshot holds, and sends the signal before those that `stops` names; the steps of
-    each call by the curve of their training."""
+    each call by the optimizer of their training."""
 
     def __init__(self, patch, stops=lambda part, epoch, steps: False):
         self.seen, self.calls = {}, []
@@ -76,9 +76,9 @@ class Watcher:
             }
             offer(snapshots_, part, epoch, tally, steps, content, now)
 
-        def told(reporter, curve, first, last):
-            self.calls.append((curve, first, last))
-            on_steps(reporter, curve, first, last)
+        def told(reporter, optimizer, first, last):
+            self.calls.append((optimizer, first, last))
+            on_steps(reporter, optimizer, first, last)
 
         patch.setattr(Snapshots, "offer", watched)
         patch.setattr(Reporter, "on_steps", told)
@@ -113,7 +113,7 @@ WITHIN, AT_THE_END, OVER, LATER = (0, "within"), (0, "end"), (2, "before"), (1, 
 CASES = {
     "float32": (
         "l3_tadapt",
-        {},
+        {"tensorboard": True},
         {
             "teacher1": WITHIN,
             "teacher2": OVER,
@@ -174,6 +174,8 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, mo
         stopped = Watcher(patch, once)
         assert run_to_the_end(*begin(recipe, tmp_path / "stopped")) == len(stops)
     assert_same(tmp_path / "untouched", tmp_path / "stopped")
+    if recipe.tensorboard:
+        assert points(tmp_path / "untouched" / "run") == points(tmp_path / "stopped" / "run")
     assert {part for part, _, _ in stopped.seen} == {part for part, _, _ in untouched.seen}
     shared = stopped.seen.keys() & untouched.seen.keys()
     ends = {key for key in untouched.seen if key[2] == 10}

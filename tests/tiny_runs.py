@@ -33,6 +33,7 @@ SMALL = {
     "ib_mbm_out_dim": 8,
     "ib_mbm_n_head": 2,
     "use_amp": False,
+    "pictures": False,
     "num_devices": 1,
     "student_epochs_per_stage": (2, 2),
     "a_step_views": 0,

@@ -79,7 +79,6 @@ class Progress:
 
     steps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     epochs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    drawn: int = 0  # epochs of the curves, which are those of stages
     ib_epochs: int = 0  # A-epochs with the bottleneck active: the n of SPEC 3's beta
     synergy_acc: float | None = None  # `last_synergy_acc`, an exponential average; None before any measurement
     distilled_steps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by target used

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from asib_jax.data.sources import OWN
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, keys, told_by_data
+from asib_jax.record import curves
 
 logger = logging.getLogger("asib_jax")
 
@@ -26,8 +28,8 @@ class Reporter(contextlib.AbstractContextManager):
 
     `tensorboard` writes event files to `folder/tensorboard`; `wandb` names a Weights & Biases project, "" for none,
     in which the run is called like its folder and carries `config`. `profile_steps` = (first, last) writes a jax
-    profiler trace of the calls with those B-steps to `folder/profile`. purge_from: in a run that goes on, the step from
-    which TensorBoard forgets what was drawn before. Of several hosts the first alone does any of it.
+    profiler trace of the calls with those B-steps to `folder/profile`. earlier: the metrics that a run
+    goes on from, of which TensorBoard's curves are drawn anew. Of several hosts the first alone does any of it.
 
     Raises UserError where `wandb` is asked for but not installed.
     """
@@ -40,7 +42,7 @@ class Reporter(contextlib.AbstractContextManager):
         wandb: str,
         config: dict[str, Any],
         profile_steps: tuple[int, ...] = (),
-        purge_from: int | None = None,
+        earlier: Mapping[str, Any] | None = None,
     ):
         folder = Path(folder)
         first = hosts.is_first()
@@ -51,7 +53,20 @@ class Reporter(contextlib.AbstractContextManager):
         if tensorboard and first:
             import tensorboardX  # imports PyTorch where that is installed, which takes a second
 
-            self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_from)
+            for file in (folder / "tensorboard").glob("events.out.tfevents.*"):  # with epochs that come once more
+                file.unlink()
+            self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+            self._draw(curves.read(earlier or {}))
+
+    def _draw(self, phases: Sequence[curves.Epochs]) -> None:
+        """What `scalars` has drawn of these phases."""
+        epochs = Counter[str]()
+        for phase in phases:
+            for values in phase.values:
+                epochs[phase.curve] += 1
+                for name, value in values.items():
+                    point = float("nan") if value is None else value
+                    self._tensorboard.add_scalar(f"{phase.curve}/{name}", point, epochs[phase.curve])
 
     @staticmethod
     def epoch_bar(images: int, description: str) -> tqdm:
@@ -62,19 +77,34 @@ class Reporter(contextlib.AbstractContextManager):
         disable = None if hosts.is_first() else True
         return tqdm(total=images, desc=description, unit=" images", leave=False, disable=disable, dynamic_ncols=True)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Add a point to each named curve; `step` counts over the whole run and never decreases."""
+    def scalars(self, values: dict[str, float], epoch: int) -> None:
+        """Add a point to each named curve, at an epoch of its own: the control's lie over the student's."""
         values = {name: float(value) for name, value in values.items()}
         if self._tensorboard:
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, epoch)
         if self._wandb:
-            self._wandb.log(values, step=step)
+            self._wandb.log({**values, "epoch": epoch})
 
-    def on_steps(self, curve: str, first: int, last: int) -> None:
-        """Told the steps that one call of the training called `curve` is about to do: starts and ends the profiler's
-        trace, which is of whole calls with B-steps."""
-        if curve != "b" or not self._profile_steps:
+    def final(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """Add the final figures, each as a point of its own, and to TensorBoard's hyperparameters a row of these
+        with the settings."""
+        if self._tensorboard:
+            from tensorboardX.summary import hparams
+
+            points = {f"final/{name}": float(value) for name, value in figures.items()}
+            for name, value in points.items():
+                self._tensorboard.add_scalar(name, value, 0)
+            plain = {name: str(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+            for part in hparams(plain, points):  # `add_hparams` would make a run of its own of them
+                self._tensorboard.file_writer.add_summary(part)
+        if self._wandb:
+            self._wandb.summary.update(figures)
+
+    def on_steps(self, optimizer: str, first: int, last: int) -> None:
+        """Told which steps of an optimizer a call is about to do: starts and ends the profiler's trace, of whole calls
+        with B-steps."""
+        if optimizer != "b" or not self._profile_steps:
             return
         if not self._profiling and first <= self._profile_steps[0] <= last:
             jax.profiler.start_trace(str(self._profile_folder))
@@ -103,7 +133,9 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
         raise UserError(
             f'wandb={project!r} needs the wandb package: pip install wandb, or set the key wandb to ""'
         ) from None
-    return wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
+    run = wandb.init(project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config)
+    run.define_metric("*", step_metric="epoch")  # of each curve
+    return run
 
 
 def width(stream: TextIO | None = None) -> int:

@@ -32,7 +32,7 @@ from asib_jax.weights import checkpoint
 
 logger = logging.getLogger("asib_jax")
 
-_FORMAT = 3  # raised whenever what a snapshot holds changes its names
+_FORMAT = 4  # raised whenever what a snapshot holds changes its names
 _KEPT = 2  # the last, and one before it should that be damaged
 
 
