@@ -22,9 +22,11 @@ def names() -> list[str]:
 
 
 def path(name: str) -> str:
-    """The file of a shipped configuration, "l2_cccp:digits", with its profile; whatever else is named as it is."""
-    stem, colon, profile = name.partition(":")
-    known = "/" not in stem and not pathlib.Path(stem).exists() and stem in names()
+    """The file of a shipped configuration, "l2_cccp:digits" or "l2_cccp.py:digits", with its profile; whatever else is
+    named as it is."""
+    given, colon, profile = name.partition(":")
+    stem = given.removesuffix(".py")
+    known = "/" not in stem and not pathlib.Path(given).exists() and stem in names()
     return f"{HOME / 'configs' / stem}.py{colon}{profile}" if known else name
 
 

@@ -6,6 +6,7 @@ torch and, for ConvNeXt, timm.
 
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -42,6 +43,8 @@ def main() -> None:
     checks.check(recipe)
     preparation.check_machine(recipe)
     out = pathlib.Path(JSON.value)
+    if not math.isfinite(SECONDS.value):
+        raise UserError(f"--seconds={SECONDS.value} must be finite")
     if JSON.value and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise UserError(f"--json={JSON.value}: {out.parent} is no folder that can be written")
     rival = vs_torch(recipe) if VS_TORCH.value else None

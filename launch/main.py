@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from asib_jax import train
 from asib_jax.recipe import read
 from asib_jax.tools import command_line, dry_run
-from configs import base
+from configs import base, profiles
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 RESUME = flags.DEFINE_boolean("resume", False, "Go on with the newest run of this configuration: config.resume=latest.")
@@ -26,7 +26,8 @@ def main() -> None:
     path, _, profile = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     if RESUME.value and not CONFIG.value.resume:
         CONFIG.value.resume = "latest"
-    name, defaults = "_".join(filter(None, (pathlib.Path(path).stem, profile))), read(base.get_config(profile))
+    name = "_".join(filter(None, (pathlib.Path(path).stem, profile)))
+    defaults = read(base.get_config(profile if profile in profiles.PROFILES else ""))  # a file may have its own
     with JOINED():
         if DRY_RUN.value:
             dry_run.tell(CONFIG.value, name, defaults)

@@ -574,6 +574,19 @@ SCRIPTS = [
     ("export", ["--student", "last", "FILES/results/nothing"], "results/nothing is no run folder"),
     ("benchmark", ["--synthetic", "l2_cccp:digits", "--config.kd_target=mean"], "kd_target='mean'"),
     ("check_devices", ["gpu"], "unexpected arguments ['gpu']; flags are written"),
+    ("main", ["--config.seed=x", DIGITS], "--config.seed=x", "int"),
+    ("main", ["--config.seed=x", "-config", "l2_cccp.py:digits"], "--config.seed=x", "int"),
+    ("main", [DIGITS, "--config=configs/ce_only.py"], "--config is given twice"),
+    ("main", ["--dry_run", ""], "--config is missing", "configs/l2_cccp.py:digits"),
+    ("main", ["--dry_run", "--", "FILES/three.py"], "three.py: its get_config returned a value of type int"),
+    ("main", ["--config.use_amp", "l2_cccp:digits"], "--config is missing"),
+    ("main", ["l2_ccc:digits"], "'l2_ccc'; there are base, ", ", l2_cccp, "),
+    ("main", ["FILES/col:on.py:digits"], "/col'; what follows the first colon is the profile"),
+    ("main", ["FILES/zero.py"], "zero.py: source code string cannot contain null bytes"),
+    ("main", [DIGITS, "--config.student_epochs_per_stage=(1,"], "flag --config.student_epochs_per_stage=(1,"),
+    ("evaluate", ["--run="], "--run is missing", "results/latest"),
+    ("export", ["--run=one", "-run", "two"], "--run is given twice"),
+    ("benchmark", [DIGITS, "--seconds=nan"], "--seconds=nan must be finite"),
     ("main", [DIGITS, "--config.dataset.name=npz", "--config.dataset.path=FILES/label_above.npz"], "y_test", "0..9"),
     ("main", [DIGITS, "--config.exp_id=earlier", "--dry_run"], "exp_id='earlier'", "exists"),
     ("main", [DIGITS, "--coordinator=there", "--processes=2"], "--coordinator=there", "HOST:PORT"),
@@ -600,6 +613,8 @@ def test_a_script_says_so_once(script, arguments, words, files):
     (files / "without.py").write_text("seed = 1\n")
     (files / "three.py").write_text("def get_config(profile=''):\n    return 3\n")
     (files / "profile.py").write_text("def get_config():\n    return 3\n")
+    (files / "zero.py").write_text("seed = '\0'\n")
+    (files / "col:on.py").write_text("seed = 1\n")
     (files / "exits.py").write_text("import sys\nsys.exit('no data today')\n")
     given = [argument.replace("FILES", str(files)) for argument in arguments]
     if script == "main" and DIGITS in given:

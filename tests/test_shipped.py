@@ -29,6 +29,7 @@ def test_the_installed_package_has_every_wing_and_puts_no_other_name_into_an_env
 def test_a_shipped_configuration_is_found_by_name_and_a_file_of_that_name_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped.path("l2_cccp:digits") == f"{ROOT / 'configs' / 'l2_cccp.py'}:digits"
+    assert shipped.path("l2_cccp.py:digits") == shipped.path("l2_cccp:digits")
     assert shipped.path("l2_cccp") == str(ROOT / "configs" / "l2_cccp.py")
     for other in ("configs/l2_cccp.py:digits", "mine.py", "profiles", "l2_ccc", ""):
         assert shipped.path(other) == other
@@ -85,12 +86,30 @@ def test_help_lists_flags_configurations_profiles_and_networks():
     assert "networks:" not in launch("export", "--help").stdout
 
 
-@pytest.mark.parametrize("arguments", [("--list_keys=^tau",), ("--list_keys", "^tau"), ("-list_keys=^TAU",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--list_keys=^tau",), ("--list_keys", "^tau"), ("-list_keys=^TAU",), ("--list_keys=^tau", "--list_keys")],
+)
 def test_keys_are_listed_by_pattern_without_a_configuration(arguments):
     told = launch("main", *arguments)
     assert told.returncode == 0
     assert re.findall(r"^  (\S+) =", told.stdout, re.MULTILINE) == ["tau", "tau_schedule", "tau_decay_power"]
     assert "  tau = 4.0\n      distillation temperature" in told.stdout
+
+
+def test_a_flag_is_no_pattern():
+    assert launch("main", "--list_keys", "--config=l2_cccp").stdout == launch("main", "--list_keys").stdout != ""
+    assert "Unknown command line flag 'list_keysx'" in launch("main", "--list_keysx=tau").stderr
+
+
+def test_a_file_of_configuration_may_have_profiles_of_its_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from configs import ce_only\n\ndef get_config(profile):\n"
+        "    config = ce_only.get_config('digits')\n    config.seed = {'': 0, 'other': 7}[profile]\n    return config\n"
+    )
+    told = launch("main", f"{tmp_path / 'mine.py'}:other", "--dry_run")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("data: digits")
 
 
 def test_all_keys_are_listed_with_their_meaning():

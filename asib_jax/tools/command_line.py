@@ -6,7 +6,6 @@ broke down; 75: a run that was stopped by a signal and can go on; 130: stopped b
 
 import contextlib
 import functools
-import itertools
 import os
 import re
 import sys
@@ -72,11 +71,14 @@ def tell(error: BaseException) -> int:
     if isinstance(error, Interrupted):
         print(f"stopped {error}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 130
     notes = getattr(error, "__notes__", [])
     if isinstance(error, UserError | OSError):
         status, message = 2, str(error)
     else:
-        status, message = (130 if isinstance(error, KeyboardInterrupt) else 1), f"{type(error).__name__}: {error}"
+        status, message = 1, f"{type(error).__name__}: {error}"
         notes = notes or ["start it again with --verbose to see where in the code"]
     print("\n  ".join([console.marked("error", message), *notes]), file=sys.stderr, flush=True)
     return status
@@ -93,8 +95,8 @@ def host_flags() -> Callable[[], contextlib.AbstractContextManager]:
 def _parse(argv: list[str], arguments: bool) -> list[str]:
     """What is there beside flags. UserError for whatever the command line, or a file of configuration, does wrong."""
     usage.answer(argv)
-    argv = _named(argv)
-    argv = [f"--config={shipped.path(arg[9:])}" if arg.startswith("--config=") else arg for arg in argv]
+    argv = [f"--config={shipped.path(arg[9:])}" if arg.startswith("--config=") else arg for arg in _named(argv)]
+    sys.argv = argv  # where ml_collections looks for overrides, and asks that --config is before them
     try:
         others = flags.FLAGS(argv)[1:]
         if "config" in flags.FLAGS:
@@ -112,19 +114,38 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
 
 
 def _named(argv: list[str]) -> list[str]:
-    """The same with the first argument that is no flag, nor the value of one, as that of --config or --run."""
+    """The same, --config=VALUE or --run=VALUE first; without such a flag it is the first argument that is none, nor the
+    value of one."""
 
     def takes_next(argument: str) -> bool:
         name = argument.lstrip("-")
         known = [flags.FLAGS[flag].boolean for flag in (name, name.removeprefix("no")) if flag in flags.FLAGS]
-        return argument.startswith("-") and "=" not in argument and not any(known)
+        return argument.startswith("-") and argument != "--" and "=" not in argument and not any(known)
 
-    for name in _ALONE:
-        if name in flags.FLAGS and not any(re.match(f"--?{name}(=|$)", argument) for argument in argv):
-            for place, (before, argument) in enumerate(itertools.pairwise(argv), 1):
-                if not argument.startswith("-") and not takes_next(before):
-                    return [argv[0], f"--{name}={argument}", *argv[1:place], *argv[place + 1 :]]
+    end = argv.index("--") if "--" in argv else len(argv)  # of what may be flags
+    for name in [name for name in _ALONE if name in flags.FLAGS]:
+        place, *again = [k for k in range(1, end) if re.match(f"--?{name}(=|$)", argv[k])] or [0]
+        if again:
+            raise UserError(f"--{name} is given twice")
+        if place:
+            taken = 1 if "=" in argv[place] else 2
+            if place + taken > end:
+                return argv  # it lacks a value, which will be told
+            value = argv[place].partition("=")[2] if taken == 1 else argv[place + 1]
+        else:
+            alone = (k for k in range(1, end) if not argv[k].startswith("-") and not takes_next(argv[k - 1]))
+            place, taken = next(alone, end + 1), 1
+            if place >= len(argv):
+                return argv
+            value = argv[place]
+        if not value:
+            raise UserError(_missing(name))
+        return [argv[0], f"--{name}={value}", *argv[1:place], *argv[place + taken :]]
     return argv
+
+
+def _missing(name: str) -> str:
+    return f"--{name} is missing: name a {name}, as {_ALONE[name]}"
 
 
 def _explained(error: BaseException, argv: list[str]) -> str:
@@ -132,14 +153,7 @@ def _explained(error: BaseException, argv: list[str]) -> str:
     chain = [error]
     while deeper := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(deeper)
-    file = "--config=" + next(
-        (
-            arg.partition("=")[2] or after
-            for arg, after in zip(argv, [*argv[1:], ""])
-            if arg.lstrip("-").partition("=")[0] == "config"
-        ),
-        "",
-    )
+    file = next((argument for argument in argv if argument.startswith("--config=")), "--config=")
     if file.endswith(".json"):
         return (
             f"{file}: a config is a .py file; to go on with the run in a folder RUN, give the one that it was "
@@ -150,8 +164,8 @@ def _explained(error: BaseException, argv: list[str]) -> str:
         return f"{file}: {group[1]} is a group of keys; set {key}, or another of them"
     if file != "--config=" and _line(error).startswith("flag --config=None:"):
         return f"{file}: its get_config returned None; it has to return the config"
-    if missing := re.match(r"flag --(config|run)=None:", _line(error)):
-        return f"--{missing[1]} is missing: name a {missing[1]}, as {_ALONE[missing[1]]}"
+    if missing := re.match(r"flag --(config|run)=None:|Unknown command line flag '(?:no)?(config)\.", _line(error)):
+        return _missing(missing[1] or missing[2])
     if other := re.match(r"'(\w+)' object has no attribute 'items'", _line(error)):
         return f"{file}: its get_config returned a value of type {other[1]}; it has to return the config"
     for one in chain:
@@ -165,19 +179,28 @@ def _explained(error: BaseException, argv: list[str]) -> str:
         if isinstance(one, KeyError):  # its text names the nearest key, where one is near
             if teacher := re.match(r"'(teacher\d+)'", _line(one)):
                 return (
-                    f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: "
-                    f"config.{teacher[1]} = ConfigDict(config.teacher1)"
+                    f"unknown key in {file}: {teacher[0]}; teachers are added in a config file: with "
+                    f"config.unlocked(): config.{teacher[1]} = ConfigDict(config.teacher1)"
                 )
             return f"unknown key in {file}: {_line(one)}"
     if isinstance(error, OSError):
-        return f"{file}: {_line(str(error).splitlines()[-1])}"
-    return f"{file}: {_line(error)}" if isinstance(error, AttributeError) else _line(error)
+        told = _line(str(error).splitlines()[-1]).rstrip(".")
+        return f"{file}: {told}{_instead(file.removeprefix('--config='))}"
+    return f"{file}: {_line(error)}" if isinstance(error, AttributeError | TypeError | SyntaxError) else _line(error)
+
+
+def _instead(config: str) -> str:
+    """What may be meant by a configuration that is not there."""
+    path, *after = config.split(":")
+    if any(os.path.exists(":".join([path, *after[:end]])) for end in range(1, len(after) + 1)):
+        return "; what follows the first colon is the profile: call the file, and its folders, something without one"
+    return "" if "/" in path or os.path.exists(path) else f"; there are {', '.join(shipped.names())}, or a path"
 
 
 def _in_config(error: BaseException) -> str:
     """File and line of the configuration in which it was raised; "": it was in none."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}"
+    if isinstance(error, SyntaxError) and error.filename:  # <unknown>: a value on the command line
+        return f"{error.filename}, line {error.lineno}" if error.filename != "<unknown>" else ""
     frames = traceback.extract_tb(error.__traceback__)
     loading = [i for i, frame in enumerate(frames) if frame.filename.endswith("config_flags.py")]
     inside = frames[loading[-1] :] if loading else []

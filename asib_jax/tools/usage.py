@@ -21,12 +21,13 @@ def answer(argv: list[str]) -> None:
     Raises UserError for a pattern that is none, or that no key has.
     """
     arguments = argv[1:]
-    wanted = [place for place, argument in enumerate(arguments) if argument.lstrip("-").startswith(LIST_KEYS)]
+    wanted = [place for place, argument in enumerate(arguments) if re.match(f"--?{LIST_KEYS}(=|$)", argument)]
     if {"-h", "-help", "--help", "-?", "--?"} & {*arguments}:
         print(help_text())
     elif wanted and "config" in flags.FLAGS:
         _, given, pattern = arguments[wanted[0]].partition("=")
-        print(keys_text(pattern if given else " ".join(arguments[wanted[0] + 1 : wanted[0] + 2])))
+        after = [argument for argument in arguments[wanted[0] + 1 : wanted[0] + 2] if not argument.startswith("-")]
+        print(keys_text(pattern if given else "".join(after)))
     else:
         return
     raise SystemExit(0)
