@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from launching import ROOT, launch, launch_process
 from networks import random_values
+from PIL import Image
 from test_recipe import A_FILE, STEADY, changed
 
 from asib_jax import models, preparation, recipe
@@ -40,6 +41,11 @@ NO_TEACHERS = {"ce_alpha": 1.0, "kd_alpha": 0.0}
 def npz(name: str) -> dict:
     """A data file of the fixture `files`, with the digits' other settings."""
     return {"dataset.name": "npz", "dataset.path": f"FILES/{name}.npz", "dataset.train_subset": 0}
+
+
+def pictures(name: str) -> dict:
+    """The same of a folder of pictures."""
+    return {"dataset.name": "folder", "dataset.path": f"FILES/pictures/{name}", "dataset.train_subset": 0}
 
 
 # What is changed in `configs/l4_full.py:digits` (FILES/: in the folder of `files`; ...: taken out), and what the
@@ -112,6 +118,12 @@ CASES = [
     (npz("float"), "float.npz", "x_train", "float32"),
     (npz("nan"), "nan.npz", "x_test", "float32", "dataset.path="),
     (npz("sizes"), "sizes.npz", "x_test", "x_train"),
+    (pictures("cut"), "ant/0.png cannot be read as a picture", "dataset.path="),
+    (pictures("sizes"), "ant/0.png is 8x8 but ", "bee/1.png is 9x8", "dataset.image_size=N"),
+    (pictures("pipe"), "ant/x.png is no file but a pipe"),
+    (pictures("alone"), "of one class, 'ant'"),
+    (pictures("few"), "every class needs 3 pictures", "bee (2)"),
+    (pictures("good") | {"dataset.batch_size": 32}, "dataset.batch_size=32", "images to train on"),
     (npz("channels_first"), "channels_first.npz", "x_test", "[20, 1, 8, 8]", "transpose(0, 2, 3, 1)"),
     (npz("channels"), "channels.npz", "x_train", "1 to 4 channels", "[60, 8, 8, 5]"),
     (npz("one_class"), "one_class.npz", "of one class, '0'"),
@@ -346,6 +358,7 @@ def files(tmp_path_factory):
     """The folder of the cases' files: data of ten classes of 8x8 pixels, weights, and an earlier run's results."""
     folder = tmp_path_factory.mktemp("files")
     _data_files(folder)
+    _pictures(folder / "pictures")
     _weights_files(folder)
     results = folder / "results"
     (results / "earlier").mkdir(parents=True)
@@ -397,6 +410,19 @@ def _data_files(folder: pathlib.Path) -> None:
         tar.add(folder / "good.npz", "cifar-100-python/train")
     whole = (folder / "whole.tar.gz").read_bytes()
     (folder / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+
+
+def _pictures(folder: pathlib.Path) -> None:
+    """Six pictures of 8x8 for each of two classes, and what is wrong with them."""
+    for name in ("good", "cut", "sizes", "pipe", "alone", "few"):
+        for label, count in ("ant", 6), ("bee", {"few": 2, "alone": 0}.get(name, 6)):
+            for k in range(count):
+                (folder / name / label).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 10 * k).save(folder / name / label / f"{k}.png")
+    picture = folder / "cut" / "ant" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    Image.new("L", (9, 8)).save(folder / "sizes" / "bee" / "1.png")
+    os.mkfifo(folder / "pipe" / "ant" / "x.png")
 
 
 def _weights_files(folder: pathlib.Path) -> None:
