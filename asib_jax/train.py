@@ -1,5 +1,6 @@
 """A whole run: what its phases are, in order, and what comes of them (SPEC 7)."""
 
+import errno
 import logging
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, checks, keys, overrides, read_stored, told_by_data
-from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume
+from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume, snapshots
 from asib_jax.record.experiment import Record, read_about, write
 from asib_jax.record.finished import Finished
 from asib_jax.record.remaining import Remaining
@@ -29,6 +30,8 @@ from asib_jax.record.snapshots import Snapshot, Snapshots, last_whole
 from asib_jax.weights import origins
 
 logger = logging.getLogger("asib_jax")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def phases_of(
@@ -102,10 +105,22 @@ def start(config: Mapping[str, Any], name: str, defaults: Recipe, changed: Colle
     try:
         recorded(inputs.recipe, inputs, record, last)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UserError(_full(record.folder, error)) from error
         if hosts.is_first():
             error.add_note(f"see {record.folder / 'log.txt'}")
         raise
     return record.folder
+
+
+def _full(folder: pathlib.Path, error: OSError) -> str:
+    """What a disk or a quota that is full leaves of the run in `folder`."""
+    found = snapshots.paths(folder)
+    left = f"goes on from {found[-1]}" if found else "had come to no snapshot and begins again"
+    return (
+        f"{error.filename or folder} cannot be written: {error.strerror}. Make room: with --resume the run {folder} "
+        f"{left}, and teachers that are kept are not trained again; its log.txt has more"
+    )
 
 
 def recorded(recipe: Recipe, inputs: build.Inputs, record: Record, last: Snapshot | None = None) -> None:
@@ -146,7 +161,7 @@ def _record_end(record: Record, error: BaseException) -> None:
     try:
         record.finish(status, {}, f"{type(error).__name__}: {error}")
     except OSError as another:  # a full disk, perhaps the very one
-        logger.error("that the run was %s could not be recorded: %s", status, another)
+        logger.warning("that the run was %s could not be recorded: %s", status, another)
 
 
 def train(context: Context) -> dict[str, object]:

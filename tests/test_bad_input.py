@@ -724,7 +724,9 @@ def test_a_full_results_folder(disk):
 def test_a_results_folder_that_fills_up(disk):
     """When the first checkpoint is written: the run is on record as failed, with the reason."""
     ended = disk("0")
-    assert ended.returncode != 0
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    (error,) = errors(ended)
+    assert "cannot be written: No space left on device. Make room: with --resume the run " in error
     row = next(line for line in ended.stdout.splitlines() if line.startswith("run,"))
     assert row.startswith("run,ce_only_digits_0,failed,0,") and "No space left" in row
 

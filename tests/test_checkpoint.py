@@ -1,7 +1,11 @@
 """Checkpoints: bitwise round trips through real files, and what happens to missing and damaged ones."""
 
+import errno
 import hashlib
+import os
+import pathlib
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -10,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from disk import longest_file
 from flax import serialization
 
 from asib_jax.errors import UserError
@@ -58,9 +63,11 @@ def test_digest_is_the_one_stored_and_only_ours_have_it(tmp_path):
     assert checkpoint.digest(tmp_path / "ours") == expected
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "foreign", {"w": values})
-    for read, path in ((checkpoint.digest, "foreign"), (checkpoint.restore, "foreign"), (checkpoint.digest, "nowhere")):
-        with pytest.raises(UserError, match=f"{path} is not a checkpoint by asib_jax"):
-            read(tmp_path / path)
+    for read in (checkpoint.digest, checkpoint.restore):
+        with pytest.raises(UserError, match="foreign is not a checkpoint by asib_jax"):
+            read(tmp_path / "foreign")
+    with pytest.raises(UserError, match="there is no checkpoint .*nowhere"):
+        checkpoint.digest(tmp_path / "nowhere")
 
 
 def test_unsaved_leaf_leaves_nothing_that_could_be_restored(tmp_path):
@@ -70,6 +77,39 @@ def test_unsaved_leaf_leaves_nothing_that_could_be_restored(tmp_path):
         checkpoint.restore(tmp_path / "half")
     checkpoint.save(tmp_path / "half", {"w": jnp.ones(3)})
     np.testing.assert_array_equal(checkpoint.restore(tmp_path / "half")["w"], np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "size, number",
+    [(2**50, errno.ENOSPC), (2**16, errno.EFBIG)],
+    ids=["a disk that has not so much", "a file that grows too long"],
+)
+def test_what_a_disk_does_not_take_is_named_and_leaves_nothing(tmp_path, size, number):
+    values = np.random.default_rng(0).integers(0, 256, 2**16, dtype=np.uint8)
+    with longest_file(2**12), pytest.raises(OSError) as caught:
+        checkpoint.save(tmp_path / "run", {"w": np.broadcast_to(values, (size // values.size, values.size))})
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_be_read_is_neither_missing_nor_damaged():
+    """A file of it, its folder, or one above: the snapshot before must not take its place."""
+    with tempfile.TemporaryDirectory() as home:
+        path = pathlib.Path(home) / "above" / "run"
+        checkpoint.save(path, {"w": np.ones(3)})
+        os.chmod(home, 0o755)
+        for closed in (next(file for file in path.rglob("*") if file.is_file()), path, path.parent):
+            closed.chmod(0)
+            try:
+                if os.getuid() == 0:  # for whom there is nothing that may not be read
+                    os.seteuid(65534)
+                for read in (checkpoint.restore, checkpoint.digest):
+                    with pytest.raises(PermissionError, match=str(path.parent)):
+                        read(path)
+            finally:
+                os.seteuid(os.getuid())
+                closed.chmod(0o755)
+        np.testing.assert_array_equal(checkpoint.restore(path)["w"], np.ones(3))
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path):
         "log.txt",
         "checkpoints",
         ".lock",
+        ".reserve",
     }
 
 
@@ -219,6 +220,45 @@ def test_a_run_that_went_on_replaces_its_row_and_a_new_one_of_that_name_does_not
     shutil.rmtree(tmp_path / "results" / "run")
     create(tmp_path, "run").finish("finished", {})
     assert [row["status"] for row in summary(tmp_path)] == ["failed", "finished"]
+
+
+FULL = """
+import itertools, json, pathlib, sys
+from asib_jax.record.experiment import Record
+
+results = pathlib.Path(sys.argv[1])
+record = Record.create(results, "test_0", "run", {"seed": 0})
+record.log("loss", 0.5)
+try:
+    with open(results / "of somebody else", "wb") as file:
+        for _ in itertools.count():
+            file.write(bytes(4096))
+            file.flush()
+except OSError:
+    pass
+try:
+    record.save()
+except OSError as error:
+    record.finish("failed", {}, str(error))
+print(json.loads((results / "run" / "about.json").read_text())["status"], *(results / "run").glob("*.tmp"))
+print((results / "summary.csv").read_text())
+"""
+
+
+def test_on_a_full_disk_a_run_is_on_record_as_failed(tmp_path):
+    """By room that it has kept for that; nothing half written stays."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare to mount a small file system")
+    mounted = 'mount -t tmpfs -o size=300k tmpfs "$0" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted, tmp_path, sys.executable, "-c", FULL, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).resolve().parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    status, header, row = done.stdout.split("\n")[:3]
+    assert status == "failed" and row.startswith("run,test_0,failed,0,[Errno 28] No space left on device"), header
 
 
 def test_latest_follows_the_run_that_finished_last(tmp_path):

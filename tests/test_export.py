@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from disk import longest_file
 from launching import launch
 from safetensors import safe_open
 
@@ -139,6 +140,13 @@ def test_torchvision_runs_it(tmp_path, quick_compilation):
     found = jax.jit(lambda variables, pixels: model.apply(variables, pixels, train=False).logit)(student, pixels)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_file_that_a_disk_does_not_take_leaves_nothing(run, tmp_path):
+    """Not a part of one that a reader would take for the whole."""
+    with longest_file(1000), pytest.raises(UserError, match=r"student.npz cannot be written \(File too large\).*--out"):
+        export.export(run[0], "last", "npz", tmp_path / "student.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(run, tmp_path):

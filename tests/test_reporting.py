@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import longest_file
 from run_contents import events, points
 
 from asib_jax.errors import UserError
@@ -79,6 +80,14 @@ def test_final_figures_and_hyperparameters_are_of_the_same_run(tmp_path):
     }
     (metric,) = told["_hparams_/experiment"].experiment.metric_infos
     assert metric.name.tag == "final/test_acc_best" and "_hparams_/session_end_info" in told
+
+
+def test_curves_that_a_disk_does_not_take_end_no_run(tmp_path, caplog):
+    """However many: a thread that had ended would let the eleventh wait for ever."""
+    with Reporter(tmp_path, tensorboard=True, wandb="", config={}) as reporter, longest_file(1):
+        for step in range(2000):
+            reporter.scalars({"b/loss": 0.5}, step)
+    assert [record.message.partition(": ")[2] for record in caplog.records] == ["[Errno 27] File too large"]
 
 
 def test_no_curves_unless_asked_for(tmp_path):

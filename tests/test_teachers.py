@@ -1,6 +1,7 @@
 """Teachers that get ready: trained once, kept, taken up again, fine-tuned; on networks of two convolutions."""
 
 import dataclasses
+import fcntl
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from disk import longest_file
 from networks import convolutions, make_feed, make_split
 
 from asib_jax import build, evaluation, recipe as recipes, runner, teachers, train
@@ -399,6 +401,34 @@ def test_a_broken_teacher_is_refused(first, data_file, tmp_path):
     teacher_store.save(place, "", kept, data.teacher_train, {})
     with pytest.raises(UserError, match=f"^the teacher in {place.folder}: the weights are broken\n.*\n.*variance of -"):
         ready(data_file, tmp_path, data)
+
+
+def test_half_a_teacher_that_a_dead_process_left_goes_with_the_next_that_is_kept(first, tmp_path):
+    """Unless somebody else is writing, whose it may be. A whole one that could not be moved to its place stays."""
+    _, variables, _, (recipe, _, data) = first
+    store, kept = tmp_path / "teachers", {"params": variables.params["teacher1"], "batch_stats": {}}
+
+    def keep(name):
+        assert teacher_store.save(teacher_store.find(recipe, 0)._replace(folder=store / name), "", kept, data.train, {})
+        return sorted(path.name for path in store.iterdir())
+
+    keep("a")
+    shutil.copytree(store / "a", store / ".a.whole")
+    shutil.copytree(store / "a", store / ".a.half")
+    (store / ".a.half" / "key.json").unlink()
+    (store / ".b.begun").mkdir()
+    with open(tmp_path / ".teachers.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as another process has it that writes
+        assert keep("b") == [".a.half", ".a.whole", ".b.begun", "a", "b"]
+    assert keep("c") == [".a.whole", "a", "b", "c"]
+
+
+def test_a_teacher_that_a_disk_does_not_take_leaves_nothing(first, tmp_path):
+    _, variables, _, (recipe, _, data) = first
+    kept = {"params": variables.params["teacher1"], "batch_stats": {}}
+    with longest_file(100), pytest.raises(OSError, match="File too large"):
+        teacher_store.save(teacher_store.place(recipe, 0, "")._replace(folder=tmp_path / "t"), "", kept, data.train, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_of_two_that_end_together_stays(first, tmp_path):

@@ -19,6 +19,7 @@ from asib_jax.weights.teacher_store import TEACHERS
 logger = logging.getLogger("asib_jax")
 
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
+_RESERVE, _RESERVED = ".reserve", 65_536  # bytes of the run's folder, freed for what is written at its end
 _LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
 _ABOUT = (
     "dataset",
@@ -69,6 +70,7 @@ class Record:
             record = cls(_new_folder(Path(results_dir), "_".join(filter(None, (name, digest))), exp_id), name, config)
             (record.folder / "checkpoints").mkdir()
             (record.folder / "log.txt").touch()
+            (record.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))
             write(record.folder / "config.json", text)
             record._lock_folder()
             record.save()
@@ -110,6 +112,7 @@ class Record:
         """Take up the metrics that an interrupted run had logged. What is logged once more must be equal."""
         self.metrics, self._earlier = dict(metrics), dict(metrics)
         if hosts.is_first():
+            (self.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))
             write(self.folder / "config.json", json.dumps(self.config, indent=2))
         self.save()
 
@@ -131,8 +134,8 @@ class Record:
     def save(self) -> None:
         """Write metrics.json and about.json; a reader finds the old or the new file, never a part of one."""
         if hosts.is_first():
-            write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
             write(self.folder / "about.json", json.dumps(self.about, indent=2))
+            write(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
 
     def finish(self, status: str, summary: dict[str, Any], error: str = "") -> None:
         """Write the metrics, put the run's row into `results_dir/summary.csv`, point `latest` at its folder, unlock it.
@@ -145,6 +148,7 @@ class Record:
         if not hosts.is_first():
             return
         self.about |= {"status": status, "ended": time.time()}
+        (self.folder / _RESERVE).unlink(missing_ok=True)
         self.save()
         row = {
             "exp_id": self.folder.name,
@@ -229,14 +233,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write(path: Path, text: str) -> None:
-    """Replace the file at once."""
+def write(path: Path, content: str | bytes) -> None:
+    """Replace the file at once. What raises leaves it as it was."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut leaves an empty file of the right name
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves an empty file of the right name
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _add_row(path: Path, row: dict[str, Any], replace: bool) -> None:

@@ -18,7 +18,7 @@ from asib_jax.data.sources import OWN
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
 from asib_jax.recipe import Recipe, keys, told_by_data
-from asib_jax.record import curves
+from asib_jax.record import curves, events
 
 logger = logging.getLogger("asib_jax")
 
@@ -51,11 +51,9 @@ class Reporter(contextlib.AbstractContextManager):
         self._wandb = _start_wandb(folder, wandb, config) if wandb and first else None
         self._tensorboard = None
         if tensorboard and first:
-            import tensorboardX  # imports PyTorch where that is installed, which takes a second
-
             for file in (folder / "tensorboard").glob("events.out.tfevents.*"):  # with epochs that come once more
                 file.unlink()
-            self._tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = events.writer(folder / "tensorboard")
             self._draw(curves.read(earlier or {}))
 
     def _draw(self, phases: Sequence[curves.Epochs]) -> None:

@@ -10,7 +10,7 @@ from safetensors import numpy as safetensors
 
 from asib_jax import models
 from asib_jax.errors import UserError
-from asib_jax.record import finished
+from asib_jax.record import experiment, finished
 from asib_jax.record.experiment import read_json
 from asib_jax.weights import torch_names
 
@@ -65,9 +65,10 @@ def export(
         "student": student,
     }
     content = FORMATS[kind](arrays, about)
+    if out.exists():
+        raise UserError(f"{out} exists; choose another with --out=FILE")
     try:
-        with open(out, "xb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise UserError(f"{out} exists; choose another with --out=FILE") from None
+        experiment.write(out, content)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another with --out=FILE") from error
     return out, about

@@ -4,9 +4,13 @@ Of several hosts the first alone writes, and each may read, without waiting for 
 a checkpoint has no parts of other hosts.
 """
 
+import contextlib
+import errno
+import glob
 import hashlib
 import os
 import re
+import shutil
 import threading
 from typing import Any
 
@@ -48,20 +52,34 @@ def save(path: str | os.PathLike, tree: Any, about: str = "") -> None:
 
     about: text kept with the arrays, as safe as they are.
 
-    Raises ValueError if a leaf is a string or an array without elements; OSError where it cannot be written.
+    Raises ValueError if a leaf is a string or an array without elements; OSError where it cannot be written, which
+    leaves nothing of it.
     """
     if not hosts.is_first():
         return
-    arrays = jax.device_get(serialization.to_state_dict(tree))
+    arrays, path = jax.device_get(serialization.to_state_dict(tree)), os.path.abspath(path)
+    _check_room(path, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(arrays)))
     metadata = {"sha256": _digest(arrays, about), "about": about}
     try:
         with _ALONE, _checkpointer() as checkpointer:
-            checkpointer.save(os.path.abspath(path), arrays, custom_metadata=metadata, force=True)
+            checkpointer.save(path, arrays, custom_metadata=metadata, force=True)
             checkpointer.wait_until_finished()
-    except ValueError as error:  # as TensorStore has it of a full disk, among others
-        if found := re.search(r"OS error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    except Exception as error:
+        for begun in glob.glob(f"{glob.escape(path)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(begun, ignore_errors=True)
+        # As TensorStore has it of a quota, among others.
+        if isinstance(error, ValueError) and (found := re.search(r"(?:OS error |os_error_code=')(\d+)", str(error))):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), path) from error
         raise
+
+
+def _check_room(path: str, size: int) -> None:
+    """OSError where the disk has not so many bytes: TensorStore's threads would tell of it one by one."""
+    there = os.path.dirname(path)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if shutil.disk_usage(there).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def restore(path: str | os.PathLike) -> dict[str, Any]:
@@ -77,8 +95,7 @@ def restore(path: str | os.PathLike) -> dict[str, Any]:
 def restore_with_text(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """The same, and the text kept with it."""
     path = os.path.abspath(path)
-    if not os.path.isdir(path):
-        raise UserError(f"there is no checkpoint {path}")
+    check_readable(path)
     try:
         with _ALONE, _checkpointer() as checkpointer:
             metadata, tree = _metadata(checkpointer, path), checkpointer.restore(path)
@@ -92,9 +109,27 @@ def restore_with_text(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     return tree, metadata["about"]
 
 
+def check_readable(path: str | os.PathLike) -> None:
+    """UserError where there is no folder `path`; OSError naming what may not be read of it, which is no damage."""
+    top = os.fspath(path)
+    try:
+        os.scandir(top).close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no checkpoint {top}") from None
+    for folder, _, files in os.walk(top, onerror=_raise):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # of a link; that is damage
+                os.close(os.open(os.path.join(folder, file), os.O_RDONLY | os.O_NONBLOCK))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def digest(path: str | os.PathLike) -> str:
     """The SHA-256 that `save` has stored with the checkpoint at `path`; reads no arrays. UserError if there is none."""
     path = os.path.abspath(path)
+    check_readable(path)
     with _ALONE, _checkpointer() as checkpointer:
         return _metadata(checkpointer, path)["sha256"]
 

@@ -4,13 +4,16 @@
 and the checkpoint of the backbone and classifier. Nothing else decides which teacher a run takes.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +134,7 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
     hosts.same_everywhere({f"the presence of {place.folder} (results_dir has to be one folder for all hosts)": exists})
     if not exists:
         return None
+    checkpoint.check_readable(place.folder)  # or it would count as damaged
     about = _about(place.folder)
     if about is None:
         raise UserError(f"{place.folder} is not whole: move it away, and the teacher is trained again")
@@ -140,6 +144,20 @@ def load(place: Place, train: Split) -> dict[str, Any] | None:
             "another results_dir, or move that folder away"
         )
     return checkpoint.restore(place.folder / "checkpoint")
+
+
+@contextlib.contextmanager
+def _writing(store: pathlib.Path) -> Iterator[None]:
+    """Within it no other process takes what this one writes for half a teacher that a dead one left; those go."""
+    store.mkdir(parents=True, exist_ok=True)
+    with open(store.with_name(f".{store.name}.lock"), "w") as lock:
+        with contextlib.suppress(BlockingIOError):  # somebody is writing
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in store.glob(".*.*"):
+                if not is_whole(left):
+                    shutil.rmtree(left, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 def save(place: Place, reference: str, variables: dict[str, Any], train: Split, measured: dict[str, Any]) -> bool:
@@ -152,15 +170,24 @@ def save(place: Place, reference: str, variables: dict[str, Any], train: Split, 
     """
     if not hosts.is_first():
         return True
-    place.folder.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
     backbone = {name: leaves for name, leaves in variables["params"].items() if name != "distill_adapter"}
-    checkpoint.save(part / "checkpoint", {"params": backbone, "batch_stats": variables["batch_stats"]})
     text = json.dumps(
         {"key": place.key, "reference": reference, "images": images_digest(train), "measured": measured}, indent=2
     )
-    (part / "key.json").write_text(text, encoding="utf-8")
-    part.chmod(0o755)  # mkdtemp's are for their owner alone
+    with _writing(place.folder.parent):
+        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.folder.name}.", dir=place.folder.parent))
+        try:
+            checkpoint.save(part / "checkpoint", {"params": backbone, "batch_stats": variables["batch_stats"]})
+            (part / "key.json").write_text(text, encoding="utf-8")
+            part.chmod(0o755)  # mkdtemp's are for their owner alone
+        except OSError:
+            shutil.rmtree(part)
+            raise
+        return _placed(part, place)
+
+
+def _placed(part: pathlib.Path, place: Place) -> bool:
+    """Whether the teacher in the folder `part` is what lies at `place` now."""
     try:
         part.rename(place.folder)
     except OSError as error:
