@@ -294,6 +294,7 @@ def test_pytorch_s_steps():
     changes = {f"teacher{k}.name": "resnet8" for k in (1, 2)} | {"dataset.train_subset": 100, "dataset.batch_size": 40}
     recipe = read(l2_cccp, "small", **changes)
     torch_benchmark.check(recipe, 1)
+    torch_benchmark.check(read(l2_cccp, "own"), 1)  # whose channels the data tell
     works = torch_benchmark.works(recipe, workloads.synthetic_data(recipe), "cpu")
     assert works.keys() == {"torch_a", "torch_b"}
     for work in works.values():
