@@ -4,13 +4,16 @@ import dataclasses
 import pathlib
 import sys
 
+import jax
+import numpy as np
+
 from asib_jax import build
 from asib_jax.data.parts import Data
 from asib_jax.engine import devices
 from asib_jax.engine.evaluate import Evaluator
 from asib_jax.engine.feed import Feed
 from asib_jax.errors import UserError
-from asib_jax.models.ensemble import Networks
+from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.record import drawings, finished, provenance, reporting, results
 from asib_jax.record.experiment import read_about, read_json
@@ -53,7 +56,25 @@ def evaluate_run(folder: pathlib.Path, draw: bool = False) -> str:
         )
     nets = build.build_networks(recipe, data.num_classes, feed.axis_name)
     done = finished.load(folder, recipe, nets, data.image_shape)
+    _check_shapes(folder, done, build.variable_shapes(recipe, nets, data.image_shape))
     found = evaluate_finished(recipe, nets, data, feed, done)
     if draw:
         drawings.draw(folder, read_json(folder / "metrics.json"), data, found.logits)
     return results.render(recipe, found, reporting.width(sys.stdout))
+
+
+def _check_shapes(folder: pathlib.Path, done: Finished, expected: Variables) -> None:
+    """UserError where config.json has been edited to networks other than those that the run left."""
+    networks = {name: done.variables.params[name] for name in done.variables.params.keys() & expected.params.keys()}
+    for name, params in networks.items():
+        theirs, ours = (
+            {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (params, expected.params[name])
+        )
+        if differ := [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]:
+            group = "model.student" if name == "student" else name
+            raise UserError(
+                f"{folder / 'config.json'} is not what the run began with: its {group} has "
+                f"{ours.get(differ[0], 'nothing')} for {differ[0]}, the checkpoint {theirs.get(differ[0], 'nothing')}; "
+                f"put the keys of {group} back"
+            )

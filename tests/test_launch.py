@@ -96,6 +96,11 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     assert again.returncode == 0, again.stderr
     assert {str(path.relative_to(folder)) for path in folder.glob("pictures/*")} == drawn
     assert table(again.stdout) == shown
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["student"]["name"] = "resnet8"
+    (folder / "config.json").write_text(json.dumps(config))
+    edited = launch("evaluate", str(folder))
+    assert edited.returncode == 2 and "config.json is not what the run began with: its model.student" in edited.stderr
 
 
 def test_check_devices_from_another_folder(tmp_path):
