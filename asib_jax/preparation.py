@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,11 @@ def check_machine(recipe: Recipe) -> None:
     devices.check_batch(recipe.dataset.batch_size, devices.run_devices(recipe.num_devices))
     if recipe.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f'wandb={recipe.wandb!r} needs the wandb package: pip install wandb, or set wandb to ""')
+    if recipe.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("tensorboard=True needs the tensorboardX package: pip install tensorboardX, or set it to False")
+    kept = pathlib.Path(recipe.results_dir) / teacher_store.TEACHERS
+    if kept.exists() and not kept.is_dir():
+        raise UserError(f"results_dir={recipe.results_dir!r}: {kept} is no folder, in which trained teachers are kept")
     cache = expanded(recipe.teacher_cache, "teacher_cache")
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if recipe.teacher_cache and not (there.is_dir() and os.access(there, os.W_OK)):

@@ -610,6 +610,7 @@ SCRIPTS = [
     ("main", ["FILES/col:on.py:digits"], "/col'; what follows the first colon is the profile"),
     ("main", ["FILES/zero.py"], "zero.py: source code string cannot contain null bytes"),
     ("main", [DIGITS, "--config.student_epochs_per_stage=(1,"], "flag --config.student_epochs_per_stage=(1,"),
+    ("main", ["l2_cccp:digits", "--config.results_dir=FILES/odd"], "odd/teachers is no folder"),
     ("evaluate", ["--run="], "--run is missing", "results/latest"),
     ("export", ["--run=one", "-run", "two"], "--run is given twice"),
     ("benchmark", [DIGITS, "--seconds=nan"], "--seconds=nan must be finite"),
@@ -641,6 +642,8 @@ def test_a_script_says_so_once(script, arguments, words, files):
     (files / "profile.py").write_text("def get_config():\n    return 3\n")
     (files / "zero.py").write_text("seed = '\0'\n")
     (files / "col:on.py").write_text("seed = 1\n")
+    (files / "odd").mkdir(exist_ok=True)
+    (files / "odd" / "teachers").touch()
     (files / "exits.py").write_text("import sys\nsys.exit('no data today')\n")
     given = [argument.replace("FILES", str(files)) for argument in arguments]
     if script == "main" and DIGITS in given:
@@ -651,6 +654,16 @@ def test_a_script_says_so_once(script, arguments, words, files):
     assert len(errors(ended)) == 1 and "Traceback" not in ended.stderr + ended.stdout
     assert [word for word in words if word not in errors(ended)[0]] == [], ended.stderr
     assert contents(files / "results") == before
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ended = subprocess.run(
+        [sys.executable, ROOT / "launch" / "evaluate.py", "results/latest"], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "the folder that this was started in is gone" in ended.stderr
 
 
 def test_verbose_shows_where():

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -204,6 +206,31 @@ def test_a_table_that_is_not_ours_is_put_aside(text, tmp_path, caplog):
     assert [row["exp_id"] for row in summary(tmp_path)] == ["run"]
     (aside,) = table.parent.glob("summary.csv.*.unreadable")
     assert aside.read_text(encoding="utf-8") == text and str(aside) in caplog.text
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_place_of_the_table_is_put_aside(make, tmp_path, caplog):
+    make(tmp_path / "summary.csv")
+    record = Record.create(tmp_path, "one_0", "", {"seed": 0})
+    record.finish("finished", {})
+    (row,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
+    assert row["exp_id"] == record.folder.name and "is no table of runs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "results, exp_id, wrong",
+    [
+        ("", "lr[0.1]", "for [ in"),
+        ("every*run?", "", "for * and ? in"),
+        ("\udcff", "", "bytes that are no UTF-8"),
+        ("nowhere", "", "no run can be recorded there"),  # a link to nothing
+    ],
+)
+def test_a_folder_in_which_nothing_could_be_kept_is_refused(results, exp_id, wrong, tmp_path):
+    (tmp_path / "nowhere").symlink_to("nothing")
+    with pytest.raises(UserError, match=re.escape(wrong)):
+        Record.create(tmp_path / results, "one_0", exp_id, {"seed": 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["nowhere"]
 
 
 def test_a_table_with_a_byte_order_mark_goes_on(tmp_path):

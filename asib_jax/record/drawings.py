@@ -39,11 +39,15 @@ def draw(folder: Path, metrics: Mapping[str, Any], data: Data, logits: np.ndarra
         }
     for name, make in figures.items():
         try:
-            (folder / FOLDER).mkdir(exist_ok=True)
             with warnings.catch_warnings(record=True, action="always") as said:
-                make().savefig(folder / FOLDER / f"{name}.png", dpi=_DPI)
+                figure = make()
+                (folder / FOLDER).mkdir(exist_ok=True)
+                figure.savefig(folder / FOLDER / f"{name}.png", dpi=_DPI)
             if said:
                 logger.warning("picture %s: %s%s", name, said[0].message, " ..." if len(said) > 1 else "")
+        except ModuleNotFoundError as error:
+            logger.warning("no pictures: %s; pip install matplotlib, or set pictures to False", error)
+            return
         except Exception as error:  # whatever it is: the run has finished
             logger.warning("picture %s could not be drawn: %s: %s", name, type(error).__name__, error)
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
+from asib_jax.weights import checkpoint
 from asib_jax.weights.teacher_store import TEACHERS
 
 logger = logging.getLogger("asib_jax")
@@ -21,16 +22,8 @@ logger = logging.getLogger("asib_jax")
 _OWN_NAMES = ("summary.csv", "latest", "latest.txt")  # of results_dir
 _RESERVE, _RESERVED = ".reserve", 65_536  # bytes of the run's folder, freed for what is written at its end
 _LONGEST_NAME = 200  # bytes; file systems have 255, and temporary names are longer
-_ABOUT = (
-    "dataset",
-    "data",
-    "student",
-    "teachers",
-    "overrides",
-    "revision",
-    "device_kind",
-    "compute_dtype",
-)  # of about.json, in the run's row too
+# Of about.json, in the run's row too.
+_ABOUT = "dataset data student teachers overrides revision device_kind compute_dtype".split()
 STATUSES = ("finished", "failed", "interrupted")
 
 
@@ -58,16 +51,18 @@ class Record:
         `name` is config_profile_seed. With an empty `exp_id` the folder is called name_timestamp, or
         name_digest_timestamp, and runs that start within the same second get different ones.
 
-        Raises UserError for the errors of `check_exp_id`, or where `results_dir` cannot be written: nothing new is left
-        in it.
+        Raises UserError for the errors of `check_exp_id` and `checkpoint.check_path`, or where `results_dir` cannot be
+        written: nothing new is left in it.
         """
         if not hosts.is_first():
             return cls(Path(results_dir) / (exp_id or name), name, config)
         check_exp_id(results_dir, exp_id)
+        stem = "_".join(filter(None, (name, digest)))
+        checkpoint.check_path(Path(results_dir) / (exp_id or stem))
         text = json.dumps(config, indent=2)  # before the folder exists: a config that cannot be written leaves no trace
         record = None
         try:
-            record = cls(_new_folder(Path(results_dir), "_".join(filter(None, (name, digest))), exp_id), name, config)
+            record = cls(_new_folder(Path(results_dir), stem, exp_id), name, config)
             (record.folder / "checkpoints").mkdir()
             (record.folder / "log.txt").touch()
             (record.folder / _RESERVE).write_bytes(os.urandom(_RESERVED))
@@ -192,9 +187,10 @@ def _taken(folder: Path) -> str:
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:
     stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder, attempt = results / stem, 1
+    results.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             if exp_id:  # of two that start at once
@@ -271,10 +267,12 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     with other separators) is put aside with a warning: a run that ends must not be lost for it."""
     if not path.exists():
         return [], []
+    columns, rows = [], []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+        if path.is_file():  # and no folder, nor a pipe that would be waited for
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                columns, rows = list(reader.fieldnames or ()), list(reader)
         if "exp_id" in columns and all(None not in other and None not in other.values() for other in rows):
             return columns, rows
     except (UnicodeDecodeError, csv.Error):

@@ -36,6 +36,10 @@ def run(main: Callable[..., None], arguments: bool = False) -> None:
     def quietly(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # jax tells of each backend it has not, orbax of every step it takes
         console.listen(logging.WARNING)  # of ours
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:  # libraries would end the process for it
+            raise UserError("the folder that this was started in is gone: start it in one that exists") from error
         main(*([argv[1:]] if arguments else []))
         out.flush()
         if out.failed and not isinstance(out.failed, BrokenPipeError):  # who closed the pipe had read enough

@@ -73,6 +73,18 @@ def save(path: str | os.PathLike, tree: Any, about: str = "") -> None:
         raise
 
 
+def check_path(folder: str | os.PathLike) -> None:
+    """UserError for the folder of a run in which checkpoints would be written that nobody can read."""
+    path = os.path.abspath(folder)
+    patterns = sorted({*"*?["} & {*path})  # which orbax looks for as such
+    wrong = " and ".join(patterns) or ("bytes that are no UTF-8" if re.search("[\ud800-\udfff]", path) else "")
+    if wrong:
+        raise UserError(
+            f"the run's folder would be {path!r}, where no checkpoint can be kept for {wrong} in its path: change "
+            "results_dir, exp_id or the name of the file of configuration"
+        )
+
+
 def _check_room(path: str, size: int) -> None:
     """OSError where the disk has not so many bytes: TensorStore's threads would tell of it one by one."""
     there = os.path.dirname(path)
