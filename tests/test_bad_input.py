@@ -55,6 +55,7 @@ CASES = [
     ({"tua": 4.0}, "unknown key tua", "tau"),
     ({"dataset.pth": ""}, "unknown key dataset.pth", "dataset.path"),
     ({"teacher2.wieghts": ""}, "unknown key teacher2.wieghts", "teacher2.weights"),
+    ({"techer1": {}}, "unknown key techer1; did you mean teacher1?"),
     ({"teachers": ()}, "unknown key teachers", "teacher1, teacher2"),
     ({"seed": "x"}, "seed='x'", "int is needed"),
     ({"seed": 1.5}, "seed=1.5", "int is needed"),
@@ -90,6 +91,7 @@ CASES = [
     ({"exp_id": "mine", "resume": "FILES/results/earlier"}, "exp_id='mine'", "resume="),
     ({"results_dir": "FILES/file"}, "results_dir=", "Not a directory"),
     ({"results_dir": "FILES/file/below"}, "results_dir=", "Not a directory"),
+    ({"results_dir": ""}, "results_dir is empty", "'.'"),
     ({"results_dir": "/proc/results"}, "results_dir='/proc/results'", "no run can be recorded there"),
     ({"teacher_cache": "FILES/file/below"}, "teacher_cache=", "/file is no folder"),
     ({"results_dir": "~nobodyhere/runs"}, "results_dir='~nobodyhere/runs'", "home directory"),
@@ -174,6 +176,7 @@ CASES = [
     (GIVEN | {"teacher1.weights": A_FILE}, "teacher1.weights=", ".safetensors, .npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.npz"}, "teacher1.weights=", "cannot read weights", "text.npz"),
     (GIVEN | {"teacher1.weights": "FILES/text.safetensors"}, "teacher1.weights=", "cannot read weights"),
+    (GIVEN | {"teacher1.weights": "FILES/pointer.safetensors"}, "teacher1.weights=", "git-lfs", "`git lfs pull`"),
     (GIVEN | {"teacher1.weights": "FILES/text.pth"}, "teacher1.weights=", "cannot read weights"),
     (GIVEN | {"teacher1.weights": "FILES/results"}, "teacher1.weights=", "/results"),
     (GIVEN | {"teacher1.weights": "FILES/resnet14.npz"}, "teacher1.weights=", "do not fit", "layer1.1."),
@@ -307,6 +310,14 @@ CASES = [
     ({"teacher1.std": (68.2,)}, "teacher1.std=(68.2,)", "[0.001, 10]"),
     ({"teacher1.std": (1e-30,)}, "teacher1.std=(1e-30,)", "[0.001, 10]"),
     ({"ib_mbm_logvar_clip": 100.0}, "ib_mbm_logvar_clip=100.0", "(0, 50]"),
+    ({"ce_label_smoothing": 1.0}, "ce_label_smoothing=1.0", "[0, 1)"),
+    ({"label_smoothing": 1.0}, "label_smoothing=1.0", "[0, 1)"),
+    ({"student_epochs_per_stage": (10, 10**9)}, "1000000010 B-epochs", "student_epochs_per_stage"),
+    ({"use_cccp": True, "cccp_nt": 10**6}, "16000000 A-epochs, more than 1000000", "cccp_nt"),
+    (
+        {"use_disagree_weight": True, "disagree_lambda_high": 0.0, "disagree_lambda_low": 0.0},
+        "disagree_lambda_high and disagree_lambda_low are both 0",
+    ),
     # distillation and fusion
     ({"ce_alpha": 0.0, "kd_alpha": 0.0}, "ce_alpha=0.0, kd_alpha=0.0", "their sum positive"),
     ({"ce_alpha": -0.1}, "ce_alpha=-0.1", "[0, 1e+06]"),
@@ -338,7 +349,7 @@ CASES = [
     ({"use_teacher_finetuning": True}, "use_teacher_finetuning", "train_distill_adapter_only"),
     ({"mixup_alpha": 0.2, "cutmix_alpha_distill": 1.0}, "mixup_alpha and cutmix_alpha_distill", "set one of them to 0"),
     ({"disagree_mode": "logits"}, "disagree_mode='logits'", "'pred', 'both_wrong', 'any_wrong'"),
-    ({"ce_label_smoothing": 1.5}, "ce_label_smoothing=1.5", "[0, 1]"),
+    ({"ce_label_smoothing": 1.5}, "ce_label_smoothing=1.5", "[0, 1)"),
     ({"synergy_head_dropout": -0.1}, "synergy_head_dropout=-0.1", "[0, 1)"),
     ({"kd_ens_alpha": 2.0}, "kd_ens_alpha=2.0", "[0, 1]"),
     ({"loss_clamp_max": 0.0}, "loss_clamp_max=0.0", "[1e-06, 1e+09]"),
@@ -403,6 +414,7 @@ def _data_files(folder: pathlib.Path) -> None:
     (folder / "empty.npz").touch()
     for name in ("text.npz", "text.safetensors", "text.pth", "file"):
         (folder / name).write_text("this is no archive\n" * 50)
+    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (folder / "folder.npz").mkdir()
     os.mkfifo(folder / "pipe.npz")
     (folder / "unreadable.npz").symlink_to("/proc/self/mem")  # an input/output error for root, too
@@ -478,6 +490,14 @@ def test_is_refused(changes, words, files, compiled):
     assert [word for word in words if word not in told] == [], told
     assert compiled() == programs
     assert contents(files / "results") == before
+
+
+def test_a_grey_image_has_no_choice_of_lengths(files):
+    three = recipe.read(config_of({"teacher2.std": (0.2, 0.2, 0.2)}, files))
+    with pytest.raises(UserError, match="the images have 1 channels: give one value$"):
+        checks.check_data(three, (8, 8, 1), 10)
+    with pytest.raises(UserError, match="the images have 2 channels: give one value, or 2$"):
+        checks.check_data(three, (8, 8, 2), 10)
 
 
 def test_enough_cases():

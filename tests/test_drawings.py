@@ -12,6 +12,7 @@ from networks import make_split
 from asib_jax.data.parts import Data
 from asib_jax.data.sources import Split
 from asib_jax.record import curves, drawings, predictions
+from asib_jax.tools import predict
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("zero", "one", "two")
@@ -181,6 +182,31 @@ def test_what_cannot_be_drawn_is_a_warning_with_its_reason(tmp_path, caplog, mon
     caplog.clear()
     drawings.draw(tmp_path / "file", metrics(), data(), None)
     assert "picture curves could not be drawn: NotADirectoryError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("two\nlines", r"two\nlines"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("\u202edesrever", r"\u202edesrever"),  # which would turn the figures after it, too
+        ("a\u2028b\tc", r"a\u2028b\tc"),
+        ("$x_1$ 😀 שלום", "$x_1$ 😀 שלום"),
+    ],
+)
+def test_a_name_is_one_line_of_what_it_is(name, shown):
+    names, guesses = (name, "one", "two"), predictions.probabilities(LOGITS)
+    (title,) = [
+        axis.get_title()
+        for axis in drawings.draw_mistakes(make_split(6).image, LABELS, guesses, names).axes
+        if axis.get_title().startswith("one\n")
+    ][:1]
+    assert title == f"one\n→ {shown}  60.0 %"
+    matrix = drawings.draw_confusion(predictions.confusion(LABELS, guesses), names).axes[0]
+    assert matrix.get_yticklabels()[0].get_text() == shown
+    files = [pathlib.Path(f"{name}.png")]
+    table = predict.text(predict.Predictions(files, names, guesses[:1]), 1).splitlines()
+    assert table[1:] == [f"{shown}.png  {shown}  70.00"]
 
 
 def test_letters_that_the_font_has_not_are_told_once(tmp_path, caplog, monkeypatch):

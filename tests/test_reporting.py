@@ -11,6 +11,7 @@ from disk import longest_file
 from run_contents import events, points
 
 from asib_jax.errors import UserError
+from asib_jax.record import reporting
 from asib_jax.record.reporting import Reporter, table
 
 
@@ -101,13 +102,17 @@ def test_no_curves_unless_asked_for(tmp_path):
     [("b", 4), ("b", 2), ("a", 4), ("control/b", 4)],
     ids=["past the last step", "interrupted inside", "A-Step", "control"],
 )
-def test_profile_is_written_for_the_steps_asked_for(tmp_path, optimizer, steps_run):
-    """Those of the B-Step: other trainings count theirs apart."""
+def test_profile_is_written_for_the_steps_asked_for(tmp_path, optimizer, steps_run, caplog, monkeypatch):
+    """Those of the B-Step: other trainings count theirs apart. Where it did none of them that is told."""
+    monkeypatch.setattr(reporting.logger, "propagate", True)
     with Reporter(tmp_path, tensorboard=False, wandb="", config={}, profile_steps=(1, 2)) as reporter:
         for step in range(0, steps_run, 2):  # two steps a call
             reporter.on_steps(optimizer, step, step + 1)
             jax.block_until_ready(jnp.ones(3) + step)
     assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (optimizer == "b")
+    assert ["profile_steps=(1, 2)" in text and "no trace" in text for text in caplog.messages] == [True] * (
+        optimizer != "b"
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

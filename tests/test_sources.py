@@ -18,6 +18,9 @@ def small(count, seed):
     return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
 
 
+IMAGES, _ = small(TRAIN, 0)
+
+
 def write_npz(path, **changes):
     """Well-formed arrays save for `changes`; None leaves one out."""
     (x_train, y_train), (x_test, y_test) = small(TRAIN, 0), small(TEST, 1)
@@ -78,6 +81,9 @@ def test_pickled_array_in_npz_is_refused(tmp_path, array):
         ),
         ({"x_train": np.zeros((TRAIN, 1, 8, 8))}, r"channels first, float64 \[7, 1, 8, 8\]"),
         ({"x_train": np.zeros((TRAIN, 9, 9, 5), np.uint8)}, r"must have 1 to 4 channels, .* uint8 \[7, 9, 9, 5\]"),
+        ({"x_train": np.full((TRAIN, 32, 32, 3), 7, np.uint8)}, "every pixel of every training image is 7 of 0"),
+        ({"x_train": np.ones((TRAIN, 32, 32, 3))}, "every pixel of every training image is 255 of 0"),
+        ({"x_train": np.full((TRAIN, 32, 32, 3), 1e-3)}, "every pixel of every training image is 0 of 0"),
         ({"y_train": np.full(TRAIN, 3)}, "all training images are of one class, 'class3'"),
         ({"y_train": np.zeros(TRAIN, int), "y_test": np.zeros(TEST, int), "class_names": None}, "of one class, '0'"),
         ({"x_val": np.zeros((TEST, 32, 32, 3), np.uint8)}, "own.npz has x_val without y_val"),
@@ -126,11 +132,7 @@ def test_malformed_arrays_are_named(tmp_path, changes, message):
 def test_npz_without_names_numbers_its_classes(tmp_path):
     labels = np.arange(256).astype(np.uint8)
     path = write_npz(
-        tmp_path / "own.npz",
-        x_train=np.zeros((256, 32, 32, 3), np.uint8),
-        y_train=labels,
-        y_test=np.arange(TEST),
-        class_names=None,
+        tmp_path / "own.npz", x_train=small(256, 0)[0], y_train=labels, y_test=np.arange(TEST), class_names=None
     )
     assert load("npz", path=str(path)).class_names == tuple(str(c) for c in range(256))
 
@@ -153,7 +155,7 @@ def test_a_class_without_images_in_a_split_is_a_warning(tmp_path, caplog, monkey
     """Of those with training images; a run's test accuracy says nothing of them."""
     monkeypatch.setattr(arrays.logger, "propagate", True)
     changes = {"y_train": np.arange(TRAIN), "y_test": np.array([0, 1, 1, 6]), "class_names": np.array(list("abcdefgh"))}
-    changes |= {"x_val": np.zeros((6, 32, 32, 3), np.uint8), "y_val": np.array([1, 2, 3, 4, 5, 6])}
+    changes |= {"x_val": IMAGES[:6], "y_val": np.array([1, 2, 3, 4, 5, 6])}
     load("npz", path=str(write_npz(tmp_path / "own.npz", **changes)))
     absent, val, test = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert absent.endswith("own.npz: 1 classes of 8 have no training image: h")
@@ -169,6 +171,23 @@ def test_arrays_of_other_names_are_told(tmp_path, caplog, monkeypatch):
     assert load("npz", path=str(path)).validation is None
     (line,) = (record.getMessage() for record in caplog.records)
     assert line == f"{path}: not read: x_valid, y_valid; what may be there is called x_val, y_val, class_names"
+
+
+@pytest.mark.parametrize(
+    "changes,told",
+    [
+        ({"x_train": IMAGES // 255}, "x_train lies in 0..1 of 0..255, which is black"),
+        ({"x_train": IMAGES / 255 / 255}, "x_train lies in 0..1 of 0..255, which is black"),
+        ({"x_test": IMAGES[:TEST] // 128}, "x_test lies in 0..1 of 0..255, which is black"),
+        ({"x_train": IMAGES // 255 * 255}, ""),  # masks of black and white
+        ({"class_names": np.array(["crane", "maillot"] * 2 + [f"c{k}" for k in range(96)])}, "'crane' 2 times, 'mail"),
+    ],
+)
+def test_what_is_read_but_hardly_meant_is_told(tmp_path, changes, told, caplog, monkeypatch):
+    monkeypatch.setattr(arrays.logger, "propagate", True)
+    load("npz", path=str(write_npz(tmp_path / "own.npz", **changes)))
+    warnings = [text for text in caplog.messages if "no training image" not in text and "has no image of" not in text]
+    assert [told in text for text in warnings] == [True] * bool(told), warnings
 
 
 def test_grey_and_floats_become_bytes_with_channels_and_that_is_told(tmp_path, caplog, monkeypatch):

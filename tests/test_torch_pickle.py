@@ -117,6 +117,8 @@ def test_wrappers_and_prefixes(tmp_path):
     inner = {"module.a": tensor(), "module.module.b": tensor()}
     assert names(inner) == {"a", "module.b"}
     assert names({"module.a": tensor(), "b": tensor()}) == {"module.a", "b"}
+    for prefix in ("_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        assert names({f"{prefix}a": tensor(), f"{prefix}module.b": tensor()}) == {"a", "module.b"}
     assert names({"state_dict": inner, "epoch": 3}) == names({"model": inner}) == {"a", "module.b"}
     assert names({"model": tensor()}) == {"model"}  # a parameter of that name
     write_zip(tmp_path / "w.pth", {"state_dict": inner, "model": inner})

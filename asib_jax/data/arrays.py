@@ -1,6 +1,7 @@
 """What a source gives, as arrays that every other part can rely on: uint8 [N,H,W,channels] and labels 0..C-1."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,6 +37,7 @@ def well_formed(arrays: Arrays, origin: str, image_size: int = 0) -> tuple[Array
             raise UserError(f"{origin}: x_{split} is {_kind(x)}, but x_train is {_kind(found['x_train'])}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise UserError(f"{origin}: y_{split} must be integers [{len(x)}], one per image; found {_kind(y)}")
+        _check_levels(x, f"x_{split}", origin)
         found |= {f"x_{split}": x, f"y_{split}": y}
     names = _class_names(arrays, origin)
     for split in _splits(found):
@@ -93,6 +95,24 @@ def _scaled(x: np.ndarray, name: str, origin: str) -> np.ndarray:
     return scaled
 
 
+def _check_levels(x: np.ndarray, name: str, origin: str) -> None:
+    """UserError for training images without a difference, a warning for levels that were divided once too often."""
+    low, high = 255, 0
+    for start in range(0, len(x), _AT_ONCE):
+        part = x[start : start + _AT_ONCE]
+        low, high = min(low, int(part.min())), max(high, int(part.max()))
+        if high > max(low, 1):
+            return
+    if low == high and name == "x_train":
+        raise UserError(f"{origin}: every pixel of every training image is {low} of 0..255: there is nothing to learn")
+    if high <= 1:
+        logger.warning(
+            "%s: %s lies in %d..%d of 0..255, which is black: levels in 0..1 are saved as floats, not as uint8, nor "
+            "divided by 255 twice",
+            *(origin, name, low, high),
+        )
+
+
 def _resized(x: np.ndarray, size: int) -> np.ndarray:
     """[N,size,size,channels]; every channel by itself."""
     found = room((len(x), size, size, x.shape[3]))
@@ -148,7 +168,14 @@ def _class_names(arrays: Arrays, origin: str) -> tuple[str, ...]:
     letters = names.astype(names.dtype.newbyteorder("=")).view(np.uint32)
     if ((letters >= 0xD800) & (letters < 0xE000) | (letters > 0x10FFFF)).any():  # Python has trouble with either
         raise UserError(f"{origin}: class_names is not all text: it has code points that Unicode has not")
-    return tuple(names.tolist())
+    found = tuple(names.tolist())
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        logger.warning(
+            "%s: class_names has %s: predictions by name do not tell such classes apart",
+            origin,
+            ", ".join([f"{name!r} {found.count(name)} times" for name in twice[:5]] + ["..."] * (len(twice) > 5)),
+        )
+    return found
 
 
 def _kind(array: np.ndarray) -> str:

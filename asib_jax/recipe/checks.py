@@ -12,6 +12,7 @@ from asib_jax.recipe.groups import StudentRecipe, TeacherRecipe
 from asib_jax.recipe.recipe import Recipe
 
 _IMAGENET = re.compile(r"hf:.*[._]in(1|12|21|22)k")  # timm's repositories are named so
+_MOST_EPOCHS = 1_000_000  # of a step over the run: each is listed before the first
 
 
 def check(recipe: Recipe) -> None:
@@ -21,6 +22,7 @@ def check(recipe: Recipe) -> None:
         not recipe.exp_id or recipe.resume in ("", "latest") or Path(recipe.resume).name == recipe.exp_id,
         f"exp_id={recipe.exp_id!r} is not the run of resume={recipe.resume!r}; leave one of them empty",
     )
+    _require(bool(recipe.results_dir), "results_dir is empty; name a folder, '.' for the current one")
     _check_student(recipe)
     _check_lengths(recipe)
     _check_training(recipe)
@@ -34,12 +36,13 @@ def check_data(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -
     """UserError for a complete recipe that does not fit images [H, W, channels] of so many classes."""
     if recipe.uses_fusion:
         check_gate(recipe.gate, num_classes)
+    channels = image_shape[-1]
     for key, network in recipe.networks.items():
         for name, values in (("mean", network.mean), ("std", network.std)):
             _require(
-                len(values) in (1, image_shape[-1]),
-                f"{key}.{name}={values} has {len(values)} values, the images have {image_shape[-1]} channels: "
-                f"give one value, or {image_shape[-1]}",
+                len(values) in (1, channels),
+                f"{key}.{name}={values} has {len(values)} values, the images have {channels} channels: "
+                f"give one value{f', or {channels}' if channels > 1 else ''}",
             )
 
 
@@ -103,6 +106,11 @@ def _check_training(recipe: Recipe) -> None:
     for step, total in totals.items():
         warmup = recipe.schedule.lr_warmup_epochs
         _require(
+            total <= _MOST_EPOCHS,
+            f"the run has {total} {step}-epochs, more than {_MOST_EPOCHS}: see student_epochs_per_stage, "
+            "teacher_adapt_epochs, cccp_nt and cccp_ns",
+        )
+        _require(
             warmup <= total,
             f"schedule.lr_warmup_epochs={warmup} is longer than the {total} {step}-epochs of the run; set "
             f"--config.schedule.lr_warmup_epochs={total} or fewer",
@@ -129,6 +137,10 @@ def _check_teachers(recipe: Recipe) -> None:
             recipe.kd_teacher_index < count,
             f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}",
         )
+    _require(
+        not recipe.use_disagree_weight or recipe.disagree_lambda_high + recipe.disagree_lambda_low > 0,
+        "disagree_lambda_high and disagree_lambda_low are both 0: nothing would be distilled; set one of them",
+    )
     _require(
         recipe.uses_fusion or not recipe.distils_from_fusion,
         f"kd_target={recipe.kd_target!r} with feat_kd_alpha={recipe.feat_kd_alpha} distils from the fusion "

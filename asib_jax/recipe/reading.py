@@ -67,7 +67,8 @@ def read_group(cls: Any, group: Mapping[str, Any], prefix: str, *, complete: boo
     hints = typing.get_type_hints(cls)
     for key in group:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
+            names = [f"{name[:-1]}1" if numbered(hint) else name for name, hint in hints.items()]
+            close = difflib.get_close_matches(str(key), names, n=1)
             raise UserError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
     missing = [prefix + key for key in hints if key not in group]
     if missing and complete:

@@ -124,7 +124,7 @@ class Recipe:
                                when=STUDENT)
     loss_clamp_max: float = key(1000.0, "bound of the B-Step's loss", at_least=1e-6, at_most=1e9, when=STUDENT & When(
         "`use_loss_clamp`", lambda recipe: recipe.use_loss_clamp))
-    ce_label_smoothing: float = key(0.0, "of the B-Step's cross entropy", at_least=0, at_most=1, when=STUDENT)
+    ce_label_smoothing: float = key(0.0, "of the B-Step's cross entropy", at_least=0, below=1, when=STUDENT)
     mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", **MIXING,
                              when=STUDENT)
     cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", **MIXING, when=STUDENT)
@@ -178,7 +178,7 @@ class Recipe:
                                   "the original", **WEIGHT, when=FUSION)
     synergy_ema_alpha: float = key(0.8, "weight of a new measurement in the averaged synergy accuracy that decides",
                                    at_least=0, at_most=1, when=FUSION)
-    label_smoothing: float = key(0.0, "of the A-Step's cross entropy", at_least=0, at_most=1, when=FUSION)
+    label_smoothing: float = key(0.0, "of the A-Step's cross entropy", at_least=0, below=1, when=FUSION)
     teacher_adapt_alpha_kd: float | None = key(None, "A-Step: pulls synergy towards the student; empty: `kd_alpha`",
                                                **WEIGHT, when=FUSION)
     use_cccp: bool = key(False, "add the CCCP term; multiply epochs", when=STUDENT & When(

@@ -11,7 +11,7 @@ import numpy as np
 from asib_jax.data.parts import Data
 from asib_jax.record.canvas import BLUE, ORANGE, new_figure
 from asib_jax.record.curves import draw_curves
-from asib_jax.record.predictions import TOP, TOP_FROM, confusion, probabilities, top_correct, worst_mistakes
+from asib_jax.record.predictions import TOP, TOP_FROM, confusion, printable, probabilities, top_correct, worst_mistakes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,6 +65,7 @@ def _turn(names: Sequence[str]) -> int:
 
 
 def _short(name: str, most: int = 18) -> str:
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -6,6 +6,11 @@ TOP = 5
 TOP_FROM = 20  # classes from which the top-5 accuracy says something
 
 
+def printable(name: str) -> str:
+    """A name as one line as it is: newlines, escapes and what turns the direction of writing are spelled."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax of logits [N, C]; where one is not finite NaN, as no class was predicted."""
     finite = np.isfinite(logits).all(axis=1, keepdims=True)

@@ -118,6 +118,10 @@ class Reporter(contextlib.AbstractContextManager):
     def __exit__(self, *exception) -> None:
         if self._profiling:
             self._stop_profile()
+        elif self._profile_steps and exception[0] is None:
+            logger.warning(
+                "profile_steps=%s: this process did no such B-steps, so there is no trace", self._profile_steps
+            )
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

@@ -24,7 +24,7 @@ from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.record import finished
 from asib_jax.record.experiment import read_about
-from asib_jax.record.predictions import probabilities
+from asib_jax.record.predictions import printable, probabilities
 from asib_jax.record.reporting import table
 
 logger = logging.getLogger("asib_jax")
@@ -142,8 +142,8 @@ def text(predictions: Predictions, top: int) -> str:
     ranks = range(1, min(top, len(predictions.names)) + 1)
     rows = [["file", *(cell for k in ranks for cell in (_heading("class", k), "%"))]]
     for file, *cells in predictions.rows(top):
-        shown = [f"{100 * cell:.2f}" if isinstance(cell, float) else cell for cell in cells]
-        rows.append([os.fsencode(file).decode(errors="backslashreplace"), *shown])
+        shown = [f"{100 * cell:.2f}" if isinstance(cell, float) else printable(cell) for cell in cells]
+        rows.append([printable(os.fsencode(file).decode(errors="backslashreplace")), *shown])
     return "\n".join(table(rows, "<" + "<>" * len(ranks)))
 
 

@@ -24,6 +24,9 @@ from asib_jax.weights import checkpoint, torch_pickle
 _HUB = re.compile(r"hf:(?P<repo_id>[^/@]+/[^/@]+)(@(?P<revision>(refs/[^/@]+/)?[^/@]+))?(/(?P<filename>.+))?")
 
 
+_POINTER = b"version https://git-lfs.github.com/"  # of a repository that was cloned without git-lfs
+
+
 def cached(weights: str) -> Path | None:
     """The local path of `weights`, or None if it is to be downloaded or, without "hf:", does not exist.
 
@@ -89,7 +92,9 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if path.suffix not in _READERS:
         raise UserError(f"cannot read weights from {path}: expected a file named {', '.join(_READERS)}")
-    open(path, "rb").close()  # what cannot be opened is not damaged
+    with open(path, "rb") as file:  # what cannot be opened is not damaged
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is not the weights but git-lfs's pointer to them: fetch them by `git lfs pull`")
     try:
         return _READERS[path.suffix](path)
     except Exception as error:  # each format has its own kinds for a damaged file

@@ -89,8 +89,9 @@ class _Unpickler(Unpickler):
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """The state dict in a file that torch.save wrote: name -> read-only array of the type it was saved in.
 
-    Names are as saved, save for the prefix "module." (DataParallel) where every name has it. A checkpoint that holds
-    its state dict under exactly one of the keys "state_dict" and "model" gives that, and its other entries are ignored.
+    Names are as saved, save for the prefixes "module." (DataParallel) and "_orig_mod." (torch.compile) where every name
+    has them. A checkpoint that holds its state dict under exactly one of the keys "state_dict" and "model" gives that,
+    and its other entries are ignored.
 
     Raises OSError where the file cannot be opened, UserError where it is damaged, holds something else than tensors, or
     names a function or class that weights do not need; the message tells how to convert it.
@@ -162,8 +163,9 @@ def _state_dict(saved: Any) -> dict[str, _Tensor]:
     for name, value in saved.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
             raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
-    if all(name.startswith("module.") for name in saved):
-        saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # of torch.compile, around or within DataParallel
+        if all(name.startswith(prefix) for name in saved):
+            saved = {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
     return saved
 
 
