@@ -1,6 +1,7 @@
 """The record of a run on disk (SPEC 7): its folder, its metrics and its row in `summary.csv`."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -187,7 +188,10 @@ def _taken(folder: Path) -> str:
 def _new_folder(results: Path, name: str, exp_id: str) -> Path:
     stem = exp_id or f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder, attempt = results / stem, 1
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(results)) from None
     while True:
         try:
             folder.mkdir()
