@@ -14,6 +14,7 @@ from jax.interpreters import mlir
 
 from asib_jax import build, recipe as recipes, train
 from asib_jax.data import sources
+from asib_jax.data.statistics import Statistics
 from asib_jax.engine.banks import make_reader
 from asib_jax.engine.compiled import compile_steps
 from asib_jax.engine.evaluate import make_eval_step
@@ -22,7 +23,7 @@ from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import state
 from asib_jax.objectives.step import make_train_step
 from asib_jax.phases import Phase
-from asib_jax.recipe import Recipe
+from asib_jax.recipe import Recipe, told_by_data
 from asib_jax.tools import plan
 from configs import l2_cccp
 
@@ -48,6 +49,7 @@ def shape(dtype: Any, *dimensions: int) -> jax.ShapeDtypeStruct:
 def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
     """Everything that a run of the recipe compiles for one device, under a name of its own."""
     sizes, size = sources.sizes(recipe.dataset.name), recipe.dataset.batch_size
+    recipe = told_by_data.complete(recipe, sizes.num_classes, lambda: Statistics((0.5,), (0.25,)))
     nets = build.build_networks(recipe, sizes.num_classes)
     variables = build.variable_shapes(recipe, nets, sizes.image_shape)
     phases = train.phases_of(
