@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from asib_jax.errors import UserError
-from asib_jax.record.experiment import Record
+from asib_jax.record.experiment import Record, read_about
 
 CONFIG = {"seed": 3, "tau_schedule": (2.0, 6.0), "teacher1": {"name": "resnet8"}}
 
@@ -206,6 +206,17 @@ def test_a_table_that_is_not_ours_is_put_aside(text, tmp_path, caplog):
     assert [row["exp_id"] for row in summary(tmp_path)] == ["run"]
     (aside,) = table.parent.glob("summary.csv.*.unreadable")
     assert aside.read_text(encoding="utf-8") == text and str(aside) in caplog.text
+
+
+@pytest.mark.parametrize("key, value", [("data_sha256", [1]), ("told_by_data", "x"), ("begun", "yesterday")])
+def test_an_about_json_of_other_types_is_damaged_and_one_that_an_editor_saved_is_not(key, value, tmp_path):
+    folder = Record.create(tmp_path, "one_0", "", {"seed": 0}).folder
+    text = (folder / "about.json").read_text()
+    (folder / "about.json").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_about(folder) == json.loads(text)
+    (folder / "about.json").write_text(json.dumps({**json.loads(text), key: value}))
+    with pytest.raises(UserError, match="about.json is damaged"):
+        read_about(folder)
 
 
 @pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo])

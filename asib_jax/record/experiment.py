@@ -213,7 +213,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What about.json says of the run in `folder`. The errors of `read_json`."""
     about = read_json(folder / "about.json")
     try:
-        return {"name": str(about["name"]), "status": str(about["status"]), "begun": float(about["begun"]), **about}
+        groups = {key: dict(about[key]) for key in ("data_sha256", "told_by_data") if key in about}
+        return {
+            **about,
+            **groups,
+            "name": str(about["name"]),
+            "status": str(about["status"]),
+            "begun": float(about["begun"]),
+        }
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
 
@@ -221,7 +228,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A file of a run's folder. UserError if it is missing, as where that is no run's, or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # as some editors begin it
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run folder: {path.name} is missing") from None
     except OSError as error:
