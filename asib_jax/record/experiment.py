@@ -213,14 +213,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What about.json says of the run in `folder`. The errors of `read_json`."""
     about = read_json(folder / "about.json")
     try:
-        groups = {key: dict(about[key]) for key in ("data_sha256", "told_by_data") if key in about}
-        return {
-            **about,
-            **groups,
-            "name": str(about["name"]),
-            "status": str(about["status"]),
-            "begun": float(about["begun"]),
-        }
+        kinds = {"name": str, "status": str, "begun": float, "data_sha256": dict, "told_by_data": dict}
+        return about | {key: kind(about[key]) for key, kind in kinds.items() if kind is not dict or key in about}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
 
