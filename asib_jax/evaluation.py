@@ -16,7 +16,8 @@ from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe
 from asib_jax.record import drawings, finished, provenance, reporting, results
-from asib_jax.record.experiment import read_about, read_json
+from asib_jax.record.experiment import read_about
+from asib_jax.record.files import read_json
 from asib_jax.record.finished import Finished
 from asib_jax.record.results import Results
 

@@ -21,7 +21,8 @@ from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, checks, keys, overrides, read_stored, told_by_data
 from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume, snapshots
-from asib_jax.record.experiment import Record, read_about, write
+from asib_jax.record.experiment import Record, read_about
+from asib_jax.record.files import write
 from asib_jax.record.finished import Finished
 from asib_jax.record.remaining import Remaining
 from asib_jax.record.reporting import Reporter

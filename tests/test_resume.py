@@ -21,6 +21,7 @@ from asib_jax import build, recipe as recipes, runner, train
 from asib_jax.errors import UserError
 from asib_jax.record import experiment, resume, snapshots
 from asib_jax.record.experiment import Record
+from asib_jax.record.files import read_json
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.signals import Interrupted
 from asib_jax.record.snapshots import Snapshots
@@ -183,7 +184,7 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, mo
     for key in shared:
         assert stopped.seen[key] == untouched.seen[key], key
     assert not snapshots.paths(tmp_path / "stopped" / "run")  # of a finished run there are none
-    metrics = experiment.read_json(tmp_path / "stopped" / "run" / "metrics.json")
+    metrics = read_json(tmp_path / "stopped" / "run" / "metrics.json")
     skipped = collections.Counter()
     for key, value in metrics.items():
         if key.endswith("/skipped"):

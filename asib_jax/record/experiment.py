@@ -1,9 +1,7 @@
-"""The record of a run on disk (SPEC 7): its folder, its metrics and its row in `summary.csv`."""
+"""The record of a run on disk (SPEC 7): its folder and its metrics."""
 
-import csv
 import errno
 import fcntl
-import io
 import json
 import logging
 import math
@@ -15,6 +13,8 @@ from typing import Any, TextIO
 
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
+from asib_jax.record.files import read_json, write
+from asib_jax.record.summary import add_row
 from asib_jax.weights import checkpoint
 from asib_jax.weights.teacher_store import TEACHERS
 
@@ -156,7 +156,7 @@ class Record:
             **{key: _plain(value) for key, value in summary.items()},
         }
         _point_latest(self.folder)
-        _add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
+        add_row(self.folder.parent / "summary.csv", row, replace="resumed" in self.about)
         self._lock.close()
 
 
@@ -217,75 +217,6 @@ def read_about(folder: Path) -> dict[str, Any]:
         return about | {key: kind(about[key]) for key, kind in kinds.items() if kind is not dict or key in about}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'about.json'} is damaged: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run's folder. UserError if it is missing, as where that is no run's, or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # as some editors begin it
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent} is no run folder: {path.name} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}")
-    return content
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Replace the file at once. What raises leaves it as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut leaves an empty file of the right name
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _add_row(path: Path, row: dict[str, Any], replace: bool) -> None:
-    """Put a row into a CSV table, and into its header the columns that are new. Runs that end together take turns; a
-    process that dies leaves no lock behind.
-
-    replace: in the place of the last one with the same exp_id, if there is one.
-    """
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        columns, rows = _read_table(path)
-        alike = [place for place, other in enumerate(rows) if other["exp_id"] == row["exp_id"]] if replace else []
-        place = alike[-1] if alike else len(rows)
-        rows[place : place + 1] = [row]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys([*columns, *row]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(path, text.getvalue())
-
-
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows; none where there is no table. One that is not ours any more (a spreadsheet may have saved it
-    with other separators) is put aside with a warning: a run that ends must not be lost for it."""
-    if not path.exists():
-        return [], []
-    columns, rows = [], []
-    try:
-        if path.is_file():  # and no folder, nor a pipe that would be waited for
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                columns, rows = list(reader.fieldnames or ()), list(reader)
-        if "exp_id" in columns and all(None not in other and None not in other.values() for other in rows):
-            return columns, rows
-    except (UnicodeDecodeError, csv.Error):
-        pass
-    aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.unreadable")
-    os.replace(path, aside)
-    logger.warning("%s is no table of runs: it is %s now, and a new one begins", path, aside)
-    return [], []
 
 
 def _point_latest(folder: Path) -> None:

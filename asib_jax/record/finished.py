@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.recipe import Recipe, TeacherRecipe, keys, read_stored, told_by_data
-from asib_jax.record.experiment import Record, read_json
+from asib_jax.record.experiment import Record
+from asib_jax.record.files import read_json
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import read_weights
 

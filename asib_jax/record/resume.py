@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from asib_jax.errors import UserError
 from asib_jax.recipe import RETIRED, Recipe, keys, read_stored
-from asib_jax.record.experiment import read_about, read_json
+from asib_jax.record.experiment import read_about
+from asib_jax.record.files import read_json
 
 logger = logging.getLogger("asib_jax")
 

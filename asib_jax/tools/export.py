@@ -10,8 +10,8 @@ from safetensors import numpy as safetensors
 
 from asib_jax import models
 from asib_jax.errors import UserError
-from asib_jax.record import experiment, finished
-from asib_jax.record.experiment import read_json
+from asib_jax.record import finished
+from asib_jax.record.files import read_json, write
 from asib_jax.weights import torch_names
 
 Arrays = dict[str, np.ndarray]
@@ -68,7 +68,7 @@ def export(
     if out.exists():
         raise UserError(f"{out} exists; choose another with --out=FILE")
     try:
-        experiment.write(out, content)
+        write(out, content)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another with --out=FILE") from error
     return out, about

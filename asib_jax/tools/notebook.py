@@ -18,7 +18,8 @@ from asib_jax.data.archives import NAMES
 from asib_jax.data.sources import SOURCES
 from asib_jax.errors import UserError
 from asib_jax.recipe import keys as keys_, read
-from asib_jax.record import console, experiment
+from asib_jax.record import console
+from asib_jax.record.files import read_json
 from asib_jax.tools.predict import Classifier
 from asib_jax.weights import origins
 
@@ -89,9 +90,7 @@ def distil(
     with contextlib.redirect_stderr(sys.stderr), contextlib.ExitStack() as end:  # both are the caller's afterwards
         end.callback(console.leave)
         folder = train.start(values, config.replace(":", "_"), defaults, changed)
-    return Distilled(
-        folder, (folder / "table.txt").read_text(encoding="utf-8"), experiment.read_json(folder / "metrics.json")
-    )
+    return Distilled(folder, (folder / "table.txt").read_text(encoding="utf-8"), read_json(folder / "metrics.json"))
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
