@@ -1,6 +1,7 @@
 """Of a run that has finished, every accuracy: in the process that trained it, and again from disk (SPEC 7)."""
 
 import dataclasses
+import logging
 import pathlib
 import sys
 
@@ -20,6 +21,8 @@ from asib_jax.record.experiment import read_about
 from asib_jax.record.files import read_json
 from asib_jax.record.finished import Finished
 from asib_jax.record.results import Results
+
+logger = logging.getLogger("asib_jax")
 
 
 def evaluate_finished(
@@ -59,9 +62,23 @@ def evaluate_run(folder: pathlib.Path, draw: bool = False) -> str:
     done = finished.load(folder, recipe, nets, data.image_shape)
     _check_shapes(folder, done, build.variable_shapes(recipe, nets, data.image_shape))
     found = evaluate_finished(recipe, nets, data, feed, done)
+    _compare(folder, found.summary)
     if draw:
         drawings.draw(folder, read_json(folder / "metrics.json"), data, found.logits)
     return results.render(recipe, found, reporting.width(sys.stdout))
+
+
+def _compare(folder: pathlib.Path, summary: dict[str, float]) -> None:
+    """Warn of figures that are not those that the run ended with."""
+    recorded = {name: read_json(folder / "metrics.json").get(f"final/{name}") for name in summary}
+    differ = [
+        f"{name} {recorded[name]}, now {now}" for name, now in summary.items() if recorded[name] not in (None, now)
+    ]
+    if differ:
+        logger.warning(
+            "%s: not what the run ended with, since a file of it was changed or this machine rounds otherwise: %s",
+            *(folder, ", ".join(differ)),
+        )
 
 
 def _check_shapes(folder: pathlib.Path, done: Finished, expected: Variables) -> None:

@@ -134,6 +134,15 @@ def test_damaged_json_is_named(saved, name, content):
     (folder / name).write_bytes(whole)
 
 
+def test_counts_that_are_none_are_named(saved):
+    folder, settings, nets, _ = saved
+    whole = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(json.dumps(json.loads(whole) | {"distilled_steps/synergy": "7"}))
+    with pytest.raises(UserError, match=r"metrics\.json is damaged: of steps it has synergy '7'"):
+        finished.load(folder, settings, nets, SHAPE)
+    (folder / "metrics.json").write_text(whole)
+
+
 def test_keys_of_another_version_are_told_with_their_file(saved, tmp_path):
     config = json.loads((saved[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"taus": 2.0}))

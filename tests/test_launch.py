@@ -95,7 +95,12 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     again = launch("evaluate", f"--run={folder}", "--pictures")
     assert again.returncode == 0, again.stderr
     assert {str(path.relative_to(folder)) for path in folder.glob("pictures/*")} == drawn
-    assert table(again.stdout) == shown
+    assert table(again.stdout) == shown and "not what the run ended with" not in again.stderr
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["student"]["mean"] = [0.9]
+    (folder / "config.json").write_text(json.dumps(config))
+    edited = launch("evaluate", f"--run={folder}")
+    assert edited.returncode == 0 and f"test_acc_last {metrics['final/test_acc_last']}, now " in edited.stderr
     config = json.loads((folder / "config.json").read_text())
     config["model"]["student"]["name"] = "resnet8"
     (folder / "config.json").write_text(json.dumps(config))

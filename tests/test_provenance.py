@@ -52,6 +52,13 @@ def test_the_record_is_plain_and_true():
     assert (about["device_kind"], about["devices"], about["hosts"]) == ("cpu", 2, 1)
     assert (about["compute_dtype"], about["matmul_precision"]) == ("float32", "highest")
     assert about["deterministic"] is False and about["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    assert about["jax_enable_x64"] is False
+    jax.config.update("jax_enable_x64", True)
+    try:
+        wide = provenance.describe(recipe.read(config), data, devices.run_devices(2))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert wide["jax_enable_x64"] is True
     whole = provenance.describe(recipe.read(config), data._replace(train=teacher_train), devices.run_devices(1))
     assert whole["data_sha256"]["train"] == sha(teacher_train) and whole["devices"] == 1
 

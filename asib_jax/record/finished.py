@@ -111,6 +111,10 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
     for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
         stats[name] = {}  # a network without BatchNorm
     distilled, skipped = (collections.Counter(_logged(metrics, f"{name}_steps")) for name in ("distilled", "skipped"))
+    if wrong := [
+        f"{name} {steps!r}" for name, steps in [*distilled.items(), *skipped.items()] if type(steps) is not int
+    ]:
+        raise UserError(f"{folder / 'metrics.json'} is damaged: of steps it has {', '.join(wrong)}")
     students = _students(folder, stored)
     return Finished(Variables(params, stats), students, distilled, skipped, _logged(metrics, "when"))
 

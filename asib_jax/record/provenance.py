@@ -60,6 +60,7 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> dict[
         "matmul_precision": PRECISION,
         "deterministic": recipe.deterministic,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_enable_x64": bool(jax.config.values["jax_enable_x64"]),  # which changes what is drawn at random
     }
 
 
