@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import select
 import subprocess
 import sys
 import termios
@@ -67,7 +68,14 @@ class Terminal:
         return self
 
     def shown(self) -> str:
-        return os.read(self._end, 100_000).decode()
+        """All that was written so far; what is written to a terminal need not be there to be read at once."""
+        self._own.write("\a")
+        self._own.flush()
+        text = b""
+        while not text.endswith(b"\a"):
+            assert select.select([self._end], [], [], 10)[0], text
+            text += os.read(self._end, 100_000)
+        return text[:-1].decode()
 
     def close(self):
         os.close(self._end)
