@@ -70,10 +70,9 @@ def evaluate_run(folder: pathlib.Path, draw: bool = False) -> str:
 
 def _compare(folder: pathlib.Path, summary: dict[str, float]) -> None:
     """Warn of figures that are not those that the run ended with."""
-    recorded = {name: read_json(folder / "metrics.json").get(f"final/{name}") for name in summary}
-    differ = [
-        f"{name} {recorded[name]}, now {now}" for name, now in summary.items() if recorded[name] not in (None, now)
-    ]
+    metrics = read_json(folder / "metrics.json")
+    recorded = {name: metrics.get(f"final/{name}", now) for name, now in summary.items()}  # an earlier version had less
+    differ = [f"{name} {recorded[name]}, now {now}" for name, now in summary.items() if recorded[name] != now]
     if differ:
         logger.warning(
             "%s: not what the run ended with, since a file of it was changed or this machine rounds otherwise: %s",

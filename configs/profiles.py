@@ -36,48 +36,37 @@ def _small(config: ConfigDict) -> None:
 
 def _digits(config: ConfigDict) -> None:
     """Handwritten digits (8x8, bundled with scikit-learn): teachers trained here, few labels for the student."""
+    _few_images_on_a_cpu(config, "resnet14", "resnet8", train_epochs=10)
     config.dataset.name = "digits"
-    config.dataset.batch_size = 32
-    config.dataset.val_fraction = 0.2
     config.dataset.train_subset = 100
     config.dataset.data_aug = 3
-    config.model.student.name = "resnet8_scratch"
-    config.teacher1.name = "resnet14"
-    config.teacher2.name = "resnet8"
     for network in (config.model.student, config.teacher1, config.teacher2):
         network.mean, network.std = (0.305,), (0.376,)
-    for teacher in (config.teacher1, config.teacher2):
-        teacher.train_epochs = 10
-        teacher.warmup_epochs = 2
-    config.use_amp = False
-    config.train_control = True
     config.student_epochs_per_stage = (30, 30)
-    config.teacher_adapt_epochs = 8
     config.a_step_views, config.b_step_views = 16, 60  # as many as epochs: what 0 gives, in smaller programs
-    config.synergy_only_epochs = 4
-    config.ib_beta_warmup_epochs = 4
     config.enable_kd_after_syn_acc = 0.3
-    config.distill_out_dim = 64
-    config.ib_mbm_out_dim = 64
-    config.schedule.lr_warmup_epochs = 2
 
 
 def _own(config: ConfigDict) -> None:
     """Images of one's own on a CPU, as `dataset.path` alone says: small teachers trained here, a smaller student."""
+    _few_images_on_a_cpu(config, "resnet20", "resnet14", train_epochs=30)
     config.dataset.image_size = 32
+    config.student_epochs_per_stage = (20, 20)
+    config.a_step_views, config.b_step_views = 8, 20
+
+
+def _few_images_on_a_cpu(config: ConfigDict, first: str, second: str, train_epochs: int) -> None:
+    """Two teachers trained here for so many epochs, a ResNet-8 student and its control, in float32."""
     config.dataset.batch_size = 32
     config.dataset.val_fraction = 0.2
     config.model.student.name = "resnet8_scratch"
-    config.teacher1.name = "resnet20"
-    config.teacher2.name = "resnet14"
-    for teacher in (config.teacher1, config.teacher2):
-        teacher.train_epochs = 30
+    for teacher, name in ((config.teacher1, first), (config.teacher2, second)):
+        teacher.name = name
+        teacher.train_epochs = train_epochs
         teacher.warmup_epochs = 2
     config.use_amp = False
     config.train_control = True
-    config.student_epochs_per_stage = (20, 20)
     config.teacher_adapt_epochs = 8
-    config.a_step_views, config.b_step_views = 8, 20
     config.synergy_only_epochs = 4
     config.ib_beta_warmup_epochs = 4
     config.distill_out_dim = 64

@@ -30,6 +30,14 @@ def table(text: str) -> list[str]:
     return lines[next(i for i, line in enumerate(lines) if line.startswith("name")) :][:13]
 
 
+def evaluate_edited(folder, **student):
+    """After such an edit of the student in config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["student"] |= student
+    (folder / "config.json").write_text(json.dumps(config))
+    return launch("evaluate", str(folder))
+
+
 @pytest.fixture
 def networks():
     with tiny_networks():
@@ -96,15 +104,9 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     assert again.returncode == 0, again.stderr
     assert {str(path.relative_to(folder)) for path in folder.glob("pictures/*")} == drawn
     assert table(again.stdout) == shown and "not what the run ended with" not in again.stderr
-    config = json.loads((folder / "config.json").read_text())
-    config["model"]["student"]["mean"] = [0.9]
-    (folder / "config.json").write_text(json.dumps(config))
-    edited = launch("evaluate", f"--run={folder}")
+    edited = evaluate_edited(folder, mean=[0.9])
     assert edited.returncode == 0 and f"test_acc_last {metrics['final/test_acc_last']}, now " in edited.stderr
-    config = json.loads((folder / "config.json").read_text())
-    config["model"]["student"]["name"] = "resnet8"
-    (folder / "config.json").write_text(json.dumps(config))
-    edited = launch("evaluate", str(folder))
+    edited = evaluate_edited(folder, name="resnet8")
     assert edited.returncode == 2 and "config.json is not what the run began with: its model.student" in edited.stderr
 
 

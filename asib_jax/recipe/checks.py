@@ -7,7 +7,7 @@ from pathlib import Path
 from asib_jax import models
 from asib_jax.errors import UserError
 from asib_jax.objectives import freezing, losses
-from asib_jax.recipe import keys
+from asib_jax.recipe import keys, told_by_data
 from asib_jax.recipe.groups import StudentRecipe, TeacherRecipe
 from asib_jax.recipe.recipe import Recipe
 
@@ -264,7 +264,7 @@ def check_gate(threshold: float, num_classes: int) -> str | None:
     _require(
         threshold >= 1 / num_classes,
         f"{key} is below chance for {num_classes} classes (1/{num_classes}); set --config.enable_kd_after_syn_acc="
-        f"{1 / math.sqrt(num_classes):.2g}, which it is where it is left empty",
+        f"{told_by_data.gate(num_classes):.2g}, which it is where it is left empty",
     )
     if threshold < 1.5 / num_classes:
         return f"{key} is less than 1.5 times chance ({1 / num_classes:g}): the gate will open almost at once"
