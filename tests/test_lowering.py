@@ -73,7 +73,7 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
         **dict.fromkeys(("student", "synergy", "without_teachers", "examples"), shape(jnp.int32)),
         "rows": shape(jnp.uint32),
     }
-    evaluated = batch | plan.batch_shapes(sizes, size, nets, frozenset({"teachers"}))
+    evaluated = batch | {"teachers": (plan.batch_shapes(sizes, size, nets, frozenset({"teachers"}))["teachers"],)}
     yield "evaluation", Program(make_eval_step(nets), counts, variables, {"size": shape(jnp.int32)}, evaluated, {})
     for who in ("teachers", "student"):
         step = make_reader(nets, who, recipe.dataset.data_aug)

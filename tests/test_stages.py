@@ -611,7 +611,7 @@ def test_finetuned_teachers_move_within_their_levels_and_never_their_classifiers
     first, ruined = (run.record.metrics[f"stage1/a/epoch0{epoch}/val_synergy"] for epoch in (1, 2))
     assert progress.synergy_acc == first > ruined  # what is read of the teachers is of the epoch that is restored
     assert run.validation.accuracies(run.nets, after)["synergy"] == first
-    held = run.validation.bank.of("teachers").host["teachers"]
+    (held,) = run.validation.bank.of("teachers").host["teachers"]
     np.testing.assert_allclose(held.logits, np.stack(wanted, axis=1), rtol=1e-4, atol=1e-4)
 
 

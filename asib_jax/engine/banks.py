@@ -45,6 +45,7 @@ class Bank:
     name: of the split, in words. key: of a view's augmentation by the policy `data_aug`. place: where examples wait.
     cache: a folder that keeps the teachers' outputs between runs; "": none. narrow: of networks that compute in 16 bits
     logits are held in 16 bits, too: in float16, whose rounding moves a target eight times less than bfloat16's.
+    every_copy: teachers' outputs are a tuple, of each of their copies one, as evaluation reads them.
     """
 
     def __init__(
@@ -59,23 +60,27 @@ class Bank:
         place: Callable[..., Examples] = on_host,
         cache: str = "",
         narrow: bool = False,
+        every_copy: bool = False,
     ):
         self.nets, self.split, self.name = nets, split, name
         self._feed, self._key, self._data_aug, self._place, self._cache = feed, key, data_aug, place, cache
         self._narrow = narrow and jnp.dtype(nets.student.dtype).itemsize == 2
+        self._every_copy = every_copy
         self._held: dict[tuple[str, View], Examples] = {}
 
     def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Any]:
         """Run "teachers" or "student" over the views and keep what they say, in the place of what is held of them.
 
-        Returns the outputs, TeacherOutputs or StudentOutputs of each view. Raises UserError for a file of the cache
-        that cannot be read.
+        Returns the outputs, TeacherOutputs (with `every_copy` a tuple of them) or StudentOutputs of each view. Raises
+        UserError for a file of the cache that cannot be read.
         """
         self.forget(who)
         names = self.nets.teacher_names if who == "teachers" else ("student",)
         own = variables.only(names)
         keys = [self._key(view) for view in views]
         outputs = list(self._cached(own, keys) if who == "teachers" and self._cache else self._run(who, own, keys))
+        if who == "teachers" and self._every_copy:
+            outputs = [(found,) for found in outputs]
         held = _narrowed(outputs) if self._narrow else outputs
         self._held |= {(who, view): self._place(**{who: found}) for view, found in zip(views, held, strict=True)}
         return outputs

@@ -1,7 +1,7 @@
 """Correct predictions of networks and of the synergy ensemble on a split, every example counted once (SPEC 7)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,19 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
     student: the name under `variables` of what `nets.student` is. controls: "size", the number of examples; rows of a
     batch beyond it count for nothing. Counted are the student, under its name, and with a fusion network "synergy" and
     "without_teachers" (the same with kv zeroed: does the query bypass the teachers?). The student's outputs are those
-    the batch brings, or are computed. What was looked at is counted, too: "examples", and the sum of their "rows"
-    modulo 2^32.
+    the batch brings, or are computed; the "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their
+    copies one, and what synergy says is `over_copies` of what it says to each. What was looked at is counted, too:
+    "examples", and the sum of their "rows" modulo 2^32.
     """
 
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
         outputs = batch["student"] if "student" in batch else run_student(nets, variables, batch["image"], student)
         logits = {student: outputs.logit}
         if nets.ib_mbm is not None:
-            q, kv = query(nets, variables, outputs.feat), keys_and_values(nets, variables, batch["teachers"].feats)
-            logits["synergy"] = classify(nets, variables, fuse(nets, variables, q, kv).mu)
-            logits["without_teachers"] = classify(nets, variables, fuse(nets, variables, q, jnp.zeros_like(kv)).mu)
+            q = query(nets, variables, outputs.feat)
+            read = [keys_and_values(nets, variables, teachers.feats) for teachers in batch["teachers"]]
+            for name, kvs in (("synergy", read), ("without_teachers", [jnp.zeros_like(kv) for kv in read])):
+                logits[name] = over_copies([classify(nets, variables, fuse(nets, variables, q, kv).mu) for kv in kvs])
         exists = batch["row"] < controls["size"]
         # Where a logit is not finite argmax still names a class; it counts as wrong.
         found = {
@@ -67,7 +69,7 @@ class Evaluator:
 
     def __init__(self, nets: Networks, split: Split, feed: Feed, name: str, cache: str = ""):
         self.split, self.name = split, name
-        self.bank = Bank(nets, split, feed, name=f"the {name} split", cache=cache)
+        self.bank = Bank(nets, split, feed, name=f"the {name} split", cache=cache, every_copy=True)
         self._feed, self._rows = feed, evaluation_rows(len(split.label), feed.eval_batch_size)
         # On the host: what calls get from there has one shape for every split, so that one program serves them all.
         self._labels, self._images = on_host(label=split.label), on_host(image=split.image)
@@ -81,13 +83,14 @@ class Evaluator:
     def read_teachers(self, variables: Variables) -> None:
         """Run the teachers, if there are any, over the split: once, and again whenever they have changed."""
         if self.bank.nets.teachers:
-            (outputs,) = self.bank.read("teachers", variables)
-            if len(outputs.logits) != self.count:
+            (copies,) = self.bank.read("teachers", variables)
+            logits = jax.device_get(over_copies([copy.logits for copy in copies]))
+            if len(logits) != self.count:
                 raise ValueError(
-                    f"the teachers' outputs are of {len(outputs.logits)} examples; the {self.name} split "
-                    f"has {self.count}"
+                    f"the teachers' outputs are of {len(logits)} examples; the {self.name} split has {self.count}"
                 )
-            self.teacher_counts, self.teacher_logits = correct_counts(outputs, self.split.label), outputs.logits
+            counts = correct_counts(TeacherOutputs((), logits), self.split.label)
+            self.teacher_counts, self.teacher_logits = counts, logits
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
@@ -123,6 +126,14 @@ class Evaluator:
     def accuracies(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, float]:
         """The same as shares of the split."""
         return {name: count / self.count for name, count in self(nets, variables, student).items()}
+
+
+def over_copies(logits: Sequence[jax.Array]) -> jax.Array:
+    """What the copies of a network say together, [..., C] of each: the mean of their log-probabilities (SPEC 13); of
+    one copy its logits themselves."""
+    if len(logits) == 1:
+        return logits[0]
+    return jnp.mean(jnp.stack([jax.nn.log_softmax(own) for own in logits]), axis=0)
 
 
 def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:
