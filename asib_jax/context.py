@@ -111,10 +111,10 @@ class Context:
         self.validation.bank.forget("student")
         self.bank.forget("student")
 
-    def bar(self, split: str, title: str) -> tqdm:
-        """A progress bar over the images of an epoch."""
+    def bar(self, images: int, title: str) -> tqdm:
+        """A progress bar over an epoch of so many images."""
         batch = self.recipe.dataset.batch_size
-        return self.reporter.epoch_bar(len(getattr(self.data, split).label) // batch * batch, title)
+        return self.reporter.epoch_bar(images // batch * batch, title)
 
     def log(self, key: str, values: dict[str, float]) -> None:
         """Record scalars under `key`/name."""

@@ -24,9 +24,9 @@ class Phase:
     What it trains. network: the variables that `nets.student` has; training: loss, mask, statistics, directions;
     optimizer: whose steps, rate and moments go on over phases; rate: of a step of that optimizer; controls: of an
     epoch, arrays that are constant over it.
-    What it reads. split: a field of `Data`; order: of an epoch; views: the augmentation of each epoch; reads: whose
-    outputs it takes from a bank where that holds the epoch's view, of "teachers" and "student"; runs_networks: why it
-    takes none.
+    What it reads. split: a field of `Data`; rows: those of it that it trains on, None: all; order: of an epoch; views:
+    the augmentation of each epoch; reads: whose outputs it takes from a bank where that holds the epoch's view, of
+    "teachers" and "student"; runs_networks: why it takes none.
     What is measured and chosen. score: what of the validation accuracies names the best state, "" for no measurement;
     best: under which name it is kept; chosen: the leaves that are kept and restored as one, None for those that train;
     holds_moments: these, too; restore: whether the phase ends with them; watch: measure before the first epoch, too;
@@ -46,6 +46,7 @@ class Phase:
     controls: Callable[[Progress, int], dict[str, Any]]
     split: str
     order: Callable[[int], np.random.Generator]
+    rows: np.ndarray | None = None
     views: tuple[View, ...] = ()
     reads: frozenset[str] = frozenset()
     runs_networks: str = ""
@@ -61,6 +62,10 @@ class Phase:
     counts: Callable[[Progress, dict[str, Any], int], None] = lambda progress, controls, steps: None
     finish: Callable[[Context, Variables, Progress], Variables] = lambda context, variables, progress: variables
     snapshot_at_end: bool = False
+
+    def images(self, split: int) -> int:
+        """How many it trains on, of so many in its split."""
+        return split if self.rows is None else len(self.rows)
 
     @property
     def uses(self) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class Running:
     ):
         self.context, self.phase, self.progress, self._others = context, phase, progress, variables
         training, own = phase.training, used(phase, variables)
+        self.images = phase.images(len(getattr(context.data, phase.split).label))
         current, frozen = state.begin(
             own,
             training.mask,
@@ -63,8 +64,8 @@ class Running:
     def calls(self) -> Iterable[Call]:
         """What is left of the epoch, in an order of its own, with stored outputs if any."""
         context, phase = self.context, self.phase
-        size, batch = len(getattr(context.data, phase.split).label), context.recipe.dataset.batch_size
-        rows = training_rows(size, batch, phase.order(self.epoch))[self.tally.steps :]
+        rows = training_rows(self.images, context.recipe.dataset.batch_size, phase.order(self.epoch))
+        rows = (rows if phase.rows is None else phase.rows[rows])[self.tally.steps :]
         stored = [context.bank.of(who, phase.views[self.epoch]) for who in sorted(phase.reads)]
         stored = [] if None in stored else stored
         images, labels = context.examples(phase.split)
@@ -222,10 +223,10 @@ def _run_epochs(running: Running) -> None:
     """Those that are left, as long as enough of the phase's steps count."""
     context, phase, progress = running.context, running.phase, running.progress
     recipe = context.recipe
-    each, dtype = len(getattr(context.data, phase.split).label) // recipe.dataset.batch_size, recipe.compute_dtype
+    each, dtype = running.images // recipe.dataset.batch_size, recipe.compute_dtype
     while running.epoch < phase.epochs and not _waited(running):
         start, controls = time.perf_counter(), phase.controls(progress, running.epoch)
-        with context.bar(phase.split, f"{phase.title} {running.epoch + 1}/{phase.epochs}") as bar:
+        with context.bar(running.images, f"{phase.title} {running.epoch + 1}/{phase.epochs}") as bar:
             running.run_epoch(running.calls(), controls, bar.update)
         _end_epoch(running, controls, time.perf_counter() - start)
         running.epoch, running.tally = running.epoch + 1, Tally()

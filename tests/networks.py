@@ -39,11 +39,15 @@ def make_networks(
     axis_name: str | None = None,
     student: Architecture = STUDENT,
     teachers: tuple[Architecture, ...] = TEACHERS,
+    classes: tuple[tuple[int, ...], ...] = (),
 ) -> Networks:
-    """A student, teachers, IB_MBM and head. The networks differ in `mean`."""
+    """A student, teachers, IB_MBM and head. The networks differ in `mean`. classes: those that each teacher knows."""
     fields = {"num_classes": CLASSES, "std": (0.3,), "adapter_dim": adapter_dim, "axis_name": axis_name}
     student = KDModel(student, mean=(0.5,), **fields)
-    models = tuple(KDModel(teacher, mean=(0.4 + k / 100,), **fields) for k, teacher in enumerate(teachers, 1))
+    models = tuple(
+        KDModel(teacher, mean=(0.4 + k / 100,), classes=known, **fields)
+        for k, (teacher, known) in enumerate(zip(teachers, classes or ((),) * len(teachers), strict=True), 1)
+    )
     ib_mbm, head = build_ib_mbm_from_teachers(
         models,
         dim=DIM,

@@ -86,6 +86,18 @@ def test_value_and_gradient_match_float64(function, reference, x):
     np.testing.assert_allclose(gradient, central_difference(reference, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_a_network_that_knows_some_classes(smoothing):
+    """It is that of the known alone, smoothing included; a label outside breaks no gradient of the others."""
+    known, labels = np.array([True, False, True, True, False]), np.array([0, 3, 2, 1])
+    logits, own = np.where(known, LOGITS, -np.inf), np.array([0, 2, 1])
+    value, gradient = value_and_grad(lambda x: losses.cross_entropy(x, labels, smoothing, known), logits)
+    np.testing.assert_allclose(value[:3], smoothed_ce(LOGITS[:3, known], smoothing, own), rtol=2e-6)
+    wanted = central_difference(lambda x: smoothed_ce(x, smoothing, own), LOGITS[:3, known])
+    np.testing.assert_allclose(gradient[:3, known], wanted, rtol=1e-4, atol=1e-6)
+    assert not gradient[:, ~known][:3].any() and not np.isnan(gradient).any()
+
+
 def test_smoothed_cross_entropy_keeps_its_gradient_where_the_wrong_class_is_certain():
     """A clamp on the log-probabilities would make the loss constant here (SPEC 10.1)."""
     logits, labels = np.array([[0.0, 200.0, -50.0]]), np.array([0])

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import full_size_shapes, variable_shapes
+from networks import full_size_shapes, make_networks, make_split, random_values, variable_shapes
 
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers, create_student_by_name, create_teacher_by_name
 from asib_jax.models.convnext import convnext
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.models.layers import Architecture
 from asib_jax.models.resnet import cifar_resnet, imagenet_resnet
+from asib_jax.objectives import losses
 
 # (name, classes, small_input) -> parameters. CIFAR: as in Tian et al.'s (2020) code. Others: torchvision's or timm's;
 # small stems have 64 * 3 * (49 - 9) and 96 * 3 * (16 - 9) fewer, those not listed as many.
@@ -117,6 +118,28 @@ def test_forward_equals_its_parts_by_hand():
     for actual, expected in zip(outputs, (feat_4d, feat_2d, distill, logit), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
     np.testing.assert_array_equal(model.apply(variables, outputs.feat_2d, method="distill"), outputs.distill_feat)
+
+
+def test_a_network_of_some_classes_places_its_logits_under_their_labels():
+    """Each is that of the network whose classifier has these outputs; the others are -inf, and get no gradient."""
+    nets = make_networks(classes=((4, 0, 2), ()))
+    some, pixels = nets.teachers[0], jnp.float32(make_split(4).image)
+    variables = random_values(variable_shapes(some))
+    own = KDModel(some.architecture, 3, some.mean, some.std, adapter_dim=some.adapter_dim)
+    plain = own.apply(variables, pixels, train=False)
+    placed = some.apply(variables, pixels, train=False)
+    np.testing.assert_array_equal(placed.logit[:, (4, 0, 2)], plain.logit)
+    np.testing.assert_array_equal(placed.logit[:, (1, 3)], -np.inf)
+    np.testing.assert_array_equal(placed.feat_2d, plain.feat_2d)
+    np.testing.assert_array_equal(nets.known, [[True, False, True, False, True], [True] * 5])
+
+    def loss(params, labels):
+        return losses.cross_entropy(
+            some.apply({**variables, "params": params}, pixels, train=False).logit, labels
+        ).sum()
+
+    gradient = jax.grad(loss)(variables["params"], jnp.array([0, 2, 4, 4]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and gradient["classifier"]["bias"].any()
 
 
 def test_adapters_leave_the_initial_network_as_it_is():

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
-from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type
+from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type, known
 
 
 class Variables(NamedTuple):
@@ -62,6 +63,11 @@ class Networks:
         return tuple(f"teacher{k}" for k in range(1, len(self.teachers) + 1))
 
     @property
+    def known(self) -> np.ndarray:
+        """Which teacher knows which class, [T, C] of bool; logits do not tell: one that is known may overflow."""
+        return np.array([known(teacher) for teacher in self.teachers], bool).reshape(-1, self.student.num_classes)
+
+    @property
     def query_dim(self) -> int:
         """The width of `query`."""
         student = self.student
@@ -79,7 +85,7 @@ def with_narrow_teachers(nets: Networks, variables: Variables) -> Variables:
 
 class TeacherOutputs(NamedTuple):
     """What the teachers say of a batch, before any adapter: feats, one [B, F_k] per teacher, in its compute type;
-    logits [B, T, C], float32."""
+    logits [B, T, C], float32, -inf where a teacher does not know the class (`Networks.known`)."""
 
     feats: tuple[jax.Array, ...]
     logits: jax.Array

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from asib_jax.errors import UserError
@@ -16,7 +17,7 @@ class Outputs(NamedTuple):
     """All that one forward pass gives.
 
     feat_4d: [B, h, w, F] in the compute dtype; feat_2d: [B, F]; distill_feat: [B, D], or None without a distillation
-    adapter; logit: [B, C]. The last three are float32.
+    adapter; logit: [B, C], -inf at classes that the network does not know. The last three are float32.
     """
 
     feat_4d: jax.Array
@@ -48,6 +49,7 @@ class KDModel(nn.Module):
     dtype: compute type of the stages. Parameters, BatchNorm statistics, the classifier and the distillation adapter
         are float32; the classifier starts as PyTorch's `nn.Linear` (see `linear`).
     axis_name: mapped axis over which training-mode BatchNorm takes its statistics; None: this device's batch.
+    classes: the labels that the network knows, in the order of its classifier's outputs; (): all of them (SPEC 11).
 
     Parameters are grouped as one entry per stage, "pooled_norm", "classifier", "distill_adapter" and
     "residual_adapter". The initial value of each depends on its name and the key only: adapters do not change the
@@ -63,6 +65,7 @@ class KDModel(nn.Module):
     residual_adapter: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    classes: tuple[int, ...] = ()
 
     def setup(self):
         if self.adapter_dim:
@@ -116,7 +119,9 @@ class KDModel(nn.Module):
         if self.architecture.pooled_norm:
             feat_2d = self.architecture.pooled_norm(name="pooled_norm")(feat_2d)
         dropped = dropout(feat_2d, self.architecture.dropout, keys_of(self, dropout_keys))
-        logit = linear(dropped, self.num_classes, name="classifier")
+        logit = linear(dropped, len(self.classes) or self.num_classes, name="classifier")
+        if self.classes:
+            logit = jnp.full((len(logit), self.num_classes), -jnp.inf).at[:, np.array(self.classes)].set(logit)
         return Outputs(x, feat_2d, self.distill(feat_2d), logit)
 
     def distill(self, feat_2d: jax.Array) -> jax.Array | None:
@@ -152,6 +157,11 @@ def in_compute_type(model: KDModel, variables: Mapping[str, Any]) -> dict[str, A
 def stage_names(model: KDModel) -> tuple[str, ...]:
     """The model's stages from input to output, as partial freezing counts them."""
     return tuple(name for name, _ in model.architecture.stages)
+
+
+def known(model: KDModel) -> np.ndarray:
+    """Which of the classes the model knows: [C] of bool."""
+    return np.isin(np.arange(model.num_classes), model.classes or range(model.num_classes))
 
 
 def feature_dim(model: KDModel) -> int:

@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from asib_jax import streams
 from asib_jax.data.augment import mix
 from asib_jax.models.ensemble import Mode, Networks, Variables, classify, fuse, keys_and_values, query, run_network
+from asib_jax.models.kd_model import known
 from asib_jax.objectives import inputs, losses, targets
 
 TRAINING = Mode(train=True)
@@ -64,7 +66,7 @@ def b_loss(
     pixels, labels_b, lam = mix(mix_key, pixels, labels, **alphas, axis_name=axis_name)
     dropout_keys = streams.per_example(controls["dropout_key"], batch["index"])
     own, stats = run_network(nets.student, variables.of(student), pixels, mode, dropout_keys)
-    ce = _cross_entropy(own.logit, labels, labels_b, lam, terms)
+    ce = _cross_entropy(own.logit, labels, labels_b, lam, terms, known(nets.student))
     parts, metrics = {"ce": terms.ce_alpha * ce}, {"acc": losses.accuracy(own.logit, labels)}
     certainty = jnp.ones(())
     if terms.kd_alpha or terms.feat_kd_alpha:
@@ -100,10 +102,10 @@ def b_loss(
 
 
 def _cross_entropy(
-    logits: jax.Array, labels: jax.Array, labels_b: jax.Array, lam: jax.Array | float, terms: BTerms
+    logits: jax.Array, labels: jax.Array, labels_b: jax.Array, lam: jax.Array | float, terms: BTerms, known: np.ndarray
 ) -> jax.Array:
     """The mean over the batch, of mixed images with the shares `lam` and 1 - `lam` of both labels."""
-    ce = lam * losses.cross_entropy(logits, labels, terms.label_smoothing)
+    ce = lam * losses.cross_entropy(logits, labels, terms.label_smoothing, known)
     if terms.mixup_alpha or terms.cutmix_alpha:
-        ce += (1 - lam) * losses.cross_entropy(logits, labels_b, terms.label_smoothing)
+        ce += (1 - lam) * losses.cross_entropy(logits, labels_b, terms.label_smoothing, known)
     return jnp.mean(ce)

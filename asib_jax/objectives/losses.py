@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from asib_jax.errors import UserError
@@ -29,15 +30,22 @@ def batch_mean(axis: str | None) -> Mean:
     return mean
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, known: np.ndarray | None = None
+) -> jax.Array:
     """Cross entropy of integer labels [B] under logits [B, C], in nats: [B].
 
-    `smoothing` (a Python float) is spread evenly over all C classes, the true one included (Szegedy et al., 2016).
+    `smoothing` (a Python float) is spread evenly over the classes that the network knows, the true one included
+    (Szegedy et al., 2016). known: which these are, [C] of bool; None: all. Elsewhere logits are -inf, and a label there
+    makes the result infinite or meaningless, but no gradient NaN.
     """
     logits = logits.astype(jnp.float32)
     if smoothing == 0:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    targets = optax.losses.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    hot = jax.nn.one_hot(labels, logits.shape[-1])
+    if known is not None and not known.all():  # 0 * -inf would be NaN
+        logits, hot = logits[:, known], hot[:, known]
+    targets = optax.losses.smooth_labels(hot, smoothing)
     return optax.softmax_cross_entropy(logits, targets)
 
 

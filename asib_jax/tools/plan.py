@@ -178,7 +178,7 @@ def steps(
         trained = {
             name: (count, int(count_parameters(variables.params[name]))) for name, count in known[key].trained.items()
         }
-        number = phase.epochs * (images[phase.split] // recipe.dataset.batch_size)
+        number = phase.epochs * (phase.images(images[phase.split]) // recipe.dataset.batch_size)
         yield Step(phase.title, phase.epochs, number, tree_bytes(own), trained, known[key])
 
 
