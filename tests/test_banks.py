@@ -13,7 +13,7 @@ from asib_jax import streams
 from asib_jax.data.augment import augment
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.evaluate import correct_counts
-from asib_jax.models.ensemble import TeacherOutputs, run_student, run_teachers
+from asib_jax.models.ensemble import run_student, run_teachers
 from asib_jax.objectives import inputs, optimizers, state
 from asib_jax.objectives.a_loss import ATerms, a_loss
 from asib_jax.objectives.b_loss import BTerms, b_loss
@@ -263,5 +263,5 @@ def test_a_bank_holds_what_it_has_read_until_it_forgets():
 
 def test_correct_counts():
     logits = np.eye(3)[np.array([[0, 0], [1, 2], [2, 2], [1, 1]])] * [[[1], [5]]]  # the second teacher is the surer one
-    counts = correct_counts(TeacherOutputs((), logits), np.array([0, 2, 2, 0]))
+    counts = correct_counts(logits, np.ones((2, 3), bool), np.array([0, 2, 2, 0]))
     assert counts == {"teacher1": 2, "teacher2": 3, "average": 3, "disagreement": 1}

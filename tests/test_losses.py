@@ -204,15 +204,42 @@ def test_normalised_weights_have_global_mean_one():
     np.testing.assert_array_equal(losses.normalise_weights(jnp.zeros(3), jnp.mean), np.zeros(3))
 
 
-def test_kd_targets():
+KNOWN = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]], bool)  # three teachers; nobody knows the last
+
+
+def known_log_softmax(logits, known):
+    """Of one teacher [N, C], float64."""
+    logs = np.full(logits.shape, -np.inf)
+    logs[:, known] = log_softmax(logits[:, known])
+    return logs
+
+
+def weighted_over_the_knowing(logits, known, weights):
+    """By loops over images and classes: logits [T, N, C], weights [T, N]."""
+    logs = [known_log_softmax(own, knows) for own, knows in zip(logits, known)]
+    wanted = np.full(logits.shape[1:], -np.inf)
+    for n, c in np.ndindex(wanted.shape):
+        who = [k for k in range(len(logits)) if known[k, c] and weights[k, n] > 0]
+        if who:
+            wanted[n, c] = sum(weights[k, n] * logs[k][n, c] for k in who) / sum(weights[k, n] for k in who)
+    return wanted
+
+
+@pytest.mark.parametrize("known", [np.ones((3, 5), bool), KNOWN])
+def test_kd_targets(known):
     tau = 2.0
-    confidence = softmax(TEACHERS / tau).max(-1)
-    weighted = sum(c[:, None] * t for c, t in zip(confidence, TEACHERS)) / confidence.sum(0)[:, None]
-    wanted = {"avg": TEACHERS.mean(0), "weighted_conf": weighted, "teacher": TEACHERS[2]}
+    confidence = np.stack([np.exp(known_log_softmax(own / tau, knows)).max(-1) for own, knows in zip(TEACHERS, known)])
+    wanted = {
+        "avg": weighted_over_the_knowing(TEACHERS, known, np.ones((3, 4))),
+        "weighted_conf": weighted_over_the_knowing(TEACHERS, known, confidence),
+        "teacher": known_log_softmax(TEACHERS[2], known[2]),
+    }
     assert targets.KD_TARGETS.keys() == wanted.keys()
-    logits = jnp.float32(np.moveaxis(TEACHERS, 0, 1))
+    logits = jnp.float32(np.where(known[:, None], TEACHERS, -np.inf).swapaxes(0, 1))
     for name, target in targets.KD_TARGETS.items():
-        np.testing.assert_allclose(target(logits, tau, 2), wanted[name], rtol=1e-5, atol=1e-6)
+        found = target(logits, known, tau, 2, LABELS, jnp.float32(LOGITS))
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(targets.average(logits, known), targets.KD_TARGETS["avg"](logits, known, *[None] * 4))
 
 
 def test_accuracy_is_the_share_of_labels_with_the_largest_logit():

@@ -447,8 +447,8 @@ def test_b_loss_equals_numpy(terms, controls, nets):
 )
 @pytest.mark.parametrize("use_ib", [False, True])
 def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
-    """A broken head, whose share in the target is none: loss and gradient are bitwise those of the teachers' average
-    (min_cw=1 keeps the bottleneck's weights at 1)."""
+    """A broken head, whose share in the target is none: loss and gradient are those of the teachers' average, but for
+    what XLA makes of two programs (min_cw=1 keeps the bottleneck's weights at 1)."""
     nets, variables = make(use_ib=use_ib)
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), variables.params["synergy_head"])
 
@@ -467,7 +467,7 @@ def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
         )(variables.params["student"])
 
     shut, average = of("synergy", broken), of("avg", broken)
-    jax.tree.map(np.testing.assert_array_equal, shut, average)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), shut, average)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shut))
 
 

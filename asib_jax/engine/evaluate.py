@@ -13,16 +13,8 @@ from asib_jax.engine import devices
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
-from asib_jax.models.ensemble import (
-    Networks,
-    TeacherOutputs,
-    Variables,
-    classify,
-    fuse,
-    keys_and_values,
-    query,
-    run_student,
-)
+from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
+from asib_jax.objectives import targets
 
 
 def make_eval_step(nets: Networks, student: str = "student", axis_name: str | None = None) -> Callable:
@@ -89,8 +81,8 @@ class Evaluator:
                 raise ValueError(
                     f"the teachers' outputs are of {len(logits)} examples; the {self.name} split has {self.count}"
                 )
-            counts = correct_counts(TeacherOutputs((), logits), self.split.label)
-            self.teacher_counts, self.teacher_logits = counts, logits
+            self.teacher_counts = correct_counts(logits, self.bank.nets.known, self.split.label)
+            self.teacher_logits = logits
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
@@ -136,17 +128,18 @@ def over_copies(logits: Sequence[jax.Array]) -> jax.Array:
     return jnp.mean(jnp.stack([jax.nn.log_softmax(own) for own in logits]), axis=0)
 
 
-def correct_counts(view: TeacherOutputs, labels: np.ndarray) -> dict[str, int]:
-    """Correct predictions of every teacher, "teacher1" ..., and of their averaged logits, "average"; and the images on
-    which their predictions differ, "disagreement"."""
-    logits = np.asarray(view.logits)
-    predictions = _predictions(logits)  # [N, T]
+def correct_counts(logits: np.ndarray, known: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+    """Of teachers' logits [N, T, C], of which known [T, C] are meant: correct predictions of every teacher, "teacher1"
+    ..., and of their average, "average"; and the images on which their predictions differ, "disagreement"."""
+    predictions = _predictions(logits, known)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
-    counts["average"] = int((_predictions(logits.mean(axis=1)) == labels).sum())
+    average = np.asarray(targets.average(logits, known))
+    counts["average"] = int((_predictions(average, np.any(known, axis=0)) == labels).sum())
     counts["disagreement"] = int((predictions != predictions[:, :1]).any(axis=1).sum())
     return counts
 
 
-def _predictions(logits: np.ndarray) -> np.ndarray:
-    """The class of each row of logits [..., C]; -1, which is none, where one is not finite."""
-    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1)
+def _predictions(logits: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The known class of each row of logits [..., C]; -1, which is none, where one of a known class is not finite."""
+    finite = (np.isfinite(logits) | ~known).all(axis=-1)
+    return np.where(finite, np.where(known, logits, -np.inf).argmax(axis=-1), -1)

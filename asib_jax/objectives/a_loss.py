@@ -67,7 +67,7 @@ def a_loss(
     ce = losses.cross_entropy(logits, batch["label"], terms.label_smoothing)
     parts = {"ce": terms.synergy_ce_alpha * jnp.mean(weight * ce)}
     if terms.synergy_kd_alpha:
-        kd = losses.kd(logits, targets.average(teachers.logits), controls["tau"])
+        kd = losses.kd(logits, targets.average(teachers.logits, nets.known), controls["tau"])
         parts["kd_average"] = terms.synergy_kd_alpha * jnp.mean(weight * kd)
     if terms.kd_alpha:
         kd = losses.kd(logits, student_logit, controls["tau"])

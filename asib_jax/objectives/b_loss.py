@@ -8,7 +8,18 @@ import numpy as np
 
 from asib_jax import streams
 from asib_jax.data.augment import mix
-from asib_jax.models.ensemble import Mode, Networks, Variables, classify, fuse, keys_and_values, query, run_network
+from asib_jax.models.ensemble import (
+    Mode,
+    Networks,
+    TeacherOutputs,
+    Variables,
+    classify,
+    fuse,
+    keys_and_values,
+    query,
+    run_network,
+)
+from asib_jax.models.ib_mbm import Latent
 from asib_jax.models.kd_model import known
 from asib_jax.objectives import inputs, losses, targets
 
@@ -68,7 +79,7 @@ def b_loss(
     own, stats = run_network(nets.student, variables.of(student), pixels, mode, dropout_keys)
     ce = _cross_entropy(own.logit, labels, labels_b, lam, terms, known(nets.student))
     parts, metrics = {"ce": terms.ce_alpha * ce}, {"acc": losses.accuracy(own.logit, labels)}
-    certainty = jnp.ones(())
+    certainty, latent = jnp.ones(()), None
     if terms.kd_alpha or terms.feat_kd_alpha:
         teachers, _ = inputs.teacher_outputs(nets, variables, pixels, batch)
     if terms.uses_fusion:
@@ -77,11 +88,7 @@ def b_loss(
         if nets.ib_mbm.use_ib:
             certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
     if terms.kd_alpha:
-        if terms.kd_target == "synergy":
-            fused, average = classify(nets, variables, latent.mu), targets.average(teachers.logits)
-            target = targets.synergy(fused, average, controls["gate"], controls["average_share"])
-        else:
-            target = targets.KD_TARGETS[terms.kd_target](teachers.logits, controls["tau"], terms.kd_teacher_index)
+        target = _target(variables, controls, teachers, latent, own.logit, labels, nets, terms)
         weight = certainty * jnp.ones_like(labels, jnp.float32)
         if terms.disagree_mode:
             high, low = terms.disagree_lambda_high, terms.disagree_lambda_low
@@ -99,6 +106,25 @@ def b_loss(
     if terms.loss_clamp_max:
         loss *= losses.clamp_factor(mean(loss), terms.loss_clamp_max)
     return loss, ({student: stats}, {**parts, **metrics, "loss": loss})
+
+
+def _target(
+    variables: Variables,
+    controls: dict,
+    teachers: TeacherOutputs,
+    latent: Latent | None,
+    logits: jax.Array,
+    labels: jax.Array,
+    nets: Networks,
+    terms: BTerms,
+) -> jax.Array:
+    """What `kd_target` distils from, [B, C]. latent: the fusion network's, for synergy; logits: the student's."""
+    if terms.kd_target == "synergy":
+        fused, average = classify(nets, variables, latent.mu), targets.average(teachers.logits, nets.known)
+        return targets.synergy(fused, average, controls["gate"], controls["average_share"])
+    target = targets.KD_TARGETS[terms.kd_target]
+    logits = jax.lax.stop_gradient(logits)
+    return target(teachers.logits, nets.known, controls["tau"], terms.kd_teacher_index, labels, logits)
 
 
 def _cross_entropy(
