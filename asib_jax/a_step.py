@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from asib_jax import streams
-from asib_jax.build import learning_rate
+from asib_jax.build import learning_rate, temperatures
 from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import Mode, Networks
 from asib_jax.models.kd_model import stage_names
@@ -144,6 +144,7 @@ def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> d
     view = schedules.view_of((recipe.a_epochs,) * len(recipe.b_epochs), stage, epoch, recipe.a_step_views)
     return {
         "tau": np.float32(tau),
+        "temperatures": temperatures(recipe, progress.temperatures),
         "beta": np.float32(0.0 if warm else beta),
         "certain": np.float32(not warm),
         "open": np.float32(gate and not warm),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from asib_jax import streams
-from asib_jax.build import learning_rate
+from asib_jax.build import learning_rate, temperatures
 from asib_jax.context import Context
 from asib_jax.engine.progress import Progress, of_network
 from asib_jax.models.ensemble import Mode, Networks, Variables
@@ -155,6 +155,7 @@ def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> d
     view = schedules.view_of(recipe.b_epochs, stage, epoch, recipe.b_step_views)
     return {
         "tau": np.float32(tau),
+        "temperatures": temperatures(recipe, progress.temperatures),
         "gate": np.float32(gate),
         "average_share": np.float32(recipe.kd_ens_alpha if mixing else 0.0),
         "ramp": np.float32(ramp),

@@ -253,6 +253,11 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
         return jax.eval_shape(drawn)
 
 
+def temperatures(recipe: Recipe, found: Sequence[float] = ()) -> np.ndarray:
+    """Of the teachers [T], float32: as they were found once these were ready, before that as they are given."""
+    return np.array(found or [teacher.temperature for teacher in recipe.teachers], np.float32)
+
+
 def learning_rate(recipe: Recipe, base: float, images: int, epochs: int, warmup_epochs: int) -> Callable[[int], float]:
     """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs of so many images over the run."""
     schedule = recipe.schedule

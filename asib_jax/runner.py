@@ -266,7 +266,9 @@ def _end_epoch(running: Running, controls: dict[str, Any], seconds: float) -> No
         return
     if "synergy" in measured:
         progress.measured_synergy(measured["synergy"], context.recipe.synergy_ema_alpha)
-    values = running.tally.means | {name: float(value) for name, value in controls.items() if not name.endswith("_key")}
+    values = running.tally.means | {
+        name: float(value) for name, value in controls.items() if np.ndim(value) == 0 and not name.endswith("_key")
+    }
     values |= {f"val_{name}": value for name, value in measured.items()}
     key = f"{phase.name}/epoch{epoch + 1:02d}"
     context.log_epoch(key, values, seconds, phase.optimizer, progress.epochs[phase.optimizer])

@@ -181,7 +181,7 @@ def train(context: Context) -> dict[str, object]:
             progress = Progress.restored(begun.arrays, begun.values)
             variables = overlay(variables, begun.arrays["variables"])
         if phase.nets.teachers and not context.validation.teacher_counts:
-            _read_teachers(context, todo, variables)
+            _read_teachers(context, todo, variables, progress)
         variables = runner.run_phase(context, phase, variables, progress, begun)
         if main and phase is main[-1]:  # before the control: it is on disk whatever becomes of that
             finished.save(context.record, recipe, context.nets, _finished(variables, progress))
@@ -250,8 +250,9 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
     return jax.device_get(variables), todo
 
 
-def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables) -> None:
+def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables, progress: Progress) -> None:
     """Once they are ready. Where A-Steps train them the table has them as those leave them, the record as they were."""
+    context.validation.divide(build.temperatures(context.recipe, progress.temperatures))
     context.validation.read_teachers(variables)
     changed = "before/test_acc_teacher1" in context.record.metrics  # by A-Steps, of a run that goes on
     if not changed:

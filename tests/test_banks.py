@@ -129,6 +129,7 @@ def test_a_step_from_the_bank_is_the_plain_step(kind):
         "ramp": 1.0,
         "ratio_on": 1.0,
         "lr": 0.1,
+        "temperatures": np.array([1.5, 0.5]),
     }
     controls = {
         **jax.tree.map(np.float32, values),
@@ -235,7 +236,9 @@ def test_logits_of_16_bit_networks_are_held_in_16_bits():
             np.testing.assert_allclose(a.astype(np.float32), b, rtol=rounding, atol=1e-7)
             np.testing.assert_array_equal(a.argmax(-1), b.argmax(-1))
         assert [feat.dtype for feat in held["teachers"].feats] == [model.dtype for model in networks.teachers]
-        outputs, _ = inputs.teacher_outputs(networks, variables, None, {"teachers": held["teachers"]})
+        outputs, _ = inputs.teacher_outputs(
+            networks, variables, {"temperatures": np.ones(2, np.float32)}, None, {"teachers": held["teachers"]}
+        )
         assert outputs.logits.dtype == np.float32
 
 
@@ -263,5 +266,8 @@ def test_a_bank_holds_what_it_has_read_until_it_forgets():
 
 def test_correct_counts():
     logits = np.eye(3)[np.array([[0, 0], [1, 2], [2, 2], [1, 1]])] * [[[1], [5]]]  # the second teacher is the surer one
-    counts = correct_counts(logits, np.ones((2, 3), bool), np.array([0, 2, 2, 0]))
-    assert counts == {"teacher1": 2, "teacher2": 3, "average": 3, "disagreement": 1}
+    known, labels = np.ones((2, 3), bool), np.array([0, 2, 2, 0])
+    expected = {"teacher1": 2, "teacher2": 3, "average": 3, "disagreement": 1}
+    assert correct_counts(logits, known, labels, np.ones(2)) == expected
+    cooler = correct_counts(logits, known, labels, np.array([1.0, 10.0]))  # now the first is the surer one
+    assert cooler == expected | {"average": 2}

@@ -79,6 +79,7 @@ def controls(number):
         "ramp": 1.0,
         "ratio_on": 1.0,
         "lr": 0.02,
+        "temperatures": np.array([1.5, 0.5]),
     }
     return {
         **jax.tree.map(np.float32, values),

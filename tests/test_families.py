@@ -71,6 +71,7 @@ CONTROLS = {
     **dict.fromkeys(("tau", "beta", "open", "certain", "gate", "average_share", "ramp", "ratio_on"), jnp.float32(1)),
     **{f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")},
     "lr": jnp.float32(0.01),
+    "temperatures": jnp.ones(2),
     "step": jnp.int32(0),
 }
 

@@ -172,6 +172,7 @@ def distillation():
     batch = {"image": jnp.zeros((4, 16, 16, 3), jnp.uint8), "label": jnp.arange(4), "index": jnp.arange(4)}
     controls = {
         **{name: jnp.float32(1) for name in ("tau", "ramp", "ratio_on", "lr")},
+        "temperatures": jnp.ones(2),
         "step": jnp.int32(0),
         **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "dropout")},
     }

@@ -37,6 +37,7 @@ CONTROLS = {
     **{name: jnp.float32(1) for name in ("tau", "beta", "open", "certain", "gate", "ramp", "ratio_on")},
     "average_share": jnp.float32(0.3),
     "lr": jnp.float32(0.1),
+    "temperatures": jnp.ones(2),
     "step": jnp.int32(0),
     **{f"{name}_key": streams.key(0, name) for name in ("augment", "mix", "noise", "dropout")},
 }

@@ -54,7 +54,14 @@ def test_a_snapshot_holds_all_of_it():
     """Its arrays as they are, everything else through JSON; a best state may have none yet."""
     held = {"params": {"student": {"w": np.float32([1, 2])}}, "batch_stats": {"student": {"m": np.float32(3)}}}
     best = {"student": Best(0.7, "epoch 2", held, 0.6, 1), "stage1/a": Best()}
-    progress = Progress(ib_epochs=3, synergy_acc=0.5, opt_states={"a": {"mu": 2}}, best=best, last={"student": held})
+    progress = Progress(
+        ib_epochs=3,
+        synergy_acc=0.5,
+        temperatures=[1.0, 3.7],
+        opt_states={"a": {"mu": 2}},
+        best=best,
+        last={"student": held},
+    )
     progress.steps["a"], progress.epochs["b"], progress.distilled_steps["avg"] = 20, 2, 10
     arrays, values = progress.content()
     found = Progress.restored(arrays, json.loads(json.dumps(values)))

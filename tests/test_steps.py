@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_controls(**changes):
-    values = {"tau": 3.0, "beta": 0.02, "open": 1.0, "certain": 1.0} | changes
+    values = {"tau": 3.0, "beta": 0.02, "open": 1.0, "certain": 1.0, "temperatures": np.ones(2)} | changes
     return {
         **jax.tree.map(jnp.float32, values),
         "augment_key": streams.key(0, "augment"),
@@ -54,7 +54,8 @@ def a_controls(**changes):
 
 
 def b_controls(**changes):
-    values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0} | changes
+    values = {"tau": 3.0, "gate": 1.0, "average_share": 0.0, "ramp": 1.0, "ratio_on": 1.0, "temperatures": np.ones(2)}
+    values |= changes
     return {
         **jax.tree.map(jnp.float32, values),
         "step": jnp.int32(5),
@@ -123,6 +124,11 @@ def head(nets, variables, z):
     return np.float64(nets.synergy_head.apply(params, jnp.float32(z)))
 
 
+def divided(out, controls):
+    """The teachers' logits, each by its own temperature [T, B, C]."""
+    return np.stack(out["teachers"]) / np.float64(controls["temperatures"])[:, None, None]
+
+
 # The A-Step ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +143,7 @@ def a_reference(nets, variables, controls, terms, trained=None):
         noise = np.stack([jax.random.normal(key, (DIM,)) for key in keys])
         z = z + np.exp(out["logvar"] / 2) * np.float64(noise)
         w = certainty(out["logvar"], terms.min_cw) if c["certain"] else w
-    logits, average = head(nets, variables, z), np.mean(out["teachers"], axis=0)
+    logits, average = head(nets, variables, z), divided(out, controls).mean(axis=0)
     parts = {
         "ce": terms.synergy_ce_alpha * np.mean(w * cross_entropy(logits, BATCH["label"], terms.label_smoothing)),
         "kd_average": terms.synergy_kd_alpha * np.mean(w * kd(logits, average, c["tau"])),
@@ -175,6 +181,7 @@ def run_a(nets, variables, controls, terms):
         ({}, {}, {}),
         ({}, {"tau": 5.5, "beta": 0.5}, {}),
         ({"min_cw": 0.8}, {}, {}),
+        ({}, {"temperatures": np.array([3.0, 0.5])}, {}),
         ({}, {"open": 0.0}, {}),
         ({}, {"open": 0.0, "certain": 0.0, "beta": 0.0}, {}),
         ({"synergy_kd_alpha": 0.0, "label_smoothing": 0.2}, {}, {}),
@@ -182,12 +189,17 @@ def run_a(nets, variables, controls, terms):
         ({"cccp_alpha": 0.0, "feat_kd_alpha": 0.3}, {}, {}),
         ({"ib_mbm_reg_lambda": 0.1, "reg_lambda": 0.4}, {}, {}),
         ({"data_aug": 1}, {}, {"use_ib": False}),
-        ({}, {}, {"adapter_dim": 0, "student_feature": "feat_2d", "teachers": THREE_TEACHERS}),
+        (
+            {},
+            {"temperatures": np.ones(3)},
+            {"adapter_dim": 0, "student_feature": "feat_2d", "teachers": THREE_TEACHERS},
+        ),
     ],
     ids=[
         "all",
         "schedules",
         "weights_clipped",
+        "temperatures",
         "gate_shut",
         "synergy_only",
         "smoothed_labels",
@@ -342,7 +354,7 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         lam * cross_entropy(out["student"], labels, terms.label_smoothing)
         + (1 - lam) * cross_entropy(out["student"], labels_b, terms.label_smoothing)
     )
-    teachers = np.stack(out["teachers"])
+    teachers = divided(out, controls)
     average, predictions = teachers.mean(0), teachers.argmax(-1)
     confidence = softmax(teachers / c["tau"]).max(-1)[..., None]
     share = c["average_share"] if c["gate"] else 1.0
@@ -385,10 +397,13 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         ({}, {}, {}),
         ({}, {"tau": 1.7}, {"use_ib": False, "student_feature": "feat_2d"}),
         ({}, {"average_share": 0.3}, {}),
+        ({}, {"average_share": 0.3, "temperatures": np.array([0.5, 7.0])}, {}),
         ({}, {"gate": 0.0, "average_share": 0.3}, {}),
         ({"kd_target": "avg"}, {}, {}),
         ({"kd_target": "weighted_conf"}, {}, {}),
+        ({"kd_target": "weighted_conf"}, {"temperatures": np.array([3.0, 0.5])}, {}),
         ({"kd_target": "teacher", "kd_teacher_index": 1}, {}, {}),
+        ({"kd_target": "teacher", "kd_teacher_index": 1}, {"temperatures": np.array([3.0, 0.5])}, {}),
         ({"kd_max_ratio": 0.2}, {"ramp": 0.5, "ratio_on": 0.0}, {}),
         ({"kd_max_ratio": 0.2}, {}, {}),
         ({"kd_max_ratio": 50.0}, {}, {}),
@@ -412,10 +427,13 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         "synergy",
         "without_ib",
         "share_of_average",
+        "share_of_average_temperatures",
         "gate_shut",
         "avg",
         "weighted_conf",
+        "weighted_conf_temperatures",
         "teacher",
+        "teacher_temperatures",
         "ramp",
         "ratio",
         "ratio_inactive",

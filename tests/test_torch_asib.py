@@ -130,7 +130,8 @@ def ours(kind: str):
 
 def controls_of(**values) -> dict:
     keys = {f"{name}_key": streams.key(0, name) for name in ("augment", "noise", "dropout", "mix")}
-    return {**{name: jnp.float32(value) for name, value in values.items()}, **keys, "step": jnp.int32(0)}
+    scalars = {name: jnp.float32(value) for name, value in values.items()}
+    return {**scalars, **keys, "temperatures": jnp.ones(2), "step": jnp.int32(0)}
 
 
 def batch_of(rows: np.ndarray) -> dict:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,19 @@ from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
 from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
-from asib_jax.objectives import targets
+from asib_jax.objectives import inputs, targets
 
 
 def make_eval_step(nets: Networks, student: str = "student", axis_name: str | None = None) -> Callable:
     """`step(counts, variables, controls, batch) -> (counts, {})`: adds the batch's correct predictions.
 
     student: the name under `variables` of what `nets.student` is. controls: "size", the number of examples; rows of a
-    batch beyond it count for nothing. Counted are the student, under its name, and with a fusion network "synergy" and
-    "without_teachers" (the same with kv zeroed: does the query bypass the teachers?). The student's outputs are those
-    the batch brings, or are computed; the "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their
-    copies one, and what synergy says is `over_copies` of what it says to each. What was looked at is counted, too:
-    "examples", and the sum of their "rows" modulo 2^32.
+    batch beyond it count for nothing; with a fusion network "temperatures", as `inputs.divided` takes them. Counted are
+    the student, under its name, and with a fusion network "synergy" and "without_teachers" (the same with kv zeroed:
+    does the query bypass the teachers?). The student's outputs are those the batch brings, or are computed; the
+    "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their copies one, and what synergy says is
+    `over_copies` of what it says to each. What was looked at is counted, too: "examples", and the sum of their "rows"
+    modulo 2^32.
     """
 
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
@@ -33,7 +35,8 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
         logits = {student: outputs.logit}
         if nets.ib_mbm is not None:
             q = query(nets, variables, outputs.feat)
-            read = [keys_and_values(nets, variables, teachers.feats) for teachers in batch["teachers"]]
+            copies = [inputs.divided(controls, teachers) for teachers in batch["teachers"]]
+            read = [keys_and_values(nets, variables, teachers.feats) for teachers in copies]
             for name, kvs in (("synergy", read), ("without_teachers", [jnp.zeros_like(kv) for kv in read])):
                 logits[name] = over_copies([classify(nets, variables, fuse(nets, variables, q, kv).mu) for kv in kvs])
         exists = batch["row"] < controls["size"]
@@ -66,7 +69,8 @@ class Evaluator:
         # On the host: what calls get from there has one shape for every split, so that one program serves them all.
         self._labels, self._images = on_host(label=split.label), on_host(image=split.image)
         self.teacher_counts: dict[str, int] = {}  # as `correct_counts`; without teachers none
-        self.teacher_logits = np.zeros((0, 0, 0), np.float32)  # [N, T, C]
+        self.teacher_logits = np.zeros((0, 0, 0), np.float32)  # [N, T, C], as the networks give them
+        self.temperatures = np.ones(len(nets.teachers), np.float32)
 
     @property
     def count(self) -> int:
@@ -81,8 +85,15 @@ class Evaluator:
                 raise ValueError(
                     f"the teachers' outputs are of {len(logits)} examples; the {self.name} split has {self.count}"
                 )
-            self.teacher_counts = correct_counts(logits, self.bank.nets.known, self.split.label)
             self.teacher_logits = logits
+            self.divide(self.temperatures)
+
+    def divide(self, temperatures: np.ndarray) -> None:
+        """Count with each teacher's logits divided by its own of these [T], from now on."""
+        self.temperatures = np.asarray(temperatures, np.float32)
+        if len(self.teacher_logits):
+            known, labels = self.bank.nets.known, self.split.label
+            self.teacher_counts = correct_counts(self.teacher_logits, known, labels, self.temperatures)
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
@@ -98,9 +109,12 @@ class Evaluator:
         if nets.ib_mbm is not None:
             parts.append(self.bank.of("teachers"))
         step = _compiled(nets, student, self._feed)
+        controls: dict[str, Any] = {"size": np.int32(self.count)}
+        if nets.ib_mbm is not None:
+            controls["temperatures"] = self.temperatures
         for call in self._feed.calls(step, self._rows, *parts):
             jax.block_until_ready(counts)  # of the call before, while this one's images were on their way
-            counts, _ = step.run(counts, variables, {"size": np.int32(self.count)}, call, {})
+            counts, _ = step.run(counts, variables, controls, call, {})
         totals = {name: int(count) for name, count in jax.device_get(counts).items()}
         examples, rows = totals.pop("examples"), totals.pop("rows")
         if (examples, rows) != (self.count, self.count * (self.count - 1) // 2 % 2**32):
@@ -128,12 +142,15 @@ def over_copies(logits: Sequence[jax.Array]) -> jax.Array:
     return jnp.mean(jnp.stack([jax.nn.log_softmax(own) for own in logits]), axis=0)
 
 
-def correct_counts(logits: np.ndarray, known: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+def correct_counts(
+    logits: np.ndarray, known: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
+) -> dict[str, int]:
     """Of teachers' logits [N, T, C], of which known [T, C] are meant: correct predictions of every teacher, "teacher1"
-    ..., and of their average, "average"; and the images on which their predictions differ, "disagreement"."""
+    ..., and of the average of these, each divided by its own of the temperatures [T], "average"; and the images on
+    which their predictions differ, "disagreement"."""
     predictions = _predictions(logits, known)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
-    average = np.asarray(targets.average(logits, known))
+    average = np.asarray(targets.average(logits / temperatures[:, None], known))
     counts["average"] = int((_predictions(average, np.any(known, axis=0)) == labels).sum())
     counts["disagreement"] = int((predictions != predictions[:, :1]).any(axis=1).sum())
     return counts

@@ -81,6 +81,7 @@ class Progress:
     epochs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     ib_epochs: int = 0  # A-epochs with the bottleneck active: the n of SPEC 3's beta
     synergy_acc: float | None = None  # `last_synergy_acc`, an exponential average; None before any measurement
+    temperatures: list[float] = dataclasses.field(default_factory=list)  # of the teachers, once they are ready
     distilled_steps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by target used
     opt_states: dict[str, Any] = dataclasses.field(default_factory=dict)  # moments that go on in the next stage
     best: dict[str, Best] = dataclasses.field(default_factory=dict)

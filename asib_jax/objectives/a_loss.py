@@ -44,15 +44,16 @@ def a_loss(
     """The loss, the batch statistics of teachers in training, and metrics, as `step.Loss` has them.
 
     trained: selects from the parameters the trained teacher leaves that `reg_lambda` acts on.
-    controls: tau, beta, open (o), certain (0 during the synergy-only epochs, when w = 1), augment_key, noise_key,
-    dropout_key. While `open` is 0 the student's logits are not read; while `beta` is 0 neither is the Gaussian KL.
+    controls: tau, temperatures, beta, open (o), certain (0 during the synergy-only epochs, when w = 1), augment_key,
+    noise_key, dropout_key. While `open` is 0 the student's logits are not read; while `beta` is 0 neither is the
+    Gaussian KL.
     metrics: the parts that the loss is the sum of (`step.TERMS`); loss; acc, of synergy; with the bottleneck also
     `clipped`, the share of log-variances at a bound, and `certainty_sd`, the spread of w.
     """
     mean = losses.batch_mean(axis_name)
     pixels = inputs.augmented(controls, batch, terms.data_aug)
     dropout_keys = streams.per_example(controls["dropout_key"], batch["index"])
-    teachers, stats = inputs.teacher_outputs(nets, variables, pixels, batch, teacher_modes, dropout_keys)
+    teachers, stats = inputs.teacher_outputs(nets, variables, controls, pixels, batch, teacher_modes, dropout_keys)
     student = batch["student"] if "student" in batch else run_student(nets, variables, pixels)
     asks = query(nets, variables, student.feat)
     latent = fuse(nets, variables, asks, keys_and_values(nets, variables, teachers.feats))

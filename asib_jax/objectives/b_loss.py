@@ -65,8 +65,8 @@ def b_loss(
     """The loss, the student's batch statistics under its name, and metrics, as `step.Loss` has them.
 
     student: the name that the variables of `nets.student` have; only "student" can ask the fusion network.
-    controls: tau, gate (1: distil from synergy, 0: from the average), average_share (of `kd_ens_alpha`), ramp,
-    ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
+    controls: tau, temperatures, gate (1: distil from synergy, 0: from the average), average_share (of `kd_ens_alpha`),
+    ramp, ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
     metrics: the parts that the loss is the sum of (`step.TERMS`), before the clamp; loss; acc; with KD also `kd_ratio`,
     the factor r, and `target_acc`, the target's accuracy. Nothing but the student's own outputs gets a gradient.
     """
@@ -81,7 +81,7 @@ def b_loss(
     parts, metrics = {"ce": terms.ce_alpha * ce}, {"acc": losses.accuracy(own.logit, labels)}
     certainty, latent = jnp.ones(()), None
     if terms.kd_alpha or terms.feat_kd_alpha:
-        teachers, _ = inputs.teacher_outputs(nets, variables, pixels, batch)
+        teachers, _ = inputs.teacher_outputs(nets, variables, controls, pixels, batch)
     if terms.uses_fusion:
         feature = query(nets, variables, own.feat_2d)
         latent = fuse(nets, variables, jax.lax.stop_gradient(feature), keys_and_values(nets, variables, teachers.feats))

@@ -16,16 +16,24 @@ def augmented(controls: dict, batch: dict, data_aug: int) -> jax.Array | None:
     return augment(controls["augment_key"], batch["index"], batch["image"], data_aug) if "image" in batch else None
 
 
+def divided(controls: dict, teachers: TeacherOutputs) -> TeacherOutputs:
+    """The outputs, stored or of networks, as what learns from them sees them: logits float32, each teacher's divided
+    by its own of controls["temperatures"] [T]."""
+    return teachers._replace(logits=teachers.logits.astype(jnp.float32) / controls["temperatures"][:, None])
+
+
 def teacher_outputs(
     nets: Networks,
     variables: Variables,
+    controls: dict,
     pixels: jax.Array | None,
     batch: dict,
     modes: tuple[Mode, ...] = (),
     dropout_keys: jax.Array | None = None,
 ) -> tuple[TeacherOutputs, dict]:
-    """The teachers' outputs on the batch and their batch statistics: stored outputs if it brings them, else run now."""
+    """The teachers' outputs on the batch, `divided`, and their batch statistics: stored outputs if it brings them, else
+    run now."""
     if "teachers" in batch:
-        stored = batch["teachers"]
-        return stored._replace(logits=stored.logits.astype(jnp.float32)), {}
-    return run_teachers(nets, variables, pixels, modes, dropout_keys)
+        return divided(controls, batch["teachers"]), {}
+    outputs, stats = run_teachers(nets, variables, pixels, modes, dropout_keys)
+    return divided(controls, outputs), stats

@@ -7,7 +7,7 @@ from asib_jax.data.sources import SOURCES
 from asib_jax.objectives.schedules import SCHEDULES
 from asib_jax.recipe.conditions import FINETUNED, FROM_SCRATCH, GIVEN, STUDENT, TRAINED_FIRST, TRAINED_IN_A
 from asib_jax.recipe.keys import When, key
-from asib_jax.recipe.ranges import DECAY, MEAN, MIXING, RATE, STD
+from asib_jax.recipe.ranges import DECAY, MEAN, MIXING, RATE, STD, TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,9 @@ class TeacherRecipe:
         True,
         "the weights were fitted on our validation images too: the final table marks what that inflates",
         when=GIVEN,
+    )
+    temperature: float = key(
+        1.0, "divides its logits before anything uses them as a target; `tau` comes on top", **TEMPERATURE
     )
     train_epochs: int = key(
         0,

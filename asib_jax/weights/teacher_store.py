@@ -29,7 +29,13 @@ logger = logging.getLogger("asib_jax")
 
 TEACHERS = "teachers"  # the folder of results_dir that belongs to no run
 _RECIPE = 2  # raised whenever the code of a teacher's training changes what comes of it
-_LATER = ("weights_sha256", "saw_val", "freeze_level", "freeze_bn")  # a teacher's own keys that make it no other
+_LATER = (
+    "weights_sha256",
+    "saw_val",
+    "temperature",
+    "freeze_level",
+    "freeze_bn",
+)  # a teacher's own keys that make it no other
 
 
 class Place(NamedTuple):
