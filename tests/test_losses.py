@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asib_jax.objectives import losses, targets
+from asib_jax.objectives import losses
 
 RNG = np.random.default_rng(0)
 LOGITS, TARGET = 2 * RNG.normal(size=(2, 4, 5))
 LABELS = np.array([0, 3, 4, 1])
-TEACHERS = 3 * RNG.normal(size=(3, 4, 5))
 EXTREME = np.array([[1e4, -1e4, 0.0], [-3e3, 2e3, 2e3 - 1], [1e38, -1e38, 0.0]])
 
 
@@ -202,44 +201,6 @@ def test_normalised_weights_have_global_mean_one():
     np.testing.assert_allclose(losses.normalise_weights(jnp.array([1.0, 3.0]), jnp.mean), [0.5, 1.5])
     np.testing.assert_allclose(losses.normalise_weights(jnp.array([1.0, 3.0]), lambda v: jnp.float32(4)), [0.25, 0.75])
     np.testing.assert_array_equal(losses.normalise_weights(jnp.zeros(3), jnp.mean), np.zeros(3))
-
-
-KNOWN = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]], bool)  # three teachers; nobody knows the last
-
-
-def known_log_softmax(logits, known):
-    """Of one teacher [N, C], float64."""
-    logs = np.full(logits.shape, -np.inf)
-    logs[:, known] = log_softmax(logits[:, known])
-    return logs
-
-
-def weighted_over_the_knowing(logits, known, weights):
-    """By loops over images and classes: logits [T, N, C], weights [T, N]."""
-    logs = [known_log_softmax(own, knows) for own, knows in zip(logits, known)]
-    wanted = np.full(logits.shape[1:], -np.inf)
-    for n, c in np.ndindex(wanted.shape):
-        who = [k for k in range(len(logits)) if known[k, c] and weights[k, n] > 0]
-        if who:
-            wanted[n, c] = sum(weights[k, n] * logs[k][n, c] for k in who) / sum(weights[k, n] for k in who)
-    return wanted
-
-
-@pytest.mark.parametrize("known", [np.ones((3, 5), bool), KNOWN])
-def test_kd_targets(known):
-    tau = 2.0
-    confidence = np.stack([np.exp(known_log_softmax(own / tau, knows)).max(-1) for own, knows in zip(TEACHERS, known)])
-    wanted = {
-        "avg": weighted_over_the_knowing(TEACHERS, known, np.ones((3, 4))),
-        "weighted_conf": weighted_over_the_knowing(TEACHERS, known, confidence),
-        "teacher": known_log_softmax(TEACHERS[2], known[2]),
-    }
-    assert targets.KD_TARGETS.keys() == wanted.keys()
-    logits = jnp.float32(np.where(known[:, None], TEACHERS, -np.inf).swapaxes(0, 1))
-    for name, target in targets.KD_TARGETS.items():
-        found = target(logits, known, tau, 2, LABELS, jnp.float32(LOGITS))
-        np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(targets.average(logits, known), targets.KD_TARGETS["avg"](logits, known, *[None] * 4))
 
 
 def test_accuracy_is_the_share_of_labels_with_the_largest_logit():

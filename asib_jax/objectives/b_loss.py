@@ -123,7 +123,6 @@ def _target(
         fused, average = classify(nets, variables, latent.mu), targets.average(teachers.logits, nets.known)
         return targets.synergy(fused, average, controls["gate"], controls["average_share"])
     target = targets.KD_TARGETS[terms.kd_target]
-    logits = jax.lax.stop_gradient(logits)
     return target(teachers.logits, nets.known, controls["tau"], terms.kd_teacher_index, labels, logits)
 
 

@@ -137,6 +137,14 @@ def _check_teachers(recipe: Recipe) -> None:
             recipe.kd_teacher_index < count,
             f"kd_teacher_index={recipe.kd_teacher_index}, but teachers are 0..{count - 1}",
         )
+    if recipe.kd_target == "label_conf" and recipe.kd_alpha > 0:
+        instead = "take a target without labels, such as kd_target='entropy'"
+        _require(recipe.ce_alpha > 0, f"kd_target='label_conf' needs the labels that ce_alpha=0 leaves out; {instead}")
+        _require(
+            not recipe.mixes,
+            "kd_target='label_conf' needs one label an image, which mixup_alpha or cutmix_alpha_distill gives two; set "
+            f"them to 0, or {instead}",
+        )
     _require(
         not recipe.use_disagree_weight or recipe.disagree_lambda_high + recipe.disagree_lambda_low > 0,
         "disagree_lambda_high and disagree_lambda_low are both 0: nothing would be distilled; set one of them",
