@@ -51,8 +51,8 @@ class Recipe(RunRecipe):
                                          "validation, which else is an error", when=TEACHERS, free=True)
     teachers_only: bool = key(False, "make the teachers ready, measure them and stop")
     # distillation
-    kd_target: str = key("synergy", "whose output is distilled: the fusion network's, one teacher's, or the teachers' by "
-                         "weights of some kind", choices=("synergy", *KD_TARGETS), when=STUDENT & KD)
+    kd_target: str = key("synergy", "whose output is distilled: the fusion network's, one teacher's, or the teachers' "
+                         "by weights of some kind", choices=("synergy", *KD_TARGETS), when=STUDENT & KD)
     kd_teacher_index: int = key(0, "which teacher, from 0", at_least=0, when=STUDENT & When(
         "`kd_target='teacher'`", lambda recipe: recipe.kd_target == "teacher"))
     ce_alpha: float = key(0.65, "weight of the labels; scaled with `kd_alpha` to sum 1 where both are positive",
