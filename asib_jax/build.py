@@ -145,6 +145,7 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
         min_std=recipe.ib_mbm_min_std,
         dropout=recipe.synergy_head_dropout,
         learnable_temperature=recipe.synergy_temp_learnable,
+        base=recipe.base,
     )
     networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
     if recipe.feat_kd_alpha and networks.query_dim != recipe.ib_mbm_out_dim:

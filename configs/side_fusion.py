@@ -5,7 +5,7 @@
     python launch/main.py --config=configs/side_fusion.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/side_fusion.py          # CIFAR-100 at full scale
 
-Differs from `l0_baseline` in kd_target and teacher_adapt_epochs.
+Differs from `l0_baseline` in kd_target, teacher_adapt_epochs and synergy_base.
 """
 
 from configs import base
@@ -15,4 +15,5 @@ def get_config(profile: str = ""):
     """`configs/base.py` with the changes below."""
     config = base.get_config(profile)
     config.use_ib = False
+    config.synergy_base = "none"
     return config

@@ -36,6 +36,7 @@ def make_networks(
     student_feature: str = "distill_feat",
     use_ib: bool = True,
     dropout: float = 0.0,
+    base: str = "none",
     axis_name: str | None = None,
     student: Architecture = STUDENT,
     teachers: tuple[Architecture, ...] = TEACHERS,
@@ -59,6 +60,7 @@ def make_networks(
         residual=True,
         dropout=dropout,
         learnable_temperature=False,
+        base=base,
     )
     return Networks(student, models, ib_mbm, head, student_feature)
 
@@ -102,8 +104,8 @@ def random_values(shapes, seed: int = 3):
 def random_variables(nets: Networks, seed: int = 3) -> Variables:
     """`random_values` of all networks, centred as said below."""
 
-    def shapes(module, *inputs):
-        return jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    def shapes(init, *inputs):
+        return jax.eval_shape(init, jax.random.key(0), *inputs)
 
     models = {"student": nets.student, **dict(zip(nets.teacher_names, nets.teachers))}
     trees = {name: variable_shapes(model) for name, model in models.items()}
@@ -111,8 +113,9 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
         adapted = nets.student_feature == "distill_feat"
         width = nets.student.adapter_dim if adapted else nets.student.architecture.feat_dim
         read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
-        trees["ib_mbm"] = shapes(nets.ib_mbm, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
-        trees["synergy_head"] = shapes(nets.synergy_head, jnp.zeros((1, DIM)))
+        trees["ib_mbm"] = shapes(nets.ib_mbm.init, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
+        logs = jnp.zeros((1, *nets.known.shape))
+        trees["synergy_head"] = shapes(partial(nets.synergy_head.init, known=nets.known), jnp.zeros((1, DIM)), logs)
     trees = random_values(trees, seed)
     variables = Variables(
         {name: tree["params"] for name, tree in trees.items()},

@@ -72,6 +72,6 @@ def test_networks_draw_apart():
         assert (np.abs(a - b).max(axis=1) > 0.01).sum() >= 4  # of 8 examples; features are 3, many of them 0
     hidden = np.ones((8, 6), np.float32)  # what the head's first layer gives; the second one shows it
     expected = dropout(hidden, 0.5, streams.branch(keys, "synergy_head"))
-    np.testing.assert_array_equal(classify(nets, variables, 0 * hidden, keys), expected)
-    np.testing.assert_array_equal(classify(nets, variables, 0 * hidden), hidden)
+    np.testing.assert_array_equal(classify(nets, variables, 0 * hidden, None, keys), expected)
+    np.testing.assert_array_equal(classify(nets, variables, 0 * hidden, None), hidden)
     assert set(np.unique(expected)) == {0, 2}

@@ -267,6 +267,7 @@ def test_fusion_for_teachers_of_different_widths():
         "residual": True,
         "dropout": 0.1,
         "learnable_temperature": True,
+        "base": "none",
     }
     narrow, wide = tiny(), tiny(cifar_resnet(8, widths=(2, 3, 6)))
     with pytest.raises(ValueError, match=r"different widths \[4, 6\]: set use_distillation_adapter=True"):

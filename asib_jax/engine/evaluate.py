@@ -23,11 +23,11 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
 
     student: the name under `variables` of what `nets.student` is. controls: "size", the number of examples; rows of a
     batch beyond it count for nothing; with a fusion network "temperatures", as `inputs.divided` takes them. Counted are
-    the student, under its name, and with a fusion network "synergy" and "without_teachers" (the same with kv zeroed:
-    does the query bypass the teachers?). The student's outputs are those the batch brings, or are computed; the
-    "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their copies one, and what synergy says is
-    `over_copies` of what it says to each. What was looked at is counted, too: "examples", and the sum of their "rows"
-    modulo 2^32.
+    the student, under its name, and with a fusion network "synergy" and "without_teachers" (the same with kv zeroed
+    and a uniform base: does the query bypass the teachers?). The student's outputs are those the batch brings, or are
+    computed; the "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their copies one, and what synergy
+    says is `over_copies` of what it says to each. What was looked at is counted, too: "examples", and the sum of their
+    "rows" modulo 2^32.
     """
 
     def step(counts: dict, variables: Variables, controls: dict, batch: dict) -> tuple[dict, dict]:
@@ -37,8 +37,13 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
             q = query(nets, variables, outputs.feat)
             copies = [inputs.divided(controls, teachers) for teachers in batch["teachers"]]
             read = [keys_and_values(nets, variables, teachers.feats) for teachers in copies]
-            for name, kvs in (("synergy", read), ("without_teachers", [jnp.zeros_like(kv) for kv in read])):
-                logits[name] = over_copies([classify(nets, variables, fuse(nets, variables, q, kv).mu) for kv in kvs])
+
+            def say(kv: jax.Array, teacher_logits: jax.Array | None) -> jax.Array:
+                return classify(nets, variables, fuse(nets, variables, q, kv).mu, teacher_logits)
+
+            pairs = list(zip(read, copies, strict=True))
+            logits["synergy"] = over_copies([say(kv, teachers.logits) for kv, teachers in pairs])
+            logits["without_teachers"] = over_copies([say(jnp.zeros_like(kv), None) for kv in read])
         exists = batch["row"] < controls["size"]
         # Where a logit is not finite argmax still names a class; it counts as wrong.
         found = {

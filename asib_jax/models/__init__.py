@@ -67,9 +67,9 @@ def create_teacher_by_name(name: str, num_classes: int, *, small_input: bool, **
 
 
 def build_ib_mbm_from_teachers(
-    teachers: Sequence[KDModel], *, dim: int, dropout: float, learnable_temperature: bool, **fields
+    teachers: Sequence[KDModel], *, dim: int, dropout: float, learnable_temperature: bool, base: str, **fields
 ) -> tuple[IB_MBM, SynergyHead]:
-    """The fusion network and head for these teachers; `fields`: the others of IB_MBM.
+    """The fusion network and head for these teachers; base: of the head; `fields`: the others of IB_MBM.
 
     Widths of query and teachers are inferred at initialisation; classes are the teachers'.
 
@@ -81,4 +81,5 @@ def build_ib_mbm_from_teachers(
             f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
             "which gives all of them distill_out_dim"
         )
-    return IB_MBM(dim, **fields), SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature)
+    head = SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature, base, len(teachers))
+    return IB_MBM(dim, **fields), head

@@ -16,6 +16,7 @@ import numpy as np
 from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
 from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type, known
+from asib_jax.models.pools import log_probabilities
 
 
 class Variables(NamedTuple):
@@ -168,12 +169,24 @@ def fuse(nets: Networks, variables: Variables, q: jax.Array, kv: jax.Array) -> L
     return nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, q, kv)
 
 
-def classify(nets: Networks, variables: Variables, z: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-    """Synergy logits [B, C] of a code z [B, d]. dropout_keys: [B] keys, from which the head takes its own; None: no
-    dropout."""
+def classify(
+    nets: Networks,
+    variables: Variables,
+    z: jax.Array,
+    teacher_logits: jax.Array | None,
+    dropout_keys: jax.Array | None = None,
+) -> jax.Array:
+    """Synergy logits [B, C] of a code z [B, d]: what the head adds to its base; -inf at classes that nobody knows.
+
+    teacher_logits: [B, T, C], which get no gradient (SPEC 6); None: the base is uniform, as if there were no teachers.
+    dropout_keys: [B] keys, from which the head takes its own; None: no dropout.
+    """
     if dropout_keys is not None:
         dropout_keys = streams.branch(dropout_keys, "synergy_head")
-    return nets.synergy_head.apply({"params": variables.params["synergy_head"]}, z, dropout_keys=dropout_keys)
+    known = nets.known
+    logs = None if teacher_logits is None else log_probabilities(teacher_logits, known)
+    head = {"params": variables.params["synergy_head"]}
+    return nets.synergy_head.apply(head, z, logs, known, dropout_keys=dropout_keys)
 
 
 def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -189,10 +202,11 @@ def init_fusion(nets: Networks, seed: int) -> dict[str, Any]:
         return {}
     q = jnp.zeros((1, nets.query_dim))
     kv = jnp.zeros((1, len(nets.teachers), feature_dim(nets.teachers[0])))
-    code = jnp.zeros((1, nets.ib_mbm.dim))
+    code, logs = jnp.zeros((1, nets.ib_mbm.dim)), jnp.zeros((1, *nets.known.shape))
+    head = functools.partial(nets.synergy_head.init, known=nets.known)
     return {
         "ib_mbm": _drawn(nets.ib_mbm.init, streams.key(seed, "init/ib_mbm"), q, kv)["params"],
-        "synergy_head": _drawn(nets.synergy_head.init, streams.key(seed, "init/synergy_head"), code)["params"],
+        "synergy_head": _drawn(head, streams.key(seed, "init/synergy_head"), code, logs)["params"],
     }
 
 

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from asib_jax.errors import UserError
 from asib_jax.models.layers import dropout, linear, symmetric_uniform
+from asib_jax.models.pools import Known, mixture, weighted_mean
 
 FEATURE_NORMS = ("none", "l2")
+BASES = ("none", "avg", "mixture")
 
 
 class Latent(NamedTuple):
@@ -114,23 +117,55 @@ class IB_MBM(nn.Module):
         return Latent(mu, logvar, jnp.mean(logvar != raw, axis=-1, dtype=jnp.float32))
 
 
-class SynergyHead(nn.Module):
-    """Dense(d)-relu-dropout-Dense(C): z [B, d] -> synergy logits [B, C], float32.
+def _masked(x: jax.Array, mask: np.ndarray, value: float) -> jax.Array:
+    return jnp.where(mask, value, x) if mask.any() else x
 
-    Dense layers start as PyTorch's `nn.Linear` (see `linear`).
-    learnable_temperature: the logits are divided by exp(t), t a scalar parameter that starts at 0.
+
+class SynergyHead(nn.Module):
+    """Dense(d)-relu-dropout-Dense(C) on a code z [B, d], added to what the teachers say together: synergy logits
+    [B, C], float32 (SPEC 12).
+
+    base: one of BASES, what the output is added to: nothing, the teachers' average, or their mixture, log sum_k pi_k
+    p_k with pi = softmax(Dense(T)(z)). With a base the last layer starts at zero, and so does the router that gives pi:
+    synergy starts as the base. Else dense layers start as PyTorch's `nn.Linear` (see `linear`).
+    learnable_temperature: the sum is divided by exp(t), t a scalar parameter that starts at 0.
     """
 
     num_classes: int
     dim: int
     dropout: float
     learnable_temperature: bool
+    base: str = "none"
+    num_teachers: int = 1
+
+    def setup(self):
+        if self.base == "mixture":
+            self.router = nn.Dense(self.num_teachers, kernel_init=nn.initializers.zeros)
 
     @nn.compact
-    def __call__(self, z: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """dropout_keys: [B] typed keys, one per example, so that a mask depends on no device; None: no dropout."""
-        hidden = nn.relu(linear(z, self.dim, name="fc1"))
-        logits = linear(dropout(hidden, self.dropout, dropout_keys), self.num_classes, name="fc2")
+    def __call__(
+        self,
+        z: jax.Array,
+        logs: jax.Array | None = None,
+        known: np.ndarray | None = None,
+        *,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """logs: [B, T, C] log-probabilities of the teachers over what each knows, see `pools.py`; None: the base is
+        the uniform distribution. known: [T, C], who knows what: synergy is -inf where nobody does; None: all know all.
+        dropout_keys: [B] typed keys, one per example, so that a mask depends on no device; None: no dropout."""
+        known = np.ones((self.num_teachers, self.num_classes), bool) if known is None else known
+        nobody: np.ndarray = np.logical_not(known.any(axis=0))
+        hidden = dropout(nn.relu(linear(z, self.dim, name="fc1")), self.dropout, dropout_keys)
+        logits = linear(hidden, self.num_classes, name="fc2", zero=self.base != "none")
+        if self.base != "none" and logs is not None:
+            logits += _masked(self.pool(z, logs, known), nobody, 0.0)
         if self.learnable_temperature:
             logits /= jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
-        return logits
+        return _masked(logits, nobody, -jnp.inf)  # last: 0 * -inf in the gradient of t would be NaN
+
+    def pool(self, z: jax.Array, logs: jax.Array, known: Known) -> jax.Array:
+        """The base alone, [B, C]."""
+        if self.base == "mixture":
+            return mixture(logs, known, jax.nn.log_softmax(self.router(z)))
+        return weighted_mean(logs, known, jnp.ones(logs.shape[:2]))

@@ -57,12 +57,13 @@ def symmetric_uniform(bound: float) -> Callable[..., jax.Array]:
     return init
 
 
-def linear(x: jax.Array, features: int, name: str) -> jax.Array:
+def linear(x: jax.Array, features: int, name: str, zero: bool = False) -> jax.Array:
     """A float32 dense layer [..., fan_in] -> [..., features], created in the calling compact method.
 
-    Kernel and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's `nn.Linear` does by default.
+    Kernel and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's `nn.Linear` does by default, or
+    `zero`.
     """
-    init = symmetric_uniform(x.shape[-1] ** -0.5)
+    init = nn.initializers.zeros if zero else symmetric_uniform(x.shape[-1] ** -0.5)
     return nn.Dense(features, kernel_init=init, bias_init=init, dtype=jnp.float32, name=name)(x)
 
 

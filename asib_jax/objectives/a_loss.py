@@ -63,7 +63,7 @@ def a_loss(
         z = sample(latent, jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys))
         certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
         weight = jnp.where(controls["certain"] > 0, certainty, 1.0)
-    logits = classify(nets, variables, z, dropout_keys)
+    logits = classify(nets, variables, z, teachers.logits, dropout_keys)
     student_logit = jnp.where(controls["open"] > 0, student.logit, 0.0)  # 0 * NaN would be NaN, in the gradient, too
     ce = losses.cross_entropy(logits, batch["label"], terms.label_smoothing)
     parts = {"ce": terms.synergy_ce_alpha * jnp.mean(weight * ce)}

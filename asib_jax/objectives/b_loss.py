@@ -120,7 +120,8 @@ def _target(
 ) -> jax.Array:
     """What `kd_target` distils from, [B, C]. latent: the fusion network's, for synergy; logits: the student's."""
     if terms.kd_target == "synergy":
-        fused, average = classify(nets, variables, latent.mu), targets.average(teachers.logits, nets.known)
+        fused = classify(nets, variables, latent.mu, teachers.logits)
+        average = targets.average(teachers.logits, nets.known)
         return targets.synergy(fused, average, controls["gate"], controls["average_share"])
     target = targets.KD_TARGETS[terms.kd_target]
     return target(teachers.logits, nets.known, controls["tau"], terms.kd_teacher_index, labels, logits)

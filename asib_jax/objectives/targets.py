@@ -12,21 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asib_jax.models.pools import log_probabilities, weighted_mean
+
 Target = Callable[[jax.Array, np.ndarray, jax.Array | float, int, jax.Array, jax.Array], jax.Array]
-
-
-def log_probabilities(teacher_logits: jax.typing.ArrayLike, known: np.ndarray) -> jax.Array:
-    """The log softmax of logits [B, T, C] over the classes that each teacher knows, -inf elsewhere."""
-    logits = jax.lax.stop_gradient(jnp.asarray(teacher_logits, jnp.float32))
-    return jnp.where(known, jax.nn.log_softmax(jnp.where(known, logits, -jnp.inf)), -jnp.inf)
-
-
-def weighted_mean(logs: jax.Array, known: np.ndarray, weights: jax.Array) -> jax.Array:
-    """The mean of log-probabilities [B, T, C] with weights [B, T], of each class over the teachers that know it."""
-    shares = jnp.where(known, weights[..., None], 0.0)
-    total = jnp.sum(shares, axis=1)
-    summed = jnp.sum(jnp.where(shares == 0, 0.0, shares * logs), axis=1)  # 0 * -inf would be NaN
-    return jnp.where(total == 0, -jnp.inf, summed / jnp.where(total == 0, 1.0, total))
 
 
 def average(teacher_logits: jax.typing.ArrayLike, known: np.ndarray) -> jax.Array:

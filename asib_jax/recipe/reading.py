@@ -11,11 +11,13 @@ from typing import Any
 from asib_jax.data import recognise
 from asib_jax.errors import UserError
 from asib_jax.recipe.groups import TeacherRecipe
-from asib_jax.recipe.keys import numbered
+from asib_jax.recipe.keys import idle, numbered
 from asib_jax.recipe.recipe import Recipe
 
 # Keys of earlier versions, each with the value that is every run's now; None: it changed no result.
 RETIRED = {"scale_lr_with_devices": False, "bank_memory_gb": None}
+# Keys that came later, each with what every run did before, where that is not its default now.
+EARLIER = {"synergy_base": "none"}
 
 
 def read(config: Mapping[str, Any]) -> Recipe:
@@ -32,10 +34,12 @@ def read(config: Mapping[str, Any]) -> Recipe:
 
 def read_stored(config: Mapping[str, Any]) -> Recipe:
     """The same of a configuration that an earlier version may have written: keys that came later have their defaults,
-    those that are gone (`RETIRED`) are left out."""
-    if hasattr(config, "items"):
-        config = {key: value for key, value in config.items() if key not in RETIRED}
-    return _read(config, complete=False)
+    or where they act what was done before (`EARLIER`); those that are gone (`RETIRED`) are left out."""
+    if not hasattr(config, "items"):
+        return _read(config, complete=False)
+    recipe = _read({key: value for key, value in config.items() if key not in RETIRED}, complete=False)
+    before: dict[str, Any] = {key: EARLIER[key] for key in EARLIER.keys() - config.keys() - idle(recipe)}
+    return dataclasses.replace(recipe, **before)
 
 
 def _read(config: Mapping[str, Any], *, complete: bool) -> Recipe:

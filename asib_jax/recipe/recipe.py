@@ -5,7 +5,7 @@ Each field says of its key all there is to say (`keys.py`); what relates several
 
 import dataclasses
 
-from asib_jax.models.ib_mbm import FEATURE_NORMS
+from asib_jax.models.ib_mbm import BASES, FEATURE_NORMS
 from asib_jax.objectives.losses import DISAGREE_MODES
 from asib_jax.objectives.targets import KD_TARGETS
 from asib_jax.recipe.conditions import (
@@ -122,6 +122,9 @@ class Recipe(RunRecipe):
     ib_mbm_min_std: float = key(1e-3, "smallest standard deviation of the bottleneck", at_least=1e-9, when=BOTTLENECK)
     ib_mbm_reg_lambda: float = key(0.0, "weight of the mean squares of fusion network and head", **WEIGHT,
                                    when=FUSION)
+    synergy_base: str = key("", "what the synergy head's output is added to: nothing, the teachers' average or their "
+                            "learnt mixture; empty: mixture where a teacher lacks classes, else avg",
+                            choices=("", *BASES), when=FUSION)
     synergy_head_dropout: float = key(0.0, "dropout in the synergy head", at_least=0, below=1, when=FUSION)
     synergy_temp_learnable: bool = key(False, "synergy logits are divided by a learnt temperature", when=FUSION)
     min_cw: float = key(0.1, "certainty weights, relative to the batch mean, are clipped to [min_cw, 1 / min_cw]",
@@ -172,6 +175,11 @@ class Recipe(RunRecipe):
         if self.enable_kd_after_syn_acc is None:
             raise ValueError("enable_kd_after_syn_acc is left to the data, which have not been asked")
         return self.enable_kd_after_syn_acc
+
+    @property
+    def base(self) -> str:
+        """`synergy_base`, as told by the teachers where it is empty (SPEC 12)."""
+        return self.synergy_base or "avg"
 
     @property
     def distils_from_fusion(self) -> bool:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_network
-from asib_jax.recipe import Recipe, TeacherRecipe, keys, read_stored, told_by_data
+from asib_jax.recipe import EARLIER, Recipe, TeacherRecipe, keys, read_stored, told_by_data
 from asib_jax.record.experiment import Record
 from asib_jax.record.files import read_json
 from asib_jax.weights import checkpoint, origins
@@ -76,7 +76,7 @@ def read_recipe(folder: pathlib.Path) -> Recipe:
             f"{path}: {error}; another version of this code wrote it, and can read it: about.json there "
             "has its revision"
         ) from error
-    if absent := sorted(keys.flat(recipe).keys() - flatten_dict(config, sep=".").keys()):
+    if absent := sorted(keys.flat(recipe).keys() - flatten_dict(config, sep=".").keys() - EARLIER.keys()):
         logger.warning("%s has no %s, which came later: their defaults are taken", path, ", ".join(absent))
     if told_by_data.empty(recipe):  # a run that is not finished may have had no data yet
         recipe = told_by_data.with_values(recipe, read_json(folder / "about.json").get("told_by_data", {}))

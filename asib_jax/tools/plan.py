@@ -132,7 +132,8 @@ def networks(
         kv = ((len(nets.teachers), layers["teachers"]["kernel"].shape[0]), jnp.float32)
         rows.append(row("ib_mbm", "IB_MBM", nets.ib_mbm, "from scratch", q, kv))
         code = ((recipe.ib_mbm_out_dim,), jnp.float32)
-        rows.append(row("synergy_head", "SynergyHead", nets.synergy_head, "from scratch", code))
+        logs = (nets.known.shape, jnp.float32)
+        rows.append(row("synergy_head", "SynergyHead", nets.synergy_head, "from scratch", code, logs, known=nets.known))
     return rows
 
 
