@@ -271,3 +271,14 @@ def test_correct_counts():
     assert correct_counts(logits, known, labels, np.ones(2)) == expected
     cooler = correct_counts(logits, known, labels, np.array([1.0, 10.0]))  # now the first is the surer one
     assert cooler == expected | {"average": 2}
+
+
+def test_correct_counts_of_teachers_of_some_classes():
+    """They disagree about what both know. A logit that is not finite is wrong where the teacher knows the class, and
+    differs from any prediction; elsewhere it is nothing."""
+    known = np.array([[1, 1, 1, 0], [0, 1, 1, 1]], bool)
+    first = [[3, 0, -9, 9], [0, 3, -9, 9], [0, 3, -9, 9], [np.inf, 0, -9, 9]]
+    second = [[9, 0, -9, 2], [9, 0, 2, -9], [np.nan, 3, 0, -9], [9, 3, 0, -9]]
+    logits = np.float32(np.stack([first, second], axis=1))
+    counts = correct_counts(logits, known, np.array([0, 1, 1, 1]), np.ones(2))
+    assert counts == {"teacher1": 3, "teacher2": 2, "average": 3, "disagreement": 2}

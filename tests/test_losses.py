@@ -1,5 +1,7 @@
 """Losses against float64 numpy: values and gradients (central differences or closed forms)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,8 +195,32 @@ def test_certainty_weight_spreads_clips_and_cannot_be_gamed():
 )
 def test_disagreement_weight(mode, disagree):
     predictions = np.array([[0, 0, 2, 2], [0, 1, 1, 2], [0, 0, 2, 2]])  # three teachers, four samples, all labelled 0
-    weight = losses.disagreement_weight(one_hot(predictions.T, 3), np.zeros(4, int), mode, 2.0, 0.5)
+    logits, everything = one_hot(predictions.T, 3), np.ones((3, 3), bool)
+    weight = losses.disagreement_weight(logits, everything, np.zeros(4, int), mode, 2.0, 0.5)
     np.testing.assert_array_equal(weight, np.where(disagree, 2.0, 0.5))
+
+
+DISAGREE = {
+    "pred": lambda said, label, knows: any(
+        said[i] != said[j] and said[j] in knows[i] and said[i] in knows[j] for i in range(3) for j in range(i)
+    ),
+    "both_wrong": lambda said, label, knows: all(said[k] != label for k in range(3) if label in knows[k]),
+    "any_wrong": lambda said, label, knows: any(said[k] != label for k in range(3) if label in knows[k]),
+}
+
+
+@pytest.mark.parametrize("mode", DISAGREE)
+def test_teachers_disagree_about_what_they_know(mode):
+    """All that three teachers of some classes can say, for every label, one of which nobody knows; a logit of a class
+    that a teacher does not know is nothing it says."""
+    knows = ({0, 1}, {1, 2}, {0, 1, 2})
+    said, labels = map(np.array, zip(*((case[:3], case[3]) for case in itertools.product(*knows, range(4)))))
+    known = np.array([[c in own for c in range(4)] for own in knows])
+    logits = np.where(known, one_hot(said, 4), 9.0)
+    wanted = [DISAGREE[mode](*case, knows) for case in zip(said, labels)]
+    weight = losses.disagreement_weight(logits, known, labels, mode, 2.0, 0.5)
+    np.testing.assert_array_equal(weight, np.where(wanted, 2.0, 0.5))
+    assert 0 < np.mean(wanted) < 1
 
 
 def test_normalised_weights_have_global_mean_one():

@@ -15,7 +15,7 @@ from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
 from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
-from asib_jax.objectives import inputs, targets
+from asib_jax.objectives import inputs, losses, targets
 
 
 def make_eval_step(nets: Networks, student: str = "student", axis_name: str | None = None) -> Callable:
@@ -152,12 +152,14 @@ def correct_counts(
 ) -> dict[str, int]:
     """Of teachers' logits [N, T, C], of which known [T, C] are meant: correct predictions of every teacher, "teacher1"
     ..., and of the average of these, each divided by its own of the temperatures [T], "average"; and the images on
-    which their predictions differ, "disagreement"."""
+    which two predict different classes that both know, "disagreement"."""
     predictions = _predictions(logits, known)  # [N, T]
     counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
     average = np.asarray(targets.average(logits / temperatures[:, None], known))
     counts["average"] = int((_predictions(average, np.any(known, axis=0)) == labels).sum())
-    counts["disagreement"] = int((predictions != predictions[:, :1]).any(axis=1).sum())
+    none_is_known = np.pad(known, ((0, 0), (0, 1)), constant_values=True)  # to all: -1, of a teacher that is not finite
+    disagree = losses.DISAGREE_MODES["pred"](jnp.asarray(predictions), jnp.asarray(labels), none_is_known)
+    counts["disagreement"] = int(disagree.sum())
     return counts
 
 

@@ -92,7 +92,7 @@ def b_loss(
         weight = certainty * jnp.ones_like(labels, jnp.float32)
         if terms.disagree_mode:
             high, low = terms.disagree_lambda_high, terms.disagree_lambda_low
-            weight *= losses.disagreement_weight(teachers.logits, labels, terms.disagree_mode, high, low)
+            weight *= losses.disagreement_weight(teachers.logits, nets.known, labels, terms.disagree_mode, high, low)
         kd, ratio = losses.kd(own.logit, target, controls["tau"]), jnp.ones(())
         if terms.kd_max_ratio:
             bound = losses.kd_ratio(mean(ce), mean(kd), terms.kd_max_ratio)

@@ -83,21 +83,33 @@ def certainty_weight(logvar: jax.Array, min_cw: float, mean: Mean) -> jax.Array:
     return jax.lax.stop_gradient(jnp.clip(precision / mean(precision), min_cw, 1 / min_cw))
 
 
-# Predictions [B, T] and labels [B, 1] -> [B], true where the teachers count as disagreeing.
-DISAGREE_MODES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "pred": lambda predictions, labels: jnp.any(predictions != predictions[:, :1], axis=1),
-    "both_wrong": lambda predictions, labels: jnp.all(predictions != labels, axis=1),
-    "any_wrong": lambda predictions, labels: jnp.any(predictions != labels, axis=1),
+def _predictions_differ(predictions: jax.Array, labels: jax.Array, known: np.ndarray) -> jax.Array:
+    knows = jnp.asarray(known.T)[predictions]  # [B, j, i]: teacher i knows what j predicts
+    differ = predictions[:, :, None] != predictions[:, None, :]
+    return jnp.any(differ & knows & knows.swapaxes(1, 2), axis=(1, 2))
+
+
+# Predictions [B, T], labels [B] and known [T, C] -> [B], true where the teachers count as disagreeing: two predict
+# classes that differ and that both know; of those that know the label all are wrong (nobody may know it), or one is.
+DISAGREE_MODES: dict[str, Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]] = {
+    "pred": _predictions_differ,
+    "both_wrong": lambda predictions, labels, known: jnp.all(predictions != labels[:, None], axis=1),
+    "any_wrong": lambda predictions, labels, known: jnp.any(
+        jnp.asarray(known.T)[labels] & (predictions != labels[:, None]), axis=1
+    ),
 }
 
 
-def disagreement_weight(teacher_logits: jax.Array, labels: jax.Array, mode: str, high: float, low: float) -> jax.Array:
+def disagreement_weight(
+    teacher_logits: jax.Array, known: np.ndarray, labels: jax.Array, mode: str, high: float, low: float
+) -> jax.Array:
     """`high` where the teachers disagree in the sense of `mode` (a name in DISAGREE_MODES), else `low`.
 
-    Teacher logits [B, T, C], labels [B] -> [B]. On mixed images the labels are those of the first image.
+    Teacher logits [B, T, C], known [T, C] of bool, labels [B] -> [B]. On mixed images the labels are those of the first
+    image.
     """
-    disagree = DISAGREE_MODES[mode](jnp.argmax(teacher_logits, axis=-1), labels[:, None])
-    return jnp.where(disagree, jnp.float32(high), jnp.float32(low))
+    predictions = jnp.argmax(jnp.where(known, teacher_logits, -jnp.inf), axis=-1)
+    return jnp.where(DISAGREE_MODES[mode](predictions, labels, known), jnp.float32(high), jnp.float32(low))
 
 
 def normalise_weights(weights: jax.Array, mean: Mean) -> jax.Array:
