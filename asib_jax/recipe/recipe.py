@@ -89,8 +89,8 @@ class Recipe(RunRecipe):
     cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", **MIXING, when=STUDENT)
     use_disagree_weight: bool = key(False, "weight the KD term by the teachers' disagreement, to batch mean 1",
                                     when=STUDENT & KD & LAMBDAS_DIFFER)
-    disagree_mode: str = key("pred", "teachers disagree where two predict different classes that both know, or where of "
-                             "those that know the label all or any are wrong",
+    disagree_mode: str = key("pred", "teachers disagree where two predict different classes that both know, or where "
+                             "of those that know the label all or any are wrong",
                              choices=tuple(DISAGREE_MODES), when=DISAGREEMENT & LAMBDAS_DIFFER)
     disagree_lambda_high: float = key(1.0, "weight where teachers disagree", **WEIGHT, when=DISAGREEMENT)
     disagree_lambda_low: float = key(1.0, "weight elsewhere", **WEIGHT, when=DISAGREEMENT)
