@@ -121,6 +121,7 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
     )
     if not recipe.uses_teachers:
         return Networks(model)
+    joins = recipe.uses_fusion and recipe.kv == "feat_prob"
     teachers = tuple(
         models.create_teacher_by_name(
             teacher.name,
@@ -128,6 +129,7 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
             mean=teacher.mean,
             std=teacher.std,
             **shared,
+            joins_probabilities=joins,
             **(adapter if recipe.uses_adapters else {}),
         )
         for teacher in recipe.teachers

@@ -5,7 +5,7 @@
     python launch/main.py --config=configs/side_fusion.py:small    # CIFAR-100 on a CPU, weights needed: README.md
     python launch/main.py --config=configs/side_fusion.py          # CIFAR-100 at full scale
 
-Differs from `l0_baseline` in kd_target, teacher_adapt_epochs and synergy_base.
+Differs from `l0_baseline` in kd_target, teacher_adapt_epochs, synergy_base and ib_mbm_kv.
 """
 
 from configs import base
@@ -16,4 +16,5 @@ def get_config(profile: str = ""):
     config = base.get_config(profile)
     config.use_ib = False
     config.synergy_base = "none"
+    config.ib_mbm_kv = "feat"
     return config

@@ -18,10 +18,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROFILES = ("", "small", "digits", "own")
 # Child: parent, and everything that differs; BASE is the value of base.py under the same profile.
 BASE = object()
+ORIGINAL = {"synergy_base": "none", "ib_mbm_kv": "feat"}
 LADDER = {
     "ce_only": ("base", {"ce_alpha": 1.0, "kd_alpha": 0.0, "teacher_adapt_epochs": 0}),
     "l0_baseline": ("base", {"kd_target": "avg", "teacher_adapt_epochs": 0}),
-    "side_fusion": ("l0_baseline", {"kd_target": "synergy", "teacher_adapt_epochs": BASE, "synergy_base": "none"}),
+    "side_fusion": ("l0_baseline", {"kd_target": "synergy", "teacher_adapt_epochs": BASE, **ORIGINAL}),
     "l1_ib": ("side_fusion", {"use_ib": True}),
     "l2_cccp": ("l1_ib", {"use_cccp": True}),
     "l3_tadapt": ("l2_cccp", {"train_distill_adapter_only": True}),
@@ -153,7 +154,7 @@ def test_differs_from_its_parent_in_what_it_says(name, profile):
 def test_neighbours_of_the_ladder(profile):
     ce_only, l0 = config_of("ce_only", profile), config_of("l0_baseline", profile)
     assert difference(ce_only, l0) == {"ce_alpha": 1.0, "kd_alpha": 0.0, "kd_target": "synergy"}
-    assert difference(config_of("side_fusion", profile), config_of("base", profile)) == {"synergy_base": "none"}
+    assert difference(config_of("side_fusion", profile), config_of("base", profile)) == ORIGINAL
     assert config_of("l2_cccp", profile).cccp_alpha == 0.25
 
 

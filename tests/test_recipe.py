@@ -28,6 +28,7 @@ def changed(config: ConfigDict, changes: dict) -> dict:
 A_FILE = __file__  # weights are read later: here the file must only exist
 STEADY = {  # what the cases below rely on, whatever the profile says
     "synergy_base": "none",
+    "ib_mbm_kv": "feat",
     "dataset.batch_size": 32,
     "student_epochs_per_stage": (10, 10),
     "teacher_adapt_epochs": 8,

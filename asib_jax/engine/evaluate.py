@@ -36,7 +36,7 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
         if nets.ib_mbm is not None:
             q = query(nets, variables, outputs.feat)
             copies = [inputs.divided(controls, teachers) for teachers in batch["teachers"]]
-            read = [keys_and_values(nets, variables, teachers.feats) for teachers in copies]
+            read = [keys_and_values(nets, variables, teachers) for teachers in copies]
 
             def say(kv: jax.Array, teacher_logits: jax.Array | None) -> jax.Array:
                 return classify(nets, variables, fuse(nets, variables, q, kv).mu, teacher_logits)

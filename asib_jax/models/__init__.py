@@ -77,8 +77,9 @@ def build_ib_mbm_from_teachers(
     """
     widths = [feature_dim(teacher) for teacher in teachers]
     if len(set(widths)) > 1:
+        joined = ", their probabilities beside them (ib_mbm_kv)," if teachers[0].joins_probabilities else ""
         raise UserError(
-            f"the teachers' features have different widths {widths}: set use_distillation_adapter=True, "
+            f"the teachers' features{joined} have different widths {widths}: set use_distillation_adapter=True, "
             "which gives all of them distill_out_dim"
         )
     head = SynergyHead(teachers[0].num_classes, dim, dropout, learnable_temperature, base, len(teachers))

@@ -15,7 +15,7 @@ import numpy as np
 
 from asib_jax import streams
 from asib_jax.models.ib_mbm import IB_MBM, Latent, SynergyHead
-from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type, known
+from asib_jax.models.kd_model import KDModel, Outputs, feature_dim, in_compute_type, key_feature, known
 from asib_jax.models.pools import log_probabilities
 
 
@@ -143,15 +143,14 @@ def run_student(nets: Networks, variables: Variables, pixels: jax.Array, name: s
     return StudentOutputs(outputs.feat_2d.astype(nets.student.dtype), outputs.logit)
 
 
-def keys_and_values(nets: Networks, variables: Variables, feats: tuple[jax.Array, ...]) -> jax.Array:
-    """What IB_MBM reads [B, T, Dk]: the teachers' features, through their distillation adapters where they have one."""
-    return jnp.stack(
-        [
-            _read(teacher, variables.of(name), feat, bool(teacher.adapter_dim))
-            for name, teacher, feat in zip(nets.teacher_names, nets.teachers, feats)
-        ],
-        axis=1,
-    )
+def keys_and_values(nets: Networks, variables: Variables, teachers: TeacherOutputs) -> jax.Array:
+    """What IB_MBM reads [B, T, Dk]: the teachers by their `key_feature`, through their distillation adapters where they
+    have one."""
+    read = []
+    for k, (name, teacher) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
+        feature = key_feature(teacher, teachers.feats[k].astype(jnp.float32), teachers.logits[:, k])
+        read.append(_read(teacher, variables.of(name), feature, bool(teacher.adapter_dim)))
+    return jnp.stack(read, axis=1)
 
 
 def query(nets: Networks, variables: Variables, feat: jax.Array) -> jax.Array:

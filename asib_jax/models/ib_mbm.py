@@ -13,6 +13,7 @@ from asib_jax.models.layers import dropout, linear, symmetric_uniform
 from asib_jax.models.pools import Known, mixture, weighted_mean
 
 FEATURE_NORMS = ("none", "l2")
+KEYS = ("feat", "feat_prob")
 BASES = ("none", "avg", "mixture")
 
 

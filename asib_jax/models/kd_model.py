@@ -49,6 +49,7 @@ class KDModel(nn.Module):
     dtype: compute type of the stages. Parameters, BatchNorm statistics, the classifier and the distillation adapter
         are float32; the classifier starts as PyTorch's `nn.Linear` (see `linear`).
     axis_name: mapped axis over which training-mode BatchNorm takes its statistics; None: this device's batch.
+    joins_probabilities: the distillation adapter reads the softmax of the logits beside the feature, see `key_feature`.
     classes: the labels that the network knows, in the order of its classifier's outputs; (): all of them (SPEC 11).
 
     Parameters are grouped as one entry per stage, "pooled_norm", "classifier", "distill_adapter" and
@@ -66,6 +67,7 @@ class KDModel(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     classes: tuple[int, ...] = ()
+    joins_probabilities: bool = False
 
     def setup(self):
         if self.adapter_dim:
@@ -122,11 +124,12 @@ class KDModel(nn.Module):
         logit = linear(dropped, len(self.classes) or self.num_classes, name="classifier")
         if self.classes:
             logit = jnp.full((len(logit), self.num_classes), -jnp.inf).at[:, np.array(self.classes)].set(logit)
-        return Outputs(x, feat_2d, self.distill(feat_2d), logit)
+        return Outputs(x, feat_2d, self.distill(key_feature(self, feat_2d, logit)), logit)
 
-    def distill(self, feat_2d: jax.Array) -> jax.Array | None:
-        """The distillation adapter alone: feat_2d [B, F] -> distill_feat [B, D]; None if the model has none."""
-        return self.distill_adapter(feat_2d) if self.adapter_dim else None
+    def distill(self, feature: jax.Array) -> jax.Array | None:
+        """The distillation adapter alone: what `key_feature` gives -> distill_feat [B, D]; None if the model has
+        none."""
+        return self.distill_adapter(feature) if self.adapter_dim else None
 
     def _normalise(self, pixels: jax.Array) -> jax.Array:
         channels = pixels.shape[-1]
@@ -164,6 +167,15 @@ def known(model: KDModel) -> np.ndarray:
     return np.isin(np.arange(model.num_classes), model.classes or range(model.num_classes))
 
 
+def key_feature(model: KDModel, feat_2d: jax.Array, logit: jax.Array) -> jax.Array:
+    """What a network is read by, before its distillation adapter: its feature [B, F], and where it
+    `joins_probabilities` the softmax of its logits [B, C], without gradient: [B, F + C] (SPEC 12)."""
+    if not model.joins_probabilities:
+        return feat_2d
+    return jnp.concatenate([feat_2d, jax.lax.stop_gradient(jax.nn.softmax(logit))], axis=-1)
+
+
 def feature_dim(model: KDModel) -> int:
-    """Width at which a teacher is read: `distill_feat` if it has a distillation adapter, else `feat_2d` (SPEC 1)."""
-    return model.adapter_dim or model.architecture.feat_dim
+    """Width at which a teacher is read: `distill_feat` if it has a distillation adapter, else `key_feature` (SPEC 1)."""
+    joined = model.num_classes if model.joins_probabilities else 0
+    return model.adapter_dim or model.architecture.feat_dim + joined

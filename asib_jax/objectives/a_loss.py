@@ -56,7 +56,7 @@ def a_loss(
     teachers, stats = inputs.teacher_outputs(nets, variables, controls, pixels, batch, teacher_modes, dropout_keys)
     student = batch["student"] if "student" in batch else run_student(nets, variables, pixels)
     asks = query(nets, variables, student.feat)
-    latent = fuse(nets, variables, asks, keys_and_values(nets, variables, teachers.feats))
+    latent = fuse(nets, variables, asks, keys_and_values(nets, variables, teachers))
     z, weight = latent.mu, jnp.ones(())
     if nets.ib_mbm.use_ib:
         keys = streams.per_example(controls["noise_key"], batch["index"])

@@ -84,7 +84,7 @@ def b_loss(
         teachers, _ = inputs.teacher_outputs(nets, variables, controls, pixels, batch)
     if terms.uses_fusion:
         feature = query(nets, variables, own.feat_2d)
-        latent = fuse(nets, variables, jax.lax.stop_gradient(feature), keys_and_values(nets, variables, teachers.feats))
+        latent = fuse(nets, variables, jax.lax.stop_gradient(feature), keys_and_values(nets, variables, teachers))
         if nets.ib_mbm.use_ib:
             certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
     if terms.kd_alpha:

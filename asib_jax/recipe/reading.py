@@ -17,7 +17,7 @@ from asib_jax.recipe.recipe import Recipe
 # Keys of earlier versions, each with the value that is every run's now; None: it changed no result.
 RETIRED = {"scale_lr_with_devices": False, "bank_memory_gb": None}
 # Keys that came later, each with what every run did before, where that is not its default now.
-EARLIER = {"synergy_base": "none"}
+EARLIER = {"synergy_base": "none", "ib_mbm_kv": "feat"}
 
 
 def read(config: Mapping[str, Any]) -> Recipe:

@@ -5,7 +5,7 @@ Each field says of its key all there is to say (`keys.py`); what relates several
 
 import dataclasses
 
-from asib_jax.models.ib_mbm import BASES, FEATURE_NORMS
+from asib_jax.models.ib_mbm import BASES, FEATURE_NORMS, KEYS
 from asib_jax.objectives.losses import DISAGREE_MODES
 from asib_jax.objectives.targets import KD_TARGETS
 from asib_jax.recipe.conditions import (
@@ -123,6 +123,8 @@ class Recipe(RunRecipe):
     ib_mbm_min_std: float = key(1e-3, "smallest standard deviation of the bottleneck", at_least=1e-9, when=BOTTLENECK)
     ib_mbm_reg_lambda: float = key(0.0, "weight of the mean squares of fusion network and head", **WEIGHT,
                                    when=FUSION)
+    ib_mbm_kv: str = key("", "what the fusion network reads of a teacher: its feature, or its probabilities beside it; "
+                         "empty: feat_prob where a teacher lacks classes, else feat", choices=("", *KEYS), when=FUSION)
     synergy_base: str = key("", "what the synergy head's output is added to: nothing, the teachers' average or their "
                             "learnt mixture; empty: mixture where a teacher lacks classes, else avg",
                             choices=("", *BASES), when=FUSION)
@@ -181,6 +183,11 @@ class Recipe(RunRecipe):
     def base(self) -> str:
         """`synergy_base`, as told by the teachers where it is empty (SPEC 12)."""
         return self.synergy_base or "avg"
+
+    @property
+    def kv(self) -> str:
+        """`ib_mbm_kv`, likewise."""
+        return self.ib_mbm_kv or "feat"
 
     @property
     def distils_from_fusion(self) -> bool:
