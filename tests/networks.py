@@ -12,7 +12,7 @@ from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed
 from asib_jax.models import MODELS, build_ib_mbm_from_teachers
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.models.kd_model import KDModel
+from asib_jax.models.kd_model import KDModel, feature_dim
 from asib_jax.models.layers import Architecture, ConvNorm
 
 CLASSES, DIM = 5, 8
@@ -37,16 +37,18 @@ def make_networks(
     use_ib: bool = True,
     dropout: float = 0.0,
     base: str = "none",
+    joins: bool = False,
     axis_name: str | None = None,
     student: Architecture = STUDENT,
     teachers: tuple[Architecture, ...] = TEACHERS,
     classes: tuple[tuple[int, ...], ...] = (),
 ) -> Networks:
-    """A student, teachers, IB_MBM and head. The networks differ in `mean`. classes: those that each teacher knows."""
+    """A student, teachers, IB_MBM and head. The networks differ in `mean`. base: of the head; joins: whether teachers
+    are read by their probabilities, too; classes: those that each teacher knows."""
     fields = {"num_classes": CLASSES, "std": (0.3,), "adapter_dim": adapter_dim, "axis_name": axis_name}
     student = KDModel(student, mean=(0.5,), **fields)
     models = tuple(
-        KDModel(teacher, mean=(0.4 + k / 100,), classes=known, **fields)
+        KDModel(teacher, mean=(0.4 + k / 100,), classes=known, joins_probabilities=joins, **fields)
         for k, (teacher, known) in enumerate(zip(teachers, classes or ((),) * len(teachers), strict=True), 1)
     )
     ib_mbm, head = build_ib_mbm_from_teachers(
@@ -112,7 +114,7 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
     if nets.ib_mbm is not None:
         adapted = nets.student_feature == "distill_feat"
         width = nets.student.adapter_dim if adapted else nets.student.architecture.feat_dim
-        read = nets.teachers[0].adapter_dim or nets.teachers[0].architecture.feat_dim
+        read = feature_dim(nets.teachers[0])
         trees["ib_mbm"] = shapes(nets.ib_mbm.init, jnp.zeros((1, width)), jnp.zeros((1, len(models) - 1, read)))
         logs = jnp.zeros((1, *nets.known.shape))
         trees["synergy_head"] = shapes(partial(nets.synergy_head.init, known=nets.known), jnp.zeros((1, DIM)), logs)
@@ -126,7 +128,7 @@ def random_variables(nets: Networks, seed: int = 3) -> Variables:
         for layer in [params["classifier"]] + ([params["distill_adapter"]["fc2"]] if model.adapter_dim else []):
             layer["kernel"], layer["bias"] = 6 * layer["kernel"], 0 * layer["bias"]
         outputs = model.apply(variables.of(name), pixels, train=False)
-        params["classifier"]["bias"] = -np.mean(outputs.logit, axis=0)
+        params["classifier"]["bias"] = -np.mean(outputs.logit, axis=0)[np.array(model.classes or range(CLASSES))]
         if model.adapter_dim:
             params["distill_adapter"]["fc2"]["bias"] = -np.mean(outputs.distill_feat, axis=0)
     return variables

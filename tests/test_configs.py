@@ -24,6 +24,8 @@ LADDER = {
     "l0_baseline": ("base", {"kd_target": "avg", "teacher_adapt_epochs": 0}),
     "side_fusion": ("l0_baseline", {"kd_target": "synergy", "teacher_adapt_epochs": BASE, **ORIGINAL}),
     "l1_ib": ("side_fusion", {"use_ib": True}),
+    "l1_avg": ("l1_ib", {"synergy_base": "avg"}),
+    "l1_mixture": ("l1_ib", {"synergy_base": "mixture"}),
     "l2_cccp": ("l1_ib", {"use_cccp": True}),
     "l3_tadapt": ("l2_cccp", {"train_distill_adapter_only": True}),
     "l4_full": ("l3_tadapt", {"use_partial_freeze": True, "student_freeze_level": (-1, 2)}),

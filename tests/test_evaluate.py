@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import SHALLOW, make_feed, make_networks, make_split, random_variables
+from networks import DIM, SHALLOW, make_feed, make_networks, make_split, random_variables
 
 from asib_jax.data.splits import evaluation_rows
 from asib_jax.engine.evaluate import Evaluator
@@ -77,6 +77,50 @@ def test_every_example_counts_once_on_any_number_of_devices(count, by_hand):
         name: by_hand[name] for name in ("teacher1", "teacher2", "average", "disagreement")
     }
     assert len({by_hand[name] for name in ("student", "synergy", "without_teachers")}) == 3  # none stands for another
+
+
+@pytest.mark.parametrize("base", ["avg", "mixture"])
+def test_synergy_on_a_base_of_teachers_that_know_some_classes(base):
+    """Read by their probabilities, too; zeroed they are gone from keys and base. The base counts on its own."""
+    nets = make_networks(**SHALLOW, base=base, joins=True, classes=((0, 1, 2, 3), (4, 3, 2)))
+    variables = random_variables(nets)
+
+    @jax.jit
+    def predictions(variables):
+        pixels, p, read = jnp.float32(SPLIT.image), [], []
+        for name, model in zip(nets.teacher_names, nets.teachers):
+            teacher = model.apply(variables.of(name), pixels, train=False)
+            own = jax.nn.softmax(teacher.logit[:, np.array(model.classes)])
+            p.append(jnp.zeros((len(own), 5)).at[:, np.array(model.classes)].set(own))
+            x = jnp.concatenate([teacher.feat_2d, p[-1]], axis=1)
+            for layer, activation in (("fc1", jax.nn.relu), ("fc2", lambda x: x)):
+                weights = variables.params[name]["distill_adapter"][layer]
+                x = activation(x @ weights["kernel"] + weights["bias"])
+            read.append(x)
+        student = nets.student.apply(variables.of("student"), pixels, train=False)
+        head, out = variables.params["synergy_head"], {"student": student.logit}
+        for name, kv in (("synergy", jnp.stack(read, 1)), ("without_teachers", jnp.zeros((len(pixels), 2, DIM)))):
+            mu = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, student.distill_feat, kv).mu
+            hidden = jax.nn.relu(mu @ head["fc1"]["kernel"] + head["fc1"]["bias"])
+            out[name] = hidden @ head["fc2"]["kernel"] + head["fc2"]["bias"]
+            if name == "synergy":
+                if base == "mixture":
+                    pi = jax.nn.softmax(mu @ head["router"]["kernel"] + head["router"]["bias"])
+                    out["base"] = jnp.log(pi[:, :1] * p[0] + pi[:, 1:] * p[1])
+                else:
+                    both = (jnp.log(p[0]) + jnp.log(p[1])) / 2
+                    out["base"] = jnp.stack([*jnp.log(p[0][:, :2]).T, *both[:, 2:4].T, jnp.log(p[1][:, 4])], axis=1)
+                out[name] += out["base"]
+        return {name: jnp.argmax(value, axis=-1) for name, value in out.items()}
+
+    expected = {name: int((value == SPLIT.label).sum()) for name, value in predictions(variables).items()}
+    for count in (1, 4):
+        made = Evaluator(nets, SPLIT, make_feed(count, eval_batch=8), "test")
+        made.read_teachers(variables)
+        counts = made(nets, variables)
+        counts.pop("average")
+        assert counts == expected
+    assert len(set(expected.values())) > 2
 
 
 @pytest.mark.parametrize("count", [1, 4])

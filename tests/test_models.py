@@ -272,6 +272,9 @@ def test_fusion_for_teachers_of_different_widths():
     narrow, wide = tiny(), tiny(cifar_resnet(8, widths=(2, 3, 6)))
     with pytest.raises(ValueError, match=r"different widths \[4, 6\]: set use_distillation_adapter=True"):
         build_ib_mbm_from_teachers([narrow, wide], **fields)
+    joined = [teacher.clone(joins_probabilities=True) for teacher in (narrow, wide)]
+    with pytest.raises(ValueError, match=r"features, their probabilities.*ib_mbm_kv.* different widths \[9, 11\]: set"):
+        build_ib_mbm_from_teachers(joined, **fields)
     ib_mbm, head = build_ib_mbm_from_teachers([narrow.clone(adapter_dim=3), wide.clone(adapter_dim=3)], **fields)
     assert (ib_mbm.dim, ib_mbm.num_heads, ib_mbm.use_ib) == (8, 2, True)
     assert (head.num_classes, head.dim, head.dropout) == (5, 8, 0.1)

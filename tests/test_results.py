@@ -119,6 +119,27 @@ def test_skipped_steps_are_told_where_there_are_any():
     assert made.summary["skipped_steps"] == 4
 
 
+@pytest.mark.parametrize(
+    "changes, parameters, column, marked",
+    [
+        ({"synergy_base": "avg"}, "the teachers'", "test_acc_base", False),
+        ({"synergy_base": "mixture"}, "best student, best A-epoch", "test_acc_base_best", False),
+        ({"synergy_base": "avg", "use_teacher_finetuning": True}, "as the A-Steps left", "test_acc_base_last", False),
+        ({"synergy_base": "mixture", "model.student.weights": "a.npz"}, "best student", "test_acc_base_best", True),
+        ({"synergy_base": "avg", "model.student.weights": "a.npz"}, "the teachers'", "test_acc_base", False),
+    ],
+)
+def test_the_base_stands_below_synergy(changes, parameters, column, marked):
+    """Validation flatters it where a student that saw it asks."""
+    read, made = make(changes.items())
+    made = dataclasses.replace(made, counts={split: {**row, "base": 40} for split, row in made.counts.items()})
+    table = rows(results.render(read, made))
+    title = f"base ({changes['synergy_base']})"
+    assert list(table)[3:6] == ["synergy ensemble", title, "synergy, teachers zeroed"]
+    assert re.split("  +", table[title])[1].startswith(parameters) and " 40   40.00 " in table[title]
+    assert table[title].endswith("*") == marked and made.summary[column] == 0.4
+
+
 def test_summary_holds_shares_of_each_split():
     summary = make()[1].summary
     assert summary["test_acc_best"] == 0.71 and summary["validation_acc_best"] == 35 / 50

@@ -14,7 +14,7 @@ from asib_jax.engine import devices
 from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
-from asib_jax.models.ensemble import Networks, Variables, classify, fuse, keys_and_values, query, run_student
+from asib_jax.models.ensemble import Networks, Variables, base, classify, fuse, keys_and_values, query, run_student
 from asib_jax.objectives import inputs, losses, targets
 
 
@@ -23,8 +23,7 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
 
     student: the name under `variables` of what `nets.student` is. controls: "size", the number of examples; rows of a
     batch beyond it count for nothing; with a fusion network "temperatures", as `inputs.divided` takes them. Counted are
-    the student, under its name, and with a fusion network "synergy" and "without_teachers" (the same with kv zeroed
-    and a uniform base: does the query bypass the teachers?). The student's outputs are those the batch brings, or are
+    the student, under its name, and what `of_fusion` says. The student's outputs are those the batch brings, or are
     computed; the "teachers" of the batch are a tuple of `TeacherOutputs`, of each of their copies one, and what synergy
     says is `over_copies` of what it says to each. What was looked at is counted, too: "examples", and the sum of their
     "rows" modulo 2^32.
@@ -38,12 +37,13 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
             copies = [inputs.divided(controls, teachers) for teachers in batch["teachers"]]
             read = [keys_and_values(nets, variables, teachers) for teachers in copies]
 
-            def say(kv: jax.Array, teacher_logits: jax.Array | None) -> jax.Array:
-                return classify(nets, variables, fuse(nets, variables, q, kv).mu, teacher_logits)
-
-            pairs = list(zip(read, copies, strict=True))
-            logits["synergy"] = over_copies([say(kv, teachers.logits) for kv, teachers in pairs])
-            logits["without_teachers"] = over_copies([say(jnp.zeros_like(kv), None) for kv in read])
+            codes = [fuse(nets, variables, q, kv).mu for kv in read]
+            blind = [fuse(nets, variables, q, jnp.zeros_like(kv)).mu for kv in read]
+            pairs = [(z, teachers.logits) for z, teachers in zip(codes, copies, strict=True)]
+            logits["synergy"] = over_copies([classify(nets, variables, *pair) for pair in pairs])
+            logits["without_teachers"] = over_copies([classify(nets, variables, z, None) for z in blind])
+            if "base" in of_fusion(nets):
+                logits["base"] = over_copies([base(nets, variables, *pair) for pair in pairs])
         exists = batch["row"] < controls["size"]
         # Where a logit is not finite argmax still names a class; it counts as wrong.
         found = {
@@ -57,6 +57,14 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
         return {name: counts[name] + found[name] for name in counts}, {}
 
     return step
+
+
+def of_fusion(nets: Networks) -> tuple[str, ...]:
+    """What is counted of a fusion network: "synergy"; "base", what it is added to, alone; "without_teachers", synergy
+    with kv zeroed and a uniform base: does the query bypass the teachers?"""
+    if nets.ib_mbm is None:
+        return ()
+    return ("synergy", *(("base",) if nets.synergy_head.base != "none" else ()), "without_teachers")
 
 
 @functools.lru_cache(maxsize=16)  # one compilation for all the splits of a run
@@ -106,8 +114,7 @@ class Evaluator:
         Raises ValueError unless every example of the split was looked at once.
         """
         variables = devices.share(variables, self._feed.devices)
-        names = [student] + (["synergy", "without_teachers"] if nets.ib_mbm is not None else [])
-        zeros = {name: np.int32(0) for name in (*names, "examples")} | {"rows": np.uint32(0)}
+        zeros = {name: np.int32(0) for name in (student, *of_fusion(nets), "examples")} | {"rows": np.uint32(0)}
         counts = devices.replicate(zeros, self._feed.devices)
         held = self.bank.of("student") if student == "student" else None
         parts = [self._labels, held or self._images]

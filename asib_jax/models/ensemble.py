@@ -188,6 +188,12 @@ def classify(
     return nets.synergy_head.apply(head, z, logs, known, dropout_keys=dropout_keys)
 
 
+def base(nets: Networks, variables: Variables, z: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """What synergy is added to, alone: [B, C] of a code z [B, d] and the teachers' logits [B, T, C]."""
+    logs, head = log_probabilities(teacher_logits, nets.known), {"params": variables.params["synergy_head"]}
+    return nets.synergy_head.apply(head, z, logs, nets.known, method="pool")
+
+
 def init_network(model: KDModel, seed: int, name: str, image_shape: tuple[int, ...]) -> dict[str, Any]:
     """{"params", "batch_stats"} of one network, the same for a (seed, name) in every configuration."""
     image = jnp.zeros((1, *image_shape))

@@ -176,6 +176,6 @@ def key_feature(model: KDModel, feat_2d: jax.Array, logit: jax.Array) -> jax.Arr
 
 
 def feature_dim(model: KDModel) -> int:
-    """Width at which a teacher is read: `distill_feat` if it has a distillation adapter, else `key_feature` (SPEC 1)."""
+    """Width at which a teacher is read: `distill_feat` if it has an adapter, else `key_feature` (SPEC 1)."""
     joined = model.num_classes if model.joins_probabilities else 0
     return model.adapter_dim or model.architecture.feat_dim + joined

@@ -19,6 +19,7 @@ _LINES = {  # by what was measured on validation: its name, colour and dashes
     "control": ("student alone", ORANGE, "-"),
     "synergy": ("synergy ensemble", GREEN, "-"),
     "average": ("teachers' average", GREY, "--"),
+    "base": ("what synergy is added to", GREEN, "--"),
     "without_teachers": ("synergy, teachers zeroed", PINK, ":"),
 }
 

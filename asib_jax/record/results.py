@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from asib_jax.engine.evaluate import Evaluator
+from asib_jax.engine.evaluate import Evaluator, of_fusion
 from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
@@ -15,6 +15,7 @@ from asib_jax.record.reporting import table
 _TITLES = {  # of the table's rows, in their order; the teachers come first
     "average": "teachers' average",
     "synergy": "synergy ensemble",
+    "base": "base",
     "without_teachers": "synergy, teachers zeroed",
     "control_last": "student alone, last",
     "control_best": "student alone, best",
@@ -78,7 +79,7 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
             row = {"teacher1": row["teacher1"]}
         if nets.ib_mbm is not None:
             ensemble = evaluator(nets, finished.variables)
-            row |= {name: ensemble[name] for name in ("synergy", "without_teachers")}
+            row |= {name: ensemble[name] for name in of_fusion(nets)}
         for name, student in finished.students.items():
             own = Variables({"student": student["params"]}, {"student": student["batch_stats"]})
             row[name] = evaluator(alone, own)["student"]
@@ -103,8 +104,10 @@ def moving_parameters(recipe: Recipe) -> dict[str, str]:
     """`Results.moving`: of the ensemble, which has its student's, and of teachers that A-Steps train."""
     ended_with = "best" if recipe.restore_best else "last"
     moving = {"synergy": ended_with, "without_teachers": ended_with}
+    moving |= {"base": ended_with} if recipe.base == "mixture" else {}
     if recipe.trains_teachers and not recipe.teachers_only:
         moving |= dict.fromkeys([*_teachers(recipe), "average", "disagreement"], "last")
+        moving.setdefault("base", "last")
     return moving
 
 
@@ -121,6 +124,7 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
 
     test, validation, count = results.counts["test"], results.counts["validation"], results.sizes["test"]
     titles = {name: f"{name} ({teacher.name})" for name, teacher in _teachers(recipe).items()} | _TITLES
+    titles["base"] = f"base ({recipe.base})"
     rows = [("name", "parameters", "correct", "test %", "95 % interval", "validation %")]
     inflated = False
     for name, title in titles.items():
@@ -163,12 +167,12 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
 
 def _parameters(recipe: Recipe, results: Results, name: str) -> str:
     """Which parameters of a row's network were measured."""
-    if name in ("synergy", "without_teachers"):
+    if name in ("synergy", "without_teachers") or (name == "base" and recipe.base == "mixture"):
         return f"{results.moving[name]} student, best A-epoch"
     if name in results.moving:
         return "as the A-Steps left them"
-    if name == "average":
-        return "as above"
+    if name in ("average", "base"):
+        return "as above" if name == "average" else "the teachers'"
     if teacher := _teachers(recipe).get(name):
         return "best epoch" if teacher.epochs else "as given"
     return "as given" if name in results.as_given else f"{name.removeprefix('control_')} epoch"
@@ -182,4 +186,5 @@ def _saw_validation(recipe: Recipe, name: str) -> bool:
 
     teachers, student = {k: saw(teacher) for k, teacher in _teachers(recipe).items()}, saw(recipe.model.student)
     average = any(teachers.values())
-    return (teachers | {"average": average, "synergy": average or student}).get(name, student)
+    base = average or (student and recipe.base == "mixture")
+    return (teachers | {"average": average, "synergy": average or student, "base": base}).get(name, student)
