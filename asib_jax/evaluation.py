@@ -39,7 +39,8 @@ def evaluate_finished(
         Evaluator(nets, data.test, feed, "test", cache),
     ]
     for evaluator in evaluators:
-        evaluator.divide(build.temperatures(recipe))
+        if nets.teachers:
+            evaluator.divide(done.temperatures(recipe))
         if not evaluator.teacher_counts:
             evaluator.read_teachers(variables)
     return results.final_results(recipe, nets, dataclasses.replace(done, variables=variables), *evaluators)

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from asib_jax import a_step, b_step, build, preparation, runner, teachers
+from asib_jax import a_step, b_step, build, memorisation, preparation, runner, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
 from asib_jax.data.sources import Split
 from asib_jax.engine import hosts
 from asib_jax.engine.compiled import keep_compiled
-from asib_jax.engine.progress import Progress, of_network, overlay
+from asib_jax.engine.progress import Progress, overlay
 from asib_jax.errors import UserError
 from asib_jax.evaluation import evaluate_finished
 from asib_jax.models.ensemble import Networks, Variables
@@ -23,7 +23,6 @@ from asib_jax.recipe import Recipe, checks, keys, overrides, read_stored, told_b
 from asib_jax.record import console, drawings, finished, provenance, reporting, results, resume, snapshots
 from asib_jax.record.experiment import Record, read_about
 from asib_jax.record.files import write
-from asib_jax.record.finished import Finished
 from asib_jax.record.remaining import Remaining
 from asib_jax.record.reporting import Reporter
 from asib_jax.record.signals import Interrupted, Stop
@@ -184,12 +183,15 @@ def train(context: Context) -> dict[str, object]:
             _read_teachers(context, todo, variables, progress)
         variables = runner.run_phase(context, phase, variables, progress, begun)
         if main and phase is main[-1]:  # before the control: it is on disk whatever becomes of that
-            finished.save(context.record, recipe, context.nets, _finished(variables, progress))
+            done = finished.of(variables, progress, context.record.metrics)
+            finished.save(context.record, recipe, context.nets, done)
     if snapshots.ahead:
         raise UserError(
             f"the snapshot to go on from is of {snapshots.ahead!r}, which this run does not have: begin a new one"
         )
-    done = _finished(variables, progress)
+    if recipe.teachers_only:
+        _measure_teachers(context, variables, progress)
+    done = finished.of(variables, progress, context.record.metrics)
     if recipe.teachers_only:
         finished.save(context.record, recipe, context.nets, done)
     if recipe.trains_control:
@@ -252,11 +254,8 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
 
 def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables, progress: Progress) -> None:
     """Once they are ready. Where A-Steps train them the table has them as those leave them, the record as they were."""
-    context.validation.divide(build.temperatures(context.recipe, progress.temperatures))
-    context.validation.read_teachers(variables)
     changed = "before/test_acc_teacher1" in context.record.metrics  # by A-Steps, of a run that goes on
-    if not changed:
-        teachers.check(context)
+    _measure_teachers(context, variables, progress, changed)
     if context.recipe.trains_teachers and not changed:
         test = context.evaluator("test")
         test.read_teachers(variables)
@@ -267,16 +266,12 @@ def _read_teachers(context: Context, todo: Sequence[Phase], variables: Variables
     context.read_teachers(variables, todo)
 
 
-def _finished(variables: Variables, progress: Progress) -> Finished:
-    """What the phases that are over have come to."""
-    students: dict[str, dict[str, Any]] = {}
-    when = {}
-    for network, prefix in (("student", ""), ("control", "control_")):
-        if network in progress.last:
-            students |= {
-                f"{prefix}last": of_network(progress.last[network], network),
-                f"{prefix}best": of_network(progress.best[network].held, network),
-            }
-            when[f"{prefix}best"] = progress.best[network].when
-    main = variables.only(variables.params.keys() - {"control"})
-    return Finished(main, students, progress.distilled_steps, progress.watch.skipped, when)
+def _measure_teachers(context: Context, variables: Variables, progress: Progress, changed: bool = False) -> None:
+    """What validation says of teachers that are ready, and how they do on what they teach, unless this is known."""
+    recipe, validation = context.recipe, context.validation
+    validation.read_teachers(variables)
+    if not (changed or recipe.teachers_only):
+        teachers.check(context)
+    if not (changed or progress.temperatures):
+        progress.temperatures = memorisation.measure(context, variables)
+    validation.divide(build.temperatures(recipe, progress.temperatures))

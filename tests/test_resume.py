@@ -114,7 +114,7 @@ WITHIN, AT_THE_END, OVER, LATER = (0, "within"), (0, "end"), (2, "before"), (1, 
 CASES = {
     "float32": (
         "l3_tadapt",
-        {"tensorboard": True},
+        {"tensorboard": True, "teacher1.temperature": 0.0, "teacher2.temperature": 2.0},
         {
             "teacher1": WITHIN,
             "teacher2": OVER,
@@ -150,6 +150,7 @@ CASES = {
             "student_freeze_level": (1, -1),
             "train_distill_adapter_only": False,
             "use_teacher_finetuning": True,
+            "teacher2.temperature": 0.0,
             "a_step_views": 2,
             "train_control": False,
         },

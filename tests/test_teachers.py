@@ -144,6 +144,8 @@ def test_a_second_run_takes_them_up_and_says_so(first, data_file, caplog, monkey
         ({"dataset.small_input": False}, {"teacher1", "teacher2"}),
         ({"dataset.image_size": 16}, {"teacher1", "teacher2"}),
         ({"dataset.image_size": 0}, set()),
+        ({"teacher1.train_epochs": 2}, {"teacher1"}),
+        ({"teacher1.temperature": 0.0, "teacher2.temperature": 4.0}, set()),
         ({"schedule.min_lr": 1e-6}, {"teacher1", "teacher2"}),
         # what has no effect makes no other teacher
         ({"schedule.milestones": (3,), "teacher1.finetune_lr": 1.0, "teacher2.finetune_cutmix_alpha": 0.5}, set()),
@@ -166,6 +168,26 @@ def test_a_changed_recipe_is_another_teacher(first, data_file, changes, anew):
     changed = recipes.read(config)
     folders = {k: teacher_store.find(changed, k).folder for k in (0, 1)}
     assert {f"teacher{k + 1}" for k, folder in folders.items() if not folder.exists()} == anew
+
+
+def test_teachers_of_several_lengths_stand_side_by_side(data_file, tmp_path):
+    """Each with a whole schedule of its own, which ends at its last step: cosine from the first of 10 an epoch (SPEC
+    3). Both are taken up again."""
+    both = {}
+    for epochs in (2, 6):
+        length = {"teacher1.train_epochs": epochs, "teacher1.early_stopping_patience": 0, "teacher2.train_epochs": 1}
+        variables, metrics, (recipe, _, _) = ready(data_file, tmp_path, **length)
+        assert trained(metrics) == ({"teacher1", "teacher2"} if epochs == 2 else {"teacher1"})
+        low = recipe.schedule.min_lr
+        for epoch in range(1, epochs + 1):  # the rate of its last step
+            share = (10 * epoch - 1) / (10 * epochs)
+            wanted = low + (0.01 - low) * (1 + np.cos(np.pi * share)) / 2
+            np.testing.assert_allclose(metrics[f"teacher1/epoch{epoch:02d}/lr"], wanted, rtol=1e-5)
+        both[epochs] = length, variables, teacher_store.find(recipe, 0).folder
+    for length, variables, folder in both.values():
+        again, metrics, _ = ready(data_file, tmp_path, **length)
+        assert trained(metrics) == set() and same(again, variables) and folder.exists()
+    assert both[2][2] != both[6][2] and not same(both[2][1], both[6][1])
 
 
 def test_a_teacher_is_the_same_in_another_place(first, data_file):

@@ -7,7 +7,7 @@ from pathlib import Path
 from asib_jax import models
 from asib_jax.errors import UserError
 from asib_jax.objectives import freezing, losses
-from asib_jax.recipe import keys, told_by_data
+from asib_jax.recipe import keys, ranges, told_by_data
 from asib_jax.recipe.groups import StudentRecipe, TeacherRecipe
 from asib_jax.recipe.recipe import Recipe
 
@@ -159,8 +159,22 @@ def _check_teachers(recipe: Recipe) -> None:
         if recipe.use_partial_freeze and recipe.use_teacher_finetuning:
             _check_levels(recipe, teacher.name, teacher.freeze_level, f"teacher{k}.freeze_level")
         _check_weights(recipe, teacher, f"teacher{k}")
+        _check_temperature(teacher, f"teacher{k}")
         if teacher.epochs:
             _check_teacher_training(recipe, teacher, f"teacher{k}")
+
+
+def _check_temperature(teacher: TeacherRecipe, key: str) -> None:
+    least, most = ranges.TEMPERATURE["at_least"], ranges.TEMPERATURE["at_most"]
+    _require(
+        teacher.temperature == 0 or teacher.temperature >= least,
+        f"{key}.temperature={teacher.temperature} must be in [{least}, {most}], or 0, which finds it",
+    )
+    _require(
+        teacher.temperature > 0 or not teacher.saw_validation,
+        f"{key}.temperature=0 compares training with validation images, but {key}.weights were fitted on both "
+        f"({key}.saw_val=True): give a temperature, or set {key}.saw_val=False if they were not",
+    )
 
 
 def _check_weights(recipe: Recipe, teacher: TeacherRecipe, key: str) -> None:

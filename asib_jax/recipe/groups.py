@@ -72,6 +72,11 @@ class StudentRecipe:
         False, "residual 1x1-convolution adapter after the last-but-one stage, at first the identity"
     )
 
+    @property
+    def saw_validation(self) -> bool:
+        """Whether it began with weights that were fitted on the validation images."""
+        return bool(self.weights) and self.saw_val
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipe:
@@ -101,7 +106,11 @@ class TeacherRecipe:
         when=GIVEN,
     )
     temperature: float = key(
-        1.0, "divides its logits before anything uses them as a target; `tau` comes on top", **TEMPERATURE
+        1.0,
+        "divides its logits before anything uses them as a target; `tau` comes on top; 0: the one at which its mean "
+        "entropy on training images is that on validation",
+        at_least=0,
+        at_most=TEMPERATURE["at_most"],
     )
     train_epochs: int = key(
         0,
@@ -151,6 +160,11 @@ class TeacherRecipe:
     def epochs(self) -> int:
         """Of supervised training here: fine-tuning of given weights, or from scratch; 0: ready as it is."""
         return self.finetune_epochs if self.weights else self.train_epochs
+
+    @property
+    def saw_validation(self) -> bool:
+        """Whether it began with weights that were fitted on the validation images."""
+        return bool(self.weights) and self.saw_val
 
     @property
     def lr(self) -> float:

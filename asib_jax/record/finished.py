@@ -4,11 +4,15 @@ import collections
 import dataclasses
 import logging
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
+from asib_jax.engine.progress import Progress, of_network
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_network
 from asib_jax.recipe import EARLIER, Recipe, TeacherRecipe, keys, read_stored, told_by_data
@@ -19,6 +23,9 @@ from asib_jax.weights.reading import read_weights
 
 logger = logging.getLogger("asib_jax")
 
+TOLD = ("train_acc", "val_acc", "train_entropy", "val_entropy", "temperature")
+"""What is measured of a teacher that is ready, before anything learns from it (SPEC 13)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -27,6 +34,7 @@ class Finished:
 
     students: "last" and "best" (on validation) and, where the run had a control, "control_last" and "control_best";
         none of a run with teachers_only. when: the best ones were, in words (`progress.Best`).
+    teachers: what was measured of them once they were ready (`TOLD`), by "teacher1", "teacher2", ...
     """
 
     variables: Variables
@@ -34,6 +42,30 @@ class Finished:
     distilled_steps: collections.Counter
     skipped_steps: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     when: dict[str, str] = dataclasses.field(default_factory=dict)
+    teachers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def temperatures(self, recipe: Recipe) -> np.ndarray:
+        """Of the teachers [T]: as they were found, or as they are given. UserError where one is neither."""
+        given = {f"teacher{k}": teacher.temperature for k, teacher in enumerate(recipe.teachers, 1)}
+        found = {name: self.teachers.get(name, {}).get("temperature", value) for name, value in given.items()}
+        if missing := [f"{name}/temperature" for name, value in found.items() if not value]:
+            raise UserError(f"metrics.json is damaged: it has no {', '.join(missing)}")
+        return np.array([*found.values()], np.float32)
+
+
+def of(variables: Variables, progress: Progress, metrics: Mapping[str, Any]) -> Finished:
+    """What the phases of a run that are over have come to; metrics: its own."""
+    students: dict[str, dict[str, Any]] = {}
+    when = {}
+    for network, prefix in (("student", ""), ("control", "control_")):
+        if network in progress.last:
+            students |= {
+                f"{prefix}last": of_network(progress.last[network], network),
+                f"{prefix}best": of_network(progress.best[network].held, network),
+            }
+            when[f"{prefix}best"] = progress.best[network].when
+    main, skipped = variables.only(variables.params.keys() - {"control"}), progress.watch.skipped
+    return Finished(main, students, progress.distilled_steps, skipped, when, teachers_told(metrics))
 
 
 def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> None:
@@ -115,8 +147,22 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
         f"{name} {steps!r}" for name, steps in [*distilled.items(), *skipped.items()] if type(steps) is not int
     ]:
         raise UserError(f"{folder / 'metrics.json'} is damaged: of steps it has {', '.join(wrong)}")
+    told = teachers_told(metrics)
+    kinds = [(part, value) for own in told.values() for part, value in own.items()]
+    if wrong := [f"{part} {value!r}" for part, value in kinds if type(value) is not float]:
+        raise UserError(f"{folder / 'metrics.json'} is damaged: of teachers it has {', '.join(wrong)}")
     students = _students(folder, stored)
-    return Finished(Variables(params, stats), students, distilled, skipped, _logged(metrics, "when"))
+    return Finished(Variables(params, stats), students, distilled, skipped, _logged(metrics, "when"), told)
+
+
+def teachers_told(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`Finished.teachers` of a run that has these metrics."""
+    names = dict.fromkeys(key.partition("/")[0] for key in metrics if re.fullmatch(r"teacher\d+/temperature", key))
+    return {name: {part: _number(metrics.get(f"{name}/{part}")) for part in TOLD} for name in names}
+
+
+def _number(value: Any) -> Any:
+    return float("nan") if value is None else value  # as the record writes it
 
 
 def _logged(metrics: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from asib_jax.engine.evaluate import Evaluator, of_fusion
 from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
-from asib_jax.recipe import Recipe, StudentRecipe, TeacherRecipe
+from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.record.finished import Finished
 from asib_jax.record.predictions import TOP, TOP_FROM, probabilities, top_correct
 from asib_jax.record.reporting import table
@@ -27,7 +27,7 @@ _TITLES = {  # of the table's rows, in their order; the teachers come first
 @dataclasses.dataclass(frozen=True)
 class Results:
     """counts[split][name] correct predictions of sizes[split] examples; shares of B-steps by the target they used;
-    skipped: steps by their phase; as_given: the students that no training bettered.
+    skipped: steps by their phase; as_given: the students that no training bettered; teachers: as `Finished` has them.
 
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
     logits: [N, C] of the best student on test; None of a run without one.
@@ -41,6 +41,7 @@ class Results:
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     as_given: frozenset[str] = frozenset()
     logits: np.ndarray | None = None
+    teachers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         wrong = [
@@ -62,6 +63,9 @@ class Results:
                 which = f"_{self.moving[name]}" if name in self.moving else ""
                 row[f"{split}_{column}{which}"] = count / self.sizes[split]
         row |= {f"{split}_count": size for split, size in self.sizes.items()}
+        for name, told in self.teachers.items():
+            row |= {f"{part}_{name}": told[part] for part in ("train_acc", "train_entropy", "temperature")}
+            row[f"validation_entropy_{name}"] = told["val_entropy"]
         if self.shares:
             row["synergy_steps_share"] = self.shares.get("synergy", 0.0)  # unmixed synergy
         if self.skipped:
@@ -91,7 +95,8 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
     sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
     as_given = frozenset(name for name, when in finished.when.items() if when == BEFORE)
-    return Results(counts, sizes, shares, moving_parameters(recipe), {**finished.skipped_steps}, as_given, logits)
+    skipped, moving = {**finished.skipped_steps}, moving_parameters(recipe)
+    return Results(counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers)
 
 
 def _best_logits(finished: Finished, evaluator: Evaluator) -> np.ndarray:
@@ -159,10 +164,22 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
         lines.append(f"student, best: {100 * test['top5_best'] / count:.2f} % of test images among its top {TOP}")
     if "disagreement" in test:
         lines.append(f"teachers disagree on {100 * test['disagreement'] / count:.2f} % of test images")
+    lines += [_memory(name, told, _saw_validation(recipe, name)) for name, told in results.teachers.items()]
     skipped = [f"{count} of {phase}" for phase, count in results.skipped.items() if count]
     if skipped:
         lines.append(f"skipped steps, whose loss or gradient was not finite: {', '.join(skipped)}")
     return "\n".join(lines)
+
+
+def _memory(name: str, told: dict[str, float], saw_validation: bool) -> str:
+    """How far a teacher has memorised what it teaches."""
+    taught, other = 100 * told["train_acc"], 100 * told["val_acc"]
+    divided = f"; its logits divided by {told['temperature']:.4g}" if told["temperature"] != 1 else ""
+    if saw_validation:
+        against = "validation images were seen, too, so that its test % alone tells how much of this is memory"
+    else:
+        against = f"{other:.1f} % of validation: a gap of {taught - other:.0f} points"
+    return f"{name}: {taught:.1f} % of the images that it teaches, {against}{divided}"
 
 
 def _parameters(recipe: Recipe, results: Results, name: str) -> str:
@@ -180,11 +197,8 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
 
 def _saw_validation(recipe: Recipe, name: str) -> bool:
     """Whether validation flatters this row: a network behind it began with weights that were fitted on the images."""
-
-    def saw(network: StudentRecipe | TeacherRecipe) -> bool:
-        return bool(network.weights) and network.saw_val
-
-    teachers, student = {k: saw(teacher) for k, teacher in _teachers(recipe).items()}, saw(recipe.model.student)
+    teachers = {name: teacher.saw_validation for name, teacher in _teachers(recipe).items()}
+    student = recipe.model.student.saw_validation
     average = any(teachers.values())
     base = average or (student and recipe.base == "mixture")
     return (teachers | {"average": average, "synergy": average or student, "base": base}).get(name, student)
