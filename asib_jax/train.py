@@ -199,6 +199,8 @@ def train(context: Context) -> dict[str, object]:
     found = evaluate_finished(recipe, context.nets, context.data, context.feed, done, context.validation)
     minutes = snapshots.seconds / 60
     context.log("final", found.summary)
+    if found.training_free:
+        context.record.log("final/training_free", found.training_free)
     context.record.log("time/total_minutes", minutes)
     if hosts.is_first():
         write(context.record.folder / "table.txt", results.render(recipe, found, width=1000) + "\n")

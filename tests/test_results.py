@@ -1,13 +1,18 @@
 """The final table: what it counts, marks and calls things."""
 
+import collections
 import dataclasses
 import re
 
 import numpy as np
 import pytest
+from networks import make_feed, make_networks, make_split
 
 from asib_jax import recipe
+from asib_jax.engine.evaluate import Evaluator
+from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.record import results
+from asib_jax.record.finished import Finished
 from asib_jax.record.results import Results
 from configs import l1_ib
 
@@ -15,6 +20,7 @@ COUNTS = {
     "teacher1": 90,
     "teacher2": 80,
     "average": 92,
+    "training_free": 93,
     "disagreement": 25,
     "synergy": 85,
     "without_teachers": 10,
@@ -25,7 +31,7 @@ COUNTS = {
 }
 
 
-def make(changes=()) -> tuple[recipe.Recipe, Results]:
+def make(changes=(), training_free="avg") -> tuple[recipe.Recipe, Results]:
     config = l1_ib.get_config("digits")
     config.update_from_flattened_dict(dict(changes))
     validation = {name: count // 2 for name, count in COUNTS.items()}
@@ -35,6 +41,7 @@ def make(changes=()) -> tuple[recipe.Recipe, Results]:
         {"test": 100, "validation": 50},
         {"avg (gate shut)": 0.25, "synergy": 0.75},
         results.moving_parameters(read),
+        training_free=training_free,
     )
 
 
@@ -49,6 +56,7 @@ def test_rows_stand_in_order_with_their_counts():
         "teacher1 (resnet14)",
         "teacher2 (resnet8)",
         "teachers' average",
+        "best training-free (avg)",
         "synergy ensemble",
         "synergy, teachers zeroed",
         "student alone, last",
@@ -80,7 +88,7 @@ def test_interval_inverts_the_score_test(correct, count):
 @pytest.mark.parametrize(
     "network, saw_val, marked",
     [
-        ("teacher2", True, {"teacher2 (resnet8)", "teachers' average", "synergy ensemble"}),
+        ("teacher2", True, {"teacher2 (resnet8)", "teachers' average", "best training-free (avg)", "synergy ensemble"}),
         ("teacher2", False, set()),
         (
             "model.student",
@@ -135,7 +143,7 @@ def test_the_base_stands_below_synergy(changes, parameters, column, marked):
     made = dataclasses.replace(made, counts={split: {**row, "base": 40} for split, row in made.counts.items()})
     table = rows(results.render(read, made))
     title = f"base ({changes['synergy_base']})"
-    assert list(table)[3:6] == ["synergy ensemble", title, "synergy, teachers zeroed"]
+    assert list(table)[4:7] == ["synergy ensemble", title, "synergy, teachers zeroed"]
     assert re.split("  +", table[title])[1].startswith(parameters) and " 40   40.00 " in table[title]
     assert table[title].endswith("*") == marked and made.summary[column] == 0.4
 
@@ -155,22 +163,27 @@ def test_summary_holds_shares_of_each_split():
         (
             {},
             {"test_acc_teacher2", "test_acc_average", "test_acc_synergy_best", "test_disagreement"},
-            ["best epoch", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"],
+            ["best epoch", "best epoch", "as above", "best on validation", *["best student, best A-epoch"] * 2],
         ),
         (
             {"restore_best": False},
             {"test_acc_synergy_last", "test_acc_without_teachers_last", "test_acc_last"},
-            ["best epoch", "best epoch", "as above", "last student, best A-epoch", "last student, best A-epoch"],
+            ["best epoch", "best epoch", "as above", "best on validation", *["last student, best A-epoch"] * 2],
         ),
         (
             {"use_teacher_finetuning": True, "teacher1.weights": "given.npz"},
-            {"test_acc_teacher1_last", "test_acc_teacher2_last", "test_acc_average_last", "test_disagreement_last"},
-            ["as the A-Steps left them"] * 3 + ["best student, best A-epoch"] * 2,
+            {
+                "test_acc_teacher1_last",
+                "test_acc_average_last",
+                "test_acc_training_free_last",
+                "test_disagreement_last",
+            },
+            ["as the A-Steps left them"] * 4 + ["best student, best A-epoch"] * 2,
         ),
         (
             {"teacher1.weights": "given.npz", "teacher1.finetune_epochs": 0},
             {"test_acc_teacher1"},
-            ["as given", "best epoch", "as above", "best student, best A-epoch", "best student, best A-epoch"],
+            ["as given", "best epoch", "as above", "best on validation", *["best student, best A-epoch"] * 2],
         ),
     ],
 )
@@ -179,6 +192,45 @@ def test_every_accuracy_says_of_which_parameters(changes, columns, parameters):
     assert columns <= made[1].summary.keys()
     shown = [re.split("  +", line)[1] for line in rows(results.render(*made)).values()]
     assert shown == parameters + ["last epoch", "best epoch"] * 2
+
+
+def counted(name, logits, known_to=((), ())):
+    """An evaluator of a split of labels 0, 1, 2, 3, 4, 0, ... whose teachers say logits [N, T, 5]."""
+    nets = make_networks(classes=known_to)
+    evaluator = Evaluator(Networks(nets.student, nets.teachers), make_split(len(logits)), make_feed(), name)
+    evaluator.teacher_logits = np.float32(logits)
+    evaluator.divide(np.ones(2))
+    return evaluator
+
+
+def said(*teachers, strength=(4.0, 1.0)):
+    """Logits [N, 2, 5] of teachers that are right (1) or say the next class (0), one surer than the other."""
+    labels = np.arange(len(teachers[0])) % 5
+    return np.stack(
+        [s * np.eye(5)[(labels + 1 - np.array(right)) % 5] for right, s in zip(teachers, strength, strict=True)], 1
+    )
+
+
+def test_what_needs_no_training_is_chosen_on_validation_and_measured_on_test():
+    """Validation says the weaker teacher, which is wrong on test; of equal ones the average is first."""
+    read, weak = make()[0], said([0, 0, 0, 1, 1], [1, 1, 1, 1, 1])
+    test = said([1, 1, 1, 1, 1], [0, 0, 0, 0, 1])
+    done = Finished(Variables({}, {}), {}, collections.Counter())
+    for validation, best, right in ((weak, "teacher2", 1), (said([1] * 5, [0] * 5), "avg", 5)):
+        evaluators = counted("validation", validation), counted("test", test)
+        found = results.final_results(read, evaluators[0].bank.nets, done, *evaluators)
+        assert (found.training_free, found.counts["test"]["training_free"]) == (best, right)
+        assert f"best training-free ({best})" in results.render(read, found)
+    alone = Networks(evaluators[0].bank.nets.student, evaluators[0].bank.nets.teachers[:1])
+    assert "training_free" not in results.final_results(read, alone, done, *evaluators).counts["test"]
+
+
+def test_training_free_targets_of_teachers_of_some_classes():
+    """The surer one is asked by `max_conf`; each class has the mean of those who know it in `avg`."""
+    logits = np.full((4, 2, 5), -9.0)
+    logits[:, 0, :3], logits[:, 1, 2:] = [5, 0, 0], [0, 0, 2]  # labels 0 to 3: the first teacher says 0, the other 4
+    counts = counted("test", logits, ((0, 1, 2), (2, 3, 4))).training_free(2.0)
+    assert counts == {"avg": 1, "weighted_conf": 1, "max_conf": 1, "entropy": 1, "teacher1": 1, "teacher2": 0}
 
 
 @pytest.mark.parametrize("count", [101, -1])

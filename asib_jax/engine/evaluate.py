@@ -108,6 +108,16 @@ class Evaluator:
             known, labels = self.bank.nets.known, self.split.label
             self.teacher_counts = correct_counts(self.teacher_logits, known, labels, self.temperatures)
 
+    def training_free(self, tau: float) -> dict[str, int]:
+        """Correct predictions of `targets.TRAINING_FREE` at temperature `tau`, and of each teacher."""
+        logits, counts = jnp.asarray(self.teacher_logits / self.temperatures[:, None]), {}
+        for name in targets.TRAINING_FREE:
+            arguments = (self.bank.nets.known, tau, 0, jnp.asarray(self.split.label), jnp.zeros(()))
+            target = np.asarray(targets.KD_TARGETS[name](logits, *arguments))
+            sound = (target < np.inf).all(axis=-1)  # -inf is of a class that no teacher with a weight knows
+            counts[name] = int((sound & (target.argmax(axis=-1) == self.split.label)).sum())
+        return counts | {name: self.teacher_counts[name] for name in self.bank.nets.teacher_names}
+
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
 

@@ -119,6 +119,10 @@ KD_TARGETS: dict[str, Target] = {
 }
 
 
+TRAINING_FREE = ("avg", "weighted_conf", "max_conf", "entropy")
+"""Of these, those that put teachers together and ask neither labels nor the student: predictions of their own."""
+
+
 def synergy(logits: jax.Array, average: jax.Array, gate: jax.Array, average_share: jax.Array) -> jax.Array:
     """Synergy logits [B, C] mixed with `average_share` of the teachers' average [B, C]; while `gate` is 0, the average.
 

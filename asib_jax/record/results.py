@@ -1,12 +1,14 @@
 """The final table of a run: every accuracy on test, measured once, and what the student was distilled from (SPEC 7)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from asib_jax.engine.evaluate import Evaluator, of_fusion
 from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
+from asib_jax.objectives.targets import TRAINING_FREE
 from asib_jax.recipe import Recipe, TeacherRecipe
 from asib_jax.record.finished import Finished
 from asib_jax.record.predictions import TOP, TOP_FROM, probabilities, top_correct
@@ -14,6 +16,7 @@ from asib_jax.record.reporting import table
 
 _TITLES = {  # of the table's rows, in their order; the teachers come first
     "average": "teachers' average",
+    "training_free": "best training-free",
     "synergy": "synergy ensemble",
     "base": "base",
     "without_teachers": "synergy, teachers zeroed",
@@ -30,7 +33,8 @@ class Results:
     skipped: steps by their phase; as_given: the students that no training bettered; teachers: as `Finished` has them.
 
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
-    logits: [N, C] of the best student on test; None of a run without one.
+    logits: [N, C] of the best student on test; None of a run without one. training_free: which `kd_target` or teacher
+    "training_free" counts, the one that is best on validation.
     Raises ValueError for a count that its split cannot have.
     """
 
@@ -42,6 +46,7 @@ class Results:
     as_given: frozenset[str] = frozenset()
     logits: np.ndarray | None = None
     teachers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    training_free: str = ""
 
     def __post_init__(self):
         wrong = [
@@ -88,6 +93,7 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
             own = Variables({"student": student["params"]}, {"student": student["batch_stats"]})
             row[name] = evaluator(alone, own)["student"]
         counts[evaluator.name] = row
+    training_free = _add_training_free(recipe, counts, evaluators) if len(nets.teachers) > 1 else ""
     logits = _best_logits(finished, evaluators[-1]) if "best" in finished.students else None
     if logits is not None and logits.shape[1] >= TOP_FROM:
         counts["test"]["top5_best"] = int(top_correct(evaluators[-1].split.label, probabilities(logits)).sum())
@@ -96,7 +102,18 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
     as_given = frozenset(name for name, when in finished.when.items() if when == BEFORE)
     skipped, moving = {**finished.skipped_steps}, moving_parameters(recipe)
-    return Results(counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers)
+    return Results(counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers, training_free)
+
+
+def _add_training_free(recipe: Recipe, counts: dict[str, dict[str, int]], evaluators: Sequence[Evaluator]) -> str:
+    """Count what needs no training and is best on validation, the first of equal ones; its name. At the temperature
+    that steps begin with."""
+    tau = recipe.tau_schedule[0] if recipe.tau_schedule else recipe.tau
+    found = {evaluator.name: evaluator.training_free(tau) for evaluator in evaluators}
+    best = max(found["validation"], key=found["validation"].__getitem__)
+    for split, row in counts.items():
+        row["training_free"] = found[split][best]
+    return best
 
 
 def _best_logits(finished: Finished, evaluator: Evaluator) -> np.ndarray:
@@ -111,7 +128,7 @@ def moving_parameters(recipe: Recipe) -> dict[str, str]:
     moving = {"synergy": ended_with, "without_teachers": ended_with}
     moving |= {"base": ended_with} if recipe.base == "mixture" else {}
     if recipe.trains_teachers and not recipe.teachers_only:
-        moving |= dict.fromkeys([*_teachers(recipe), "average", "disagreement"], "last")
+        moving |= dict.fromkeys([*_teachers(recipe), "average", "training_free", "disagreement"], "last")
         moving.setdefault("base", "last")
     return moving
 
@@ -129,7 +146,7 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
 
     test, validation, count = results.counts["test"], results.counts["validation"], results.sizes["test"]
     titles = {name: f"{name} ({teacher.name})" for name, teacher in _teachers(recipe).items()} | _TITLES
-    titles["base"] = f"base ({recipe.base})"
+    titles |= {"base": f"base ({recipe.base})", "training_free": f"best training-free ({results.training_free})"}
     rows = [("name", "parameters", "correct", "test %", "95 % interval", "validation %")]
     inflated = False
     for name, title in titles.items():
@@ -137,7 +154,7 @@ def render(recipe: Recipe, results: Results, width: int = 100) -> str:
             continue
         low, high = binomtest(test[name], count).proportion_ci(method="wilson")
         share = validation[name] / results.sizes["validation"]
-        marked = _saw_validation(recipe, name)
+        marked = _saw_validation(recipe, results.training_free if name == "training_free" else name)
         inflated = inflated or marked
         rows.append(
             (
@@ -188,8 +205,9 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
         return f"{results.moving[name]} student, best A-epoch"
     if name in results.moving:
         return "as the A-Steps left them"
-    if name in ("average", "base"):
-        return "as above" if name == "average" else "the teachers'"
+    told = {"average": "as above", "training_free": "best on validation", "base": "the teachers'"}
+    if name in told:
+        return told[name]
     if teacher := _teachers(recipe).get(name):
         return "best epoch" if teacher.epochs else "as given"
     return "as given" if name in results.as_given else f"{name.removeprefix('control_')} epoch"
@@ -200,5 +218,6 @@ def _saw_validation(recipe: Recipe, name: str) -> bool:
     teachers = {name: teacher.saw_validation for name, teacher in _teachers(recipe).items()}
     student = recipe.model.student.saw_validation
     average = any(teachers.values())
-    base = average or (student and recipe.base == "mixture")
-    return (teachers | {"average": average, "synergy": average or student, "base": base}).get(name, student)
+    several = dict.fromkeys(("average", *TRAINING_FREE), average)
+    several |= {"synergy": average or student, "base": average or (student and recipe.base == "mixture")}
+    return (teachers | several).get(name, student)
