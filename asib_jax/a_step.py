@@ -115,6 +115,7 @@ def terms_of(recipe: Recipe) -> ATerms:
         label_smoothing=recipe.label_smoothing,
         min_cw=recipe.min_cw,
         data_aug=recipe.dataset.data_aug,
+        teacher_dropout=recipe.ib_mbm_teacher_dropout,
     )
 
 

@@ -282,6 +282,38 @@ def test_feature_kd_of_the_a_step_moves_the_code_and_not_the_query():
     )
 
 
+@pytest.mark.parametrize("classes", [(), ((0, 1, 2), (2, 3, 4))], ids=["all", "some"])
+def test_a_teacher_left_out_is_no_key_and_not_in_the_base(classes):
+    """The cross entropy of every example with the keys and the mixture of the teachers that it kept, by numpy; who that
+    is depends on the example alone. A class that one teacher knows keeps it. Nothing is left out at rate 0."""
+    rate, terms = 0.6, replace(A_TERMS, synergy_kd_alpha=0.0, kd_alpha=0.0, cccp_alpha=0.0, synergy_ce_alpha=1.0)
+    nets, variables = make(use_ib=False, base="mixture", classes=classes)
+    controls = a_controls()
+    keys = streams.branch(streams.per_example(controls["dropout_key"], BATCH["index"]), "teachers")
+    kept = np.array([jax.random.bernoulli(key, 1 - rate, (2,)) for key in keys])
+    assert {tuple(row) for row in kept} == {(False, False), (True, False), (False, True), (True, True)}
+    kept[~kept.any(axis=1)] = True
+    out = [
+        model.apply(variables.of(name), jnp.float32(BATCH["image"]), train=False)
+        for name, model in zip(("student", *nets.teacher_names), (nets.student, *nets.teachers))
+    ]
+    kv = np.stack([teacher.distill_feat for teacher in out[1:]], axis=1) * kept[..., None]
+    mu = nets.ib_mbm.apply({"params": variables.params["ib_mbm"]}, out[0].distill_feat, kv).mu
+    router = variables.params["synergy_head"]["router"]
+    pi = softmax(np.float64(mu) @ router["kernel"] + router["bias"])
+    p = softmax(np.stack([np.float64(teacher.logit) for teacher in out[1:]], axis=1))
+    speak = nets.known & kept[..., None]
+    speak = np.where(speak.any(axis=1, keepdims=True), speak, nets.known)
+    logits = head(nets, variables, mu) + np.log((pi[..., None] * p * speak).sum(axis=1))
+    expected = np.mean(cross_entropy(logits, BATCH["label"], 0.0))
+    for given, value in ((rate, expected), (0.0, None)):
+        loss, (_, metrics) = run_a(nets, variables, controls, replace(terms, teacher_dropout=given))
+        if value is None:
+            assert loss == run_a(nets, variables, controls, terms)[0] != expected
+        else:
+            np.testing.assert_allclose(metrics["ce"], value, rtol=1e-5)
+
+
 def test_a_student_that_is_no_target_cannot_reach_the_fusion_network():
     """Its logits broken, the gate shut: loss and gradient are bitwise those without KD towards the student."""
     nets, variables = make()

@@ -174,18 +174,20 @@ def classify(
     z: jax.Array,
     teacher_logits: jax.Array | None,
     dropout_keys: jax.Array | None = None,
+    kept: jax.Array | None = None,
 ) -> jax.Array:
     """Synergy logits [B, C] of a code z [B, d]: what the head adds to its base; -inf at classes that nobody knows.
 
     teacher_logits: [B, T, C], which get no gradient (SPEC 6); None: the base is uniform, as if there were no teachers.
-    dropout_keys: [B] keys, from which the head takes its own; None: no dropout.
+    dropout_keys: [B] keys, from which the head takes its own; None: no dropout. kept: [B, T], the teachers that are in
+    the base; None: all.
     """
     if dropout_keys is not None:
         dropout_keys = streams.branch(dropout_keys, "synergy_head")
     known = nets.known
     logs = None if teacher_logits is None else log_probabilities(teacher_logits, known)
     head = {"params": variables.params["synergy_head"]}
-    return nets.synergy_head.apply(head, z, logs, known, dropout_keys=dropout_keys)
+    return nets.synergy_head.apply(head, z, logs, known, kept, dropout_keys=dropout_keys)
 
 
 def base(nets: Networks, variables: Variables, z: jax.Array, teacher_logits: jax.Array) -> jax.Array:

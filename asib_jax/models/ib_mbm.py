@@ -10,7 +10,7 @@ import numpy as np
 
 from asib_jax.errors import UserError
 from asib_jax.models.layers import dropout, linear, symmetric_uniform
-from asib_jax.models.pools import Known, mixture, weighted_mean
+from asib_jax.models.pools import Known, mixture, remaining, weighted_mean
 
 FEATURE_NORMS = ("none", "l2")
 KEYS = ("feat", "feat_prob")
@@ -149,18 +149,21 @@ class SynergyHead(nn.Module):
         z: jax.Array,
         logs: jax.Array | None = None,
         known: np.ndarray | None = None,
+        kept: jax.Array | None = None,
         *,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """logs: [B, T, C] log-probabilities of the teachers over what each knows, see `pools.py`; None: the base is
         the uniform distribution. known: [T, C], who knows what: synergy is -inf where nobody does; None: all know all.
-        dropout_keys: [B] typed keys, one per example, so that a mask depends on no device; None: no dropout."""
+        kept: [B, T] of bool, the teachers that are in the base; None: all. dropout_keys: [B] typed keys, one per
+        example, so that a mask depends on no device; None: no dropout."""
         known = np.ones((self.num_teachers, self.num_classes), bool) if known is None else known
         nobody: np.ndarray = np.logical_not(known.any(axis=0))
         hidden = dropout(nn.relu(linear(z, self.dim, name="fc1")), self.dropout, dropout_keys)
         logits = linear(hidden, self.num_classes, name="fc2", zero=self.base != "none")
         if self.base != "none" and logs is not None:
-            logits += _masked(self.pool(z, logs, known), nobody, 0.0)
+            sharing = known if kept is None else remaining(known, kept)
+            logits += _masked(self.pool(z, logs, sharing), nobody, 0.0)
         if self.learnable_temperature:
             logits /= jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
         return _masked(logits, nobody, -jnp.inf)  # last: 0 * -inf in the gradient of t would be NaN

@@ -17,6 +17,22 @@ def log_probabilities(teacher_logits: jax.typing.ArrayLike, known: np.ndarray) -
     return jnp.where(known, jax.nn.log_softmax(jnp.where(known, logits, -jnp.inf)), -jnp.inf)
 
 
+def draw_kept(keys: jax.Array, count: int, rate: float) -> jax.Array:
+    """Which of so many teachers stay in each example, [B, T] of bool: each is left out with probability `rate`, by the
+    example's own of `keys` [B]. Where that would be all of them none is."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (count,)))(keys)
+    return kept | ~jnp.any(kept, axis=1, keepdims=True)
+
+
+def remaining(known: np.ndarray, kept: jax.Array) -> jax.Array:
+    """Who speaks of which class, [B, T, C], where `kept` [B, T] teachers do: known [T, C] without the others.
+
+    Of a class that only the others know all who know it speak: else a label's loss would be infinite.
+    """
+    left = known & kept[..., None]
+    return jnp.where(jnp.any(left, axis=1, keepdims=True), left, known)
+
+
 def weighted_mean(logs: jax.Array, known: Known, weights: jax.Array) -> jax.Array:
     """The mean of log-probabilities [B, T, C] with weights [B, T], of each class over the teachers that know it.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from asib_jax import streams
 from asib_jax.models.ensemble import Mode, Networks, Variables, classify, fuse, keys_and_values, query, run_student
 from asib_jax.models.ib_mbm import sample
+from asib_jax.models.pools import draw_kept
 from asib_jax.objectives import inputs, losses, targets
 
 
@@ -28,6 +29,7 @@ class ATerms:
     label_smoothing: float
     min_cw: float
     data_aug: int
+    teacher_dropout: float = 0.0  # the rate at which teachers are left out of examples
 
 
 def a_loss(
@@ -56,14 +58,14 @@ def a_loss(
     teachers, stats = inputs.teacher_outputs(nets, variables, controls, pixels, batch, teacher_modes, dropout_keys)
     student = batch["student"] if "student" in batch else run_student(nets, variables, pixels)
     asks = query(nets, variables, student.feat)
-    latent = fuse(nets, variables, asks, keys_and_values(nets, variables, teachers))
+    kv, kept = _some(keys_and_values(nets, variables, teachers), dropout_keys, terms.teacher_dropout)
+    latent = fuse(nets, variables, asks, kv)
     z, weight = latent.mu, jnp.ones(())
     if nets.ib_mbm.use_ib:
-        keys = streams.per_example(controls["noise_key"], batch["index"])
-        z = sample(latent, jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys))
+        z = sample(latent, _noise(streams.per_example(controls["noise_key"], batch["index"]), z.shape[1:]))
         certainty = losses.certainty_weight(latent.logvar, terms.min_cw, mean)
         weight = jnp.where(controls["certain"] > 0, certainty, 1.0)
-    logits = classify(nets, variables, z, teachers.logits, dropout_keys)
+    logits = classify(nets, variables, z, teachers.logits, dropout_keys, kept)
     student_logit = jnp.where(controls["open"] > 0, student.logit, 0.0)  # 0 * NaN would be NaN, in the gradient, too
     ce = losses.cross_entropy(logits, batch["label"], terms.label_smoothing)
     parts = {"ce": terms.synergy_ce_alpha * jnp.mean(weight * ce)}
@@ -90,6 +92,19 @@ def a_loss(
     if nets.ib_mbm.use_ib:
         metrics |= {"clipped": jnp.mean(latent.clipped), "certainty_sd": jnp.sqrt(mean((weight - 1) ** 2))}
     return loss, (stats, metrics)
+
+
+def _some(kv: jax.Array, keys: jax.Array, rate: float) -> tuple[jax.Array, jax.Array | None]:
+    """The teachers' kv [B, T, Dk], zero where one is left out of an example, and which are kept, [B, T]; None: all."""
+    if not rate:
+        return kv, None
+    kept = draw_kept(streams.branch(keys, "teachers"), kv.shape[1], rate)
+    return jnp.where(kept[..., None], kv, 0.0), kept
+
+
+def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal [B, *shape], by the keys [B]."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def cccp(logits: jax.Array, student_logits: jax.Array, alpha: float, tau: float) -> jax.Array:

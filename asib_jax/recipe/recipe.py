@@ -125,6 +125,9 @@ class Recipe(RunRecipe):
                                    when=FUSION)
     ib_mbm_kv: str = key("", "what the fusion network reads of a teacher: its feature, or its probabilities beside it; "
                          "empty: feat_prob where a teacher lacks classes, else feat", choices=("", *KEYS), when=FUSION)
+    ib_mbm_teacher_dropout: float = key(
+        0.0, "A-Step: probability that a teacher is left out of an example, its key zeroed and gone from the base; "
+        "never all, nor from a class all who know it", at_least=0, below=1, when=FUSION)
     synergy_base: str = key("", "what the synergy head's output is added to: nothing, the teachers' average or their "
                             "learnt mixture; empty: mixture where a teacher lacks classes, else avg",
                             choices=("", *BASES), when=FUSION)
