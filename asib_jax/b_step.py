@@ -127,6 +127,7 @@ def terms_of(recipe: Recipe) -> BTerms:
         kd_alpha=kd_alpha,
         kd_target=recipe.kd_target,
         kd_teacher_index=recipe.kd_teacher_index,
+        student_share=recipe.student_shares,
         kd_max_ratio=recipe.kd_max_ratio,
         feat_kd_alpha=recipe.feat_kd_alpha,
         label_smoothing=recipe.ce_label_smoothing,
@@ -152,8 +153,13 @@ def controls_of(recipe: Recipe, stage: int, progress: Progress, epoch: int) -> d
     tau = schedules.temperature(
         epoch, recipe.b_epochs[stage], tau=recipe.tau, schedule=recipe.tau_schedule, power=recipe.tau_decay_power
     )
-    view = schedules.view_of(recipe.b_epochs, stage, epoch, recipe.b_step_views)
+    view, shares = schedules.view_of(recipe.b_epochs, stage, epoch, recipe.b_step_views), {}
+    if recipe.student_shares:
+        number, total = sum(recipe.b_epochs[:stage]) + epoch, sum(recipe.b_epochs)
+        ends = {"start": recipe.kd_student_share, "end": recipe.kd_student_share_end}
+        shares = {"student_share": np.float32(schedules.student_share(number, total, **ends))}
     return {
+        **shares,
         "tau": np.float32(tau),
         "temperatures": temperatures(recipe, progress.temperatures),
         "gate": np.float32(gate),

@@ -400,6 +400,11 @@ FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # of the con
             {"teacher1.finetune_lr": 1e-3, "teacher2.early_stopping_min_delta": 0.1, "teacher2.label_smoothing": 0.1},
             ["teacher1.finetune_lr", "teacher2.early_stopping_min_delta"],
         ),
+        (
+            {"kd_alpha": 0.0, "ce_alpha": 1.0, "kd_student_share": 0.3, "kd_student_share_end": 0.1},
+            ["kd_student_share", "kd_student_share_end", *FUSION_KEYS],
+        ),
+        ({"student_epochs_per_stage": (1,), "kd_student_share_end": 0.1}, ["kd_student_share_end"]),
         ({"kd_teacher_index": 1}, ["kd_teacher_index"]),
         ({"kd_teacher_index": 1, "kd_target": "teacher"}, FUSION_KEYS),
         ({"kd_target": "avg", "kd_ens_alpha": 0.5}, ["kd_ens_alpha", *FUSION_KEYS]),

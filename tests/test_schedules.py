@@ -96,3 +96,11 @@ def test_kd_ramp_is_for_the_first_stage_only():
     ]
     assert schedules.kd_ramp(0, 1, 4) == (1.0, True)
     assert schedules.kd_ramp(0, 0, 0) == (1.0, True)
+
+
+@pytest.mark.parametrize(
+    "epoch, epochs, end, share",
+    [(0, 5, 0.1, 0.5), (1, 5, 0.1, 0.4), (4, 5, 0.1, 0.1), (3, 5, None, 0.5), (0, 1, 0.1, 0.5)],
+)
+def test_students_share_is_linear_over_the_run(epoch, epochs, end, share):
+    assert schedules.student_share(epoch, epochs, start=0.5, end=end) == pytest.approx(share, rel=1e-12)

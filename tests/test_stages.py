@@ -260,6 +260,30 @@ def test_target_of_an_epoch(whole, changes, synergy_acc, expected):
     assert b_step.target_name(recipe, controls) == expected
 
 
+@pytest.mark.parametrize(
+    "share, end, factor, wanted",
+    [
+        (0.5, None, 1, [0.5] * 5),
+        (0.4, 0.0, 1, [0.4, 0.3, 0.2, 0.1, 0.0]),
+        (0.0, 0.9, 2, [0.1 * n for n in range(10)]),
+        (0.0, None, 1, None),
+        (0.0, 0.0, 1, None),
+    ],
+)
+def test_students_share_goes_on_across_stages(whole, share, end, factor, wanted):
+    """Over the B-epochs of all stages, times `cccp_ns`, whatever came before; off, the step has no such argument."""
+    changes = {"kd_student_share": share, "kd_student_share_end": end, "student_epochs_per_stage": (2, 3)}
+    recipe = dataclasses.replace(whole.run.recipe, **changes, use_cccp=factor > 1, cccp_ns=factor)
+    controls = [
+        b_step.controls_of(recipe, stage, Progress(), epoch)
+        for stage, epochs in enumerate((2 * factor, 3 * factor))
+        for epoch in range(epochs)
+    ]
+    found = [epoch["student_share"] for epoch in controls if "student_share" in epoch]
+    np.testing.assert_allclose(found, [] if wanted is None else wanted, rtol=1e-6)
+    assert b_step.terms_of(recipe).student_share == (wanted is not None)
+
+
 def test_gate_needs_a_student_that_has_learnt_and_the_threshold(whole):
     """Shut before any measurement, before any B-epoch, and in the synergy-only epochs of the first stage (SPEC 4)."""
 

@@ -396,6 +396,8 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         "teacher": teachers[terms.kd_teacher_index],
         "synergy": (1 - share) * head(nets, variables, out["mu"]) + share * average,
     }[terms.kd_target]
+    if terms.student_share:
+        target = (1 - c["student_share"]) * target + c["student_share"] * out["student"]
     w = certainty(out["logvar"], terms.min_cw) if terms.uses_fusion and nets.ib_mbm.use_ib else np.ones(len(labels))
     disagree = {
         "": np.zeros(len(labels), bool),
@@ -436,6 +438,9 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         ({"kd_target": "weighted_conf"}, {"temperatures": np.array([3.0, 0.5])}, {}),
         ({"kd_target": "teacher", "kd_teacher_index": 1}, {}, {}),
         ({"kd_target": "teacher", "kd_teacher_index": 1}, {"temperatures": np.array([3.0, 0.5])}, {}),
+        ({"student_share": True}, {"student_share": 0.4, "average_share": 0.3}, {}),
+        ({"student_share": True, "kd_target": "teacher"}, {"student_share": 0.9}, {}),
+        ({"student_share": True, "kd_target": "avg"}, {"student_share": 0.0}, {}),
         ({"kd_max_ratio": 0.2}, {"ramp": 0.5, "ratio_on": 0.0}, {}),
         ({"kd_max_ratio": 0.2}, {}, {}),
         ({"kd_max_ratio": 50.0}, {}, {}),
@@ -466,6 +471,9 @@ def b_reference(nets, variables, controls, terms, batch=BATCH):
         "weighted_conf_temperatures",
         "teacher",
         "teacher_temperatures",
+        "student_share",
+        "student_share_and_teacher",
+        "student_share_of_none",
         "ramp",
         "ratio",
         "ratio_inactive",

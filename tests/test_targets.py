@@ -194,3 +194,23 @@ def test_a_broken_teacher_is_not_hidden():
     logits[0, 1, 3] = np.nan
     for name, target in found(logits, KNOWN["all"]).items():
         assert np.isnan(target[0]).any() == (name != "teacher") and np.isfinite(target[1:]).all(), name
+
+
+@pytest.mark.parametrize("which", KNOWN)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_students_share(share, which):
+    """At temperature 1 the gradient of KD is q - p, p proportional to t^(1 - s) q^s; without a share a student that is
+    not finite changes nothing."""
+    target = found(LOGITS, KNOWN[which])["avg"]
+    student = np.exp([log_softmax(own, np.ones(7, bool)) for own in STUDENT])
+    wanted = np.exp(target) ** (1 - share) * student**share
+    wanted /= wanted.sum(axis=1, keepdims=True)
+
+    def loss(logits):
+        return losses.kd(logits, targets.with_student(target, logits, jnp.float32(share)), 1.0).sum()
+
+    gradient = jax.grad(loss)(jnp.float32(STUDENT))
+    np.testing.assert_allclose(gradient, student - wanted, atol=2e-6)
+    assert np.all(targets.with_student(target, STUDENT, share)[~np.isfinite(target)] == -np.inf)
+    if not share:
+        np.testing.assert_array_equal(targets.with_student(target, STUDENT * np.nan, share), target)

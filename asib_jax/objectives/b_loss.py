@@ -35,6 +35,7 @@ class BTerms:
     kd_alpha: float = 0.0
     kd_target: str = "avg"
     kd_teacher_index: int = 0
+    student_share: bool = False  # whether controls["student_share"] acts
     kd_max_ratio: float = 0.0
     feat_kd_alpha: float = 0.0
     label_smoothing: float = 0.0
@@ -66,7 +67,7 @@ def b_loss(
 
     student: the name that the variables of `nets.student` have; only "student" can ask the fusion network.
     controls: tau, temperatures, gate (1: distil from synergy, 0: from the average), average_share (of `kd_ens_alpha`),
-    ramp, ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
+    student_share (where the terms say so), ramp, ratio_on, augment_key, mix_key, dropout_key, step (within the epoch).
     metrics: the parts that the loss is the sum of (`step.TERMS`), before the clamp; loss; acc; with KD also `kd_ratio`,
     the factor r, and `target_acc`, the target's accuracy. Nothing but the student's own outputs gets a gradient.
     """
@@ -122,9 +123,11 @@ def _target(
     if terms.kd_target == "synergy":
         fused = classify(nets, variables, latent.mu, teachers.logits)
         average = targets.average(teachers.logits, nets.known)
-        return targets.synergy(fused, average, controls["gate"], controls["average_share"])
-    target = targets.KD_TARGETS[terms.kd_target]
-    return target(teachers.logits, nets.known, controls["tau"], terms.kd_teacher_index, labels, logits)
+        target = targets.synergy(fused, average, controls["gate"], controls["average_share"])
+    else:
+        of_teachers = targets.KD_TARGETS[terms.kd_target]
+        target = of_teachers(teachers.logits, nets.known, controls["tau"], terms.kd_teacher_index, labels, logits)
+    return targets.with_student(target, logits, controls["student_share"]) if terms.student_share else target
 
 
 def _cross_entropy(

@@ -42,6 +42,13 @@ def kd_ramp(epoch: int, stage: int, warmup_epochs: int) -> tuple[float, bool]:
     return (epoch + 1) / warmup_epochs, False
 
 
+def student_share(epoch: int, epochs: int, *, start: float, end: float | None) -> float:
+    """Share of the student's own logits in what it learns from, in `epoch` of the `epochs` of all B-Steps of the run:
+    linear from `start` in the first to `end` in the last; None: `start` in all. A single epoch has `start`.
+    """
+    return start if end is None else start + (end - start) * epoch / max(epochs - 1, 1)
+
+
 def learning_rate(
     step: int,
     *,

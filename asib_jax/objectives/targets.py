@@ -132,3 +132,10 @@ def synergy(logits: jax.Array, average: jax.Array, gate: jax.Array, average_shar
     share = jnp.where(gate > 0, average_share, 1.0)
     mixed = (1 - share) * logits + share * average
     return jnp.where(share <= 0, logits, jnp.where(share < 1, mixed, average))
+
+
+def with_student(target: jax.Array, student_logits: jax.Array, share: jax.Array) -> jax.Array:
+    """(1 - share) target + share log-probabilities of the student, [B, C], share in [0, 1), without gradient:
+    interpolated distillation (Shing et al., 2025). Classes that the target leaves out stay out."""
+    own = jax.nn.log_softmax(jax.lax.stop_gradient(student_logits))
+    return jnp.where(share > 0, (1 - share) * target + share * own, target)

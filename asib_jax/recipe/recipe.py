@@ -68,6 +68,12 @@ class Recipe(RunRecipe):
     teacher_adapt_kd_warmup: int = key(
         0, "first epochs of every B-Step, in which there is that share", at_least=0,
         when=STUDENT & SYNERGY & When("`kd_ens_alpha`", lambda recipe: recipe.kd_ens_alpha > 0))
+    kd_student_share: float = key(0.0, "share of the student's own log-probabilities in every target, without gradient",
+                                  at_least=0, below=1, when=STUDENT & KD)
+    kd_student_share_end: float | None = key(
+        None, "that share in the last B-epoch of the run, linear from `kd_student_share` in the first; empty: constant",
+        at_least=0, below=1, when=STUDENT & KD & When(
+            "more than one B-epoch", lambda recipe: sum(recipe.b_epochs) > 1))
     tau: float = key(4.0, "distillation temperature, and that of CCCP", **TEMPERATURE, when=STUDENT & TEACHERS & When(
         "`use_cccp` if `tau_schedule`", lambda recipe: not recipe.tau_schedule or recipe.use_cccp))
     tau_schedule: tuple[float, ...] = key((2.0, 6.0), "temperature in the first and the last epoch of each step of "
@@ -212,6 +218,11 @@ class Recipe(RunRecipe):
     def reads_teachers_in_b(self) -> bool:
         """Whether the B-Step asks the teachers of anything."""
         return self.kd_alpha > 0 or self.feat_kd_alpha > 0
+
+    @property
+    def student_shares(self) -> bool:
+        """Whether the student's own logits have a share in what the B-Step distils."""
+        return self.kd_alpha > 0 and (self.kd_student_share > 0 or bool(self.kd_student_share_end))
 
     @property
     def mixes(self) -> bool:
