@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from asib_jax import streams
-from asib_jax.build import learning_rate, temperatures
+from asib_jax.build import temperatures
 from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import Mode, Networks
 from asib_jax.models.kd_model import stage_names
@@ -18,6 +18,7 @@ from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.optimizers import make_optimizer
 from asib_jax.objectives.step import Training
 from asib_jax.phases import Phase
+from asib_jax.rates import learning_rate
 from asib_jax.recipe import Recipe
 
 

@@ -2,22 +2,23 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asib_jax import models
-from asib_jax.data import sources, splits, statistics
+from asib_jax import copies, models
+from asib_jax.data import folds, overlap, sources, splits, statistics
 from asib_jax.data.parts import Data, Rows
+from asib_jax.data.sources import Split
 from asib_jax.engine import devices
 from asib_jax.engine.feed import Feed
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables, init_fusion, init_network
 from asib_jax.models.kd_model import KDModel
-from asib_jax.objectives import freezing, schedules
+from asib_jax.objectives import freezing
 from asib_jax.recipe import Recipe, told_by_data
 from asib_jax.weights.reading import Imported, read_weights
 
@@ -58,10 +59,11 @@ def load_data(recipe: Recipe) -> Data:
         )
         raise told from error
     own = dataset.validation
-    rows = divide(recipe, dataset.train.label, len(own.label) if own else 0, dataset.class_names)
+    digests = digests_of(recipe, dataset.train, own)
+    rows = divide(recipe, dataset.train.label, len(own.label) if own else 0, dataset.class_names, digests)
     train, teacher_train = dataset.train.take(rows.train), dataset.train.take(rows.teacher_train)
     validation = own or dataset.train.take(rows.validation)
-    return Data(train, teacher_train, validation, dataset.test, dataset.class_names, dataset.origin)
+    return Data(train, teacher_train, validation, dataset.test, dataset.class_names, dataset.origin, rows.sees)
 
 
 def complete(recipe: Recipe, data: Data) -> Recipe:
@@ -73,10 +75,24 @@ def complete(recipe: Recipe, data: Data) -> Recipe:
     )
 
 
-def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0, class_names: Sequence[str] = ()) -> Rows:
-    """The training split by its labels [N]. Raises UserError for too few images, and the errors of `splits`.
+def digests_of(recipe: Recipe, train: Split | None, own_validation: Split | None) -> np.ndarray | None:
+    """What `divide` takes, of the images where they are read; None where it does without."""
+    if train is None or not (recipe.folds or recipe.teacher_holdout):
+        return None
+    return np.concatenate([overlap.image_digests(part) for part in (train, own_validation) if part is not None])
 
-    own_validation: images of the data's own validation split, if it has one; they count from N on.
+
+def divide(
+    recipe: Recipe,
+    labels: np.ndarray,
+    own_validation: int = 0,
+    class_names: Sequence[str] = (),
+    digests: np.ndarray | None = None,
+) -> Rows:
+    """The training split by its labels [N]. Raises UserError for too few images; errors: of `splits` and `folds`.
+
+    own_validation: images of the data's own validation split, if it has one; they count from N on. digests: of the
+    images, these too, equal where they are; None: they are not known.
     """
     options = recipe.dataset
     if own_validation:
@@ -87,15 +103,26 @@ def divide(recipe: Recipe, labels: np.ndarray, own_validation: int = 0, class_na
         teacher_train, validation = np.arange(len(labels)), len(labels) + np.arange(own_validation)
     else:
         teacher_train, validation = splits.train_validation(labels, options.val_fraction, recipe.seed, class_names)
-    train = teacher_train
+    train, sees = teacher_train, None
+    if recipe.folds or recipe.teacher_holdout:
+        own = None if digests is None else digests[teacher_train]
+        sees = folds.sees(labels[teacher_train], own, recipe.folds, recipe.teacher_holdout, recipe.seed, class_names)
+        train = train[~sees[0]] if recipe.student_images == "holdout" else train
+        sees = sees if own is None else folds.without(sees, own, digests[validation])
     if options.train_subset and not recipe.teachers_only:
+        if options.train_subset > len(train) < len(teacher_train):
+            raise UserError(
+                f"dataset.train_subset={options.train_subset} is more than the {len(train)} images that "
+                f"teacher_holdout={recipe.teacher_holdout:g} leaves to student_images='holdout'"
+            )
         train = train[splits.stratified_subset(labels[train], options.train_subset, recipe.seed)]
-    if len(train) < options.batch_size:
+    fewest = min([len(train)] if sees is None else [len(train), *sees.sum(axis=1).tolist()])
+    if fewest < options.batch_size:
         raise UserError(
-            f"dataset.batch_size={options.batch_size} is larger than the {len(train)} images to train on; set "
-            f"--config.dataset.batch_size={len(train)} or fewer"
+            f"dataset.batch_size={options.batch_size} is larger than the {fewest} images to train on; set "
+            f"--config.dataset.batch_size={fewest} or fewer"
         )
-    return Rows(train, teacher_train, validation)
+    return Rows(train, teacher_train, validation, sees)
 
 
 def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = None) -> Networks:
@@ -134,8 +161,9 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
         )
         for teacher in recipe.teachers
     )
+    folds: dict[str, Any] = {"folds": recipe.folds, "deploys_all": recipe.teacher_deploy == "all"}
     if not recipe.uses_fusion:
-        return Networks(model, teachers)
+        return Networks(model, teachers, **folds)
     ib_mbm, head = models.build_ib_mbm_from_teachers(
         teachers,
         dim=recipe.ib_mbm_out_dim,
@@ -149,7 +177,7 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
         learnable_temperature=recipe.synergy_temp_learnable,
         base=recipe.base,
     )
-    networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature)
+    networks = Networks(model, teachers, ib_mbm, head, recipe.student_feature, **folds)
     if recipe.feat_kd_alpha and networks.query_dim != recipe.ib_mbm_out_dim:
         raise UserError(
             f"feature KD compares {recipe.student_feature} of width {networks.query_dim} with "
@@ -247,6 +275,7 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
             name: init_network(model, recipe.seed, name, image_shape)
             for name, model in zip(nets.teacher_names, nets.teachers, strict=True)
         }
+        teachers |= copies.of_teachers(nets, teachers)
         return Variables(
             own.params | {name: teacher["params"] for name, teacher in teachers.items()},
             own.batch_stats | {name: teacher["batch_stats"] for name, teacher in teachers.items()},
@@ -259,20 +288,3 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
 def temperatures(recipe: Recipe, found: Sequence[float] = ()) -> np.ndarray:
     """Of the teachers [T], float32: as they were found once these were ready, before that as they are given."""
     return np.array(found or [teacher.temperature for teacher in recipe.teachers], np.float32)
-
-
-def learning_rate(recipe: Recipe, base: float, images: int, epochs: int, warmup_epochs: int) -> Callable[[int], float]:
-    """The recipe's schedule from `base`, for an optimizer that sees `epochs` epochs of so many images over the run."""
-    schedule = recipe.schedule
-    return lambda step: schedules.learning_rate(
-        step,
-        base=base,
-        steps_per_epoch=images // recipe.dataset.batch_size,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        kind=schedule.type,
-        min_lr=schedule.min_lr,
-        step_size=schedule.step_size,
-        gamma=schedule.gamma,
-        milestones=schedule.milestones,
-    )

@@ -59,6 +59,7 @@ class Context:
             place=self.feed.place,
             cache=recipe.teacher_cache,
             narrow=True,
+            copy=self.data.copy_to_ask,
         )
         self.validation = self.evaluator("validation")
 

@@ -23,9 +23,11 @@ def measure(context: Context, variables: Variables) -> list[float]:
     """
     recipe, nets, train, validation = context.recipe, context.nets, context.data.train, context.validation
     count = min(len(train.label), _MOST)
-    part = train.take(np.linspace(0, len(train.label) - 1, count).round().astype(int))
+    rows = np.linspace(0, len(train.label) - 1, count).round().astype(int)
+    part, copy = train.take(rows), context.data.copy_to_ask
     cache = "" if recipe.trains_teachers else recipe.teacher_cache
-    bank = Bank(nets, part, context.feed, name="training images as they are", cache=cache)
+    own = None if copy is None else copy[rows]
+    bank = Bank(nets, part, context.feed, name="training images as they are", cache=cache, copy=own)
     (outputs,) = bank.read("teachers", variables)
     tau = recipe.tau_schedule[0] if recipe.tau_schedule else recipe.tau
     temperatures = []

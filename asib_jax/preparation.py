@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from asib_jax import build, teachers
+from asib_jax import a_step, b_step, build, teachers
 from asib_jax.build import Inputs
 from asib_jax.data.paths import expanded
-from asib_jax.engine import compiled, devices
+from asib_jax.engine import compiled, devices, views
+from asib_jax.engine.feed import tree_bytes
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.recipe import Recipe, checks, keys, read
@@ -79,8 +80,20 @@ def prepare(recipe: Recipe) -> Inputs:
     inputs = build.make_inputs(recipe)
     recipe = inputs.recipe
     checks.check_data(recipe, inputs.data.image_shape, inputs.data.num_classes)
-    check_weights(recipe, inputs.nets, build.variable_shapes(recipe, inputs.nets, inputs.data.image_shape))
+    shapes = build.variable_shapes(recipe, inputs.nets, inputs.data.image_shape)
+    check_weights(recipe, inputs.nets, shapes)
+    if recipe.folds and not recipe.teachers_only:
+        _check_room(inputs, shapes)
     return inputs
+
+
+def _check_room(inputs: Inputs, shapes: Variables) -> None:
+    """UserError where teachers have copies, whose outputs have to be stored, and there is no room for them."""
+    recipe, nets, train = inputs.recipe, inputs.nets, inputs.data.train
+    kinds = (a_step.phase, b_step.phase) if recipe.uses_fusion else (b_step.phase,)
+    stages, count = range(len(recipe.b_epochs)), len(train.label)
+    phases = [kind(recipe, nets, shapes.params, stage, count) for stage in stages for kind in kinds]
+    views.choose(phases, nets, count, tree_bytes(train), inputs.feed)
 
 
 def check_weights(recipe: Recipe, nets: Networks, shapes: Variables) -> None:
@@ -89,7 +102,9 @@ def check_weights(recipe: Recipe, nets: Networks, shapes: Variables) -> None:
     student = recipe.model.student
     if student.weights and not recipe.teachers_only and origins.cached(student.weights):
         build.read_student(recipe, nets.student, shapes.of("student"))
-    for k, (name, model) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
-        given = recipe.teachers[k].weights
-        if given and origins.cached(given) and not teacher_store.kept_folder(recipe, k):
-            teachers.given(recipe, k, model, shapes.of(name))
+    read: set[int] = set()
+    for copy in teacher_store.copies(recipe) if nets.teachers else ():
+        given = recipe.teachers[copy.k].weights
+        if copy.k not in read and given and origins.cached(given) and not teacher_store.kept_folder(recipe, *copy):
+            teachers.given(recipe, copy.k, nets.teachers[copy.k], shapes.of(copy.name))
+            read.add(copy.k)

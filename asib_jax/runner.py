@@ -126,11 +126,10 @@ class Running:
 
     def content(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of a snapshot, its arrays and values: how far the run has come, and what of its variables is nowhere else."""
-        arrays, values = self.progress.content()
+        (arrays, values), nets = self.progress.content(), self.context.nets
         arrays["opt_states"] = {**arrays["opt_states"], self.phase.optimizer: self.current.opt_state}
-        frozen = (
-            () if self.context.recipe.trains_teachers else set(self.context.nets.teacher_names) - {self.phase.network}
-        )
+        others = {*nets.teacher_names, *nets.backbone_names} - {self.phase.network}
+        frozen = set() if self.context.recipe.trains_teachers else others
         params, stats = overlay(self._others, self.current._asdict())  # not `whole`, whose teachers may be narrow
         own = {
             name: {child: leaves for child, leaves in branch.items() if child == "distill_adapter"}

@@ -8,26 +8,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asib_jax import streams
-from asib_jax.build import learning_rate
+from asib_jax import copies, streams
 from asib_jax.context import Context
 from asib_jax.data.parts import Data
 from asib_jax.engine import devices, hosts
 from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
-from asib_jax.models.ensemble import Mode, Networks, Variables, init_network
+from asib_jax.models.ensemble import Mode, Networks, Variables
 from asib_jax.models.kd_model import KDModel, stage_names
 from asib_jax.objectives import freezing
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.optimizers import make_optimizer
 from asib_jax.objectives.step import Training
 from asib_jax.phases import Phase
+from asib_jax.rates import learning_rate
 from asib_jax.recipe import Recipe
 from asib_jax.record.experiment import Record
 from asib_jax.record.snapshots import Snapshots
 from asib_jax.weights import checkpoint, origins, teacher_store
 from asib_jax.weights.reading import Imported, fit_variables, read_weights
-from asib_jax.weights.teacher_store import Place
+from asib_jax.weights.teacher_store import Copy, Place
 
 logger = logging.getLogger("asib_jax")
 
@@ -54,15 +54,15 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
     Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts, and for
     a teacher that is not what the run began with.
     """
-    found, places, train = {}, {}, _still_to_train(snapshots)
-    for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers, strict=False)):
-        model = nets.teachers[k]
-        start = init_network(model, recipe.seed, teacher_store.streams_name(recipe, k), data.image_shape)
-        place = _place(recipe, k, name, record)
+    found, places, train, rows = {}, {}, _still_to_train(snapshots), copies.rows_of(recipe, data.sees)
+    for copy in teacher_store.copies(recipe) if nets.teachers else ():
+        name, options, model = copy.name, recipe.teachers[copy.k], nets.teachers[copy.k]
+        start = copies.initial(recipe, nets, copy, data.image_shape)
+        place, seen = _place(recipe, copy, record), copies.taken(data.teacher_train, rows[name])
         if snapshots.resumed and f"kept/{name}" in record.metrics:
             place = teacher_store.moved(place, record.metrics[f"kept/{name}"])
-        hosts.same_everywhere({f"the SHA-256 of {name}.weights": place.key["teacher"]["weights"]})
-        kept = teacher_store.load(place, data.teacher_train) if options.epochs and name not in train else None
+        hosts.same_everywhere({f"the SHA-256 of {copy.teacher}.weights": place.key["teacher"]["weights"]})
+        kept = teacher_store.load(place, seen) if options.epochs and name not in train else None
         if kept is not None:
             found[name] = _fitted(kept, start, model, place.folder)
             _confirm(record, name, place)
@@ -75,7 +75,7 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
             )
         found[name] = start
         if options.weights:
-            found[name], fresh = given(recipe, k, model, start)
+            found[name], fresh = given(recipe, copy.k, model, start)
             logger.info(
                 "%s: %s from %s%s",
                 name,
@@ -85,6 +85,9 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
             )
         if options.epochs:
             places[name] = place
+    for k, name in enumerate(nets.teacher_names):
+        if name not in found:  # its copies share an adapter
+            found[name] = copies.adapter_alone(copies.initial(recipe, nets, Copy(k), data.image_shape))
     if not snapshots.resumed:
         snapshots.trained = train = list(places)
     return Collected(
@@ -103,16 +106,16 @@ def _still_to_train(snapshots: Snapshots) -> list[str]:
     return trained[trained.index(snapshots.ahead) :] if snapshots.ahead in trained else []
 
 
-def _place(recipe: Recipe, k: int, name: str, record: Record) -> Place:
-    """Where teacher `k` is kept. Its weights are downloaded for that, unless a kept teacher was made from them."""
-    given = recipe.teachers[k].weights
+def _place(recipe: Recipe, copy: Copy, record: Record) -> Place:
+    """Where a teacher is kept. Its weights are downloaded for that, unless a kept teacher was made from them."""
+    k, name, given = copy.k, copy.teacher, recipe.teachers[copy.k].weights
     if not given:
-        return teacher_store.place(recipe, k, "")
-    if origins.cached(given) is None and (found := teacher_store.find(recipe, k)):
+        return teacher_store.place(recipe, k, "", copy.fold)
+    if origins.cached(given) is None and (found := teacher_store.find(recipe, *copy)):
         return found
     digest = origins.digest(origins.locate(given, f"{name}.weights", recipe.teachers[k].weights_sha256))
     record.confirm(f"weights/{name}", digest, f"{name}.weights={given!r}")
-    return teacher_store.place(recipe, k, digest)
+    return teacher_store.place(recipe, k, digest, copy.fold)
 
 
 def _confirm(record: Record, name: str, place: Place) -> None:
@@ -198,14 +201,17 @@ def phase(
     images: int,
     axis_name: str | None = None,
     place: Place | None = None,
+    rows: np.ndarray | None = None,
 ) -> Phase:
-    """Supervised training of the teacher `name` with AdamW over so many images, never those of validation.
+    """Supervised training of a teacher or copy, by name, with AdamW over so many images, never those of validation.
 
     It ends at its best epoch on validation, early after `early_stopping_patience` epochs of which none was better by
-    `early_stopping_min_delta`. params: arrays or their shapes. place: where it is kept then.
+    `early_stopping_min_delta`. params: arrays or their shapes. place: where it is kept then. rows: of
+    them those that it sees; None: all.
     """
-    k = nets.teacher_names.index(name)
-    options, stream = recipe.teachers[k], teacher_store.streams_name(recipe, k)
+    (copy,) = (copy for copy in teacher_store.copies(recipe) if copy.name == name)
+    k, images = copy.k, images if rows is None else len(rows)
+    options, stream = recipe.teachers[k], teacher_store.streams_name(recipe, *copy)
 
     def controls(progress: Progress, epoch: int) -> dict[str, Any]:
         return {
@@ -218,11 +224,12 @@ def phase(
         epochs=options.epochs,
         network=name,
         nets=Networks(nets.teachers[k].clone(adapter_dim=0)),
-        training=make_training(recipe, nets, k, params, axis_name),
+        training=make_training(recipe, nets, k, params, axis_name, copy.fold),
         optimizer=name,
         controls=controls,
         rate=learning_rate(recipe, options.lr, images, options.epochs, options.warmup_epochs),
         split="teacher_train",
+        rows=rows,
         order=lambda epoch: streams.rng(recipe.seed, f"order/{stream}", epoch),
         score=name,
         best=name,
@@ -230,15 +237,22 @@ def phase(
         patience=options.early_stopping_patience,
         margin=options.early_stopping_min_delta,
         snapshot_at_end=True,
-        finish=functools.partial(_keep, k, name, place) if place else Phase.finish,
+        finish=functools.partial(_keep, k, name, place, rows) if place else Phase.finish,
     )
 
 
 def make_training(
-    recipe: Recipe, nets: Networks, k: int, params: dict[str, Any], axis_name: str | None = None
+    recipe: Recipe,
+    nets: Networks,
+    k: int,
+    params: dict[str, Any],
+    axis_name: str | None = None,
+    fold: int | None = None,
 ) -> Training:
-    """What the training of teacher `k` (from 0) trains, by which loss and optimizer: a student of labels alone."""
-    options, model, teacher = recipe.teachers[k], nets.teachers[k], nets.teacher_names[k]
+    """What the training of teacher `k` (from 0), or its copy without that fold, trains, by which loss and optimizer: a
+    student of labels alone."""
+    options, model, teacher = recipe.teachers[k], nets.teachers[k], Copy(k, fold).name
+    model = model if fold is None else model.clone(adapter_dim=0)
     names, level = stage_names(model), options.finetune_freeze_level if options.weights else -1
     mode = Mode(train=True, frozen_stages=freezing.frozen_stages(level, len(names), "finetune_freeze_level"))
     mask = freezing.trainable(params[teacher], names, level)
@@ -254,9 +268,11 @@ def make_training(
     return Training(loss, {teacher: mask}, (teacher,), tx)
 
 
-def _keep(k: int, name: str, place: Place, context: Context, variables: Variables, progress: Progress) -> Variables:
+def _keep(
+    k: int, name: str, place: Place, rows: np.ndarray | None, context: Context, variables: Variables, progress: Progress
+) -> Variables:
     """All variables, once the trained teacher is kept, or with the one that another run has kept meanwhile."""
-    recipe, split, best = context.recipe, context.data.teacher_train, progress.best[name]
+    recipe, split, best = context.recipe, copies.taken(context.data.teacher_train, rows), progress.best[name]
     own, options = of_network(best.held, name), recipe.teachers[k]
     measured: dict[str, Any] = {"validation_accuracy": best.score, "when": best.when}
     if not teacher_store.save(place, options.weights, own, split, measured):

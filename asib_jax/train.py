@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from asib_jax import a_step, b_step, build, memorisation, preparation, runner, teachers
+from asib_jax import a_step, b_step, build, copies, memorisation, preparation, runner, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
 from asib_jax.data.sources import Split
@@ -41,15 +42,17 @@ def phases_of(
     images: Mapping[str, int],
     train: Mapping[str, Any],
     calibrate: bool = False,
+    rows: Mapping[str, np.ndarray | None] | None = None,
 ) -> list[Phase]:
     """Everything that is trained, in order.
 
     params: of every network, arrays or their shapes; images: of each split; train: the teachers to be trained here, and
-    where each is kept then (None where that does not matter); calibrate: whether the student's statistics fit nothing.
+    where each is kept then (None where that does not matter); calibrate: whether the student's statistics fit nothing;
+    rows: of `copies.rows_of`.
     """
     axis, count = nets.student.axis_name, images["train"]
     found = [
-        teachers.phase(recipe, nets, name, params, images["teacher_train"], axis, place)
+        teachers.phase(recipe, nets, name, params, images["teacher_train"], axis, place, (rows or {}).get(name))
         for name, place in train.items()
     ]
     if recipe.teachers_only:
@@ -227,6 +230,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
             if isinstance(split, Split)
         }
     )  # some of the images
+    hosts.same_everywhere({"what each copy of a teacher sees": data.sees})
     hosts.same_everywhere({"what the data tell": told_by_data.values_of(recipe)})  # of all of them
     reporting.describe(recipe, data, context.feed.devices)
     reporting.describe_told(recipe, given, data)
@@ -250,6 +254,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
         images,
         {name: collected.places[name] for name in collected.train},
         calibrate=recipe.uses_fusion and (not weights or bool(random_stem)),
+        rows=copies.rows_of(recipe, data.sees),
     )
     return jax.device_get(variables), todo
 

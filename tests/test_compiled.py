@@ -46,7 +46,7 @@ def test_steps_get_their_share_and_reduce_to_one_result(count):
     x = np.arange(8.0, dtype=np.float32)
     resident = devices_.spread({"x": x}, devices)
     for rows in (np.arange(8), np.arange(8)[::-1]):
-        state, metrics = compiled(state, np.float32(0.5), {}, resident, {}, np.int32(rows)[None], {})
+        state, metrics = compiled(state, np.float32(0.5), {}, resident, {}, np.int32(rows)[None], {}).tree
     np.testing.assert_array_equal(state["w"], [1, 2, 3])
     np.testing.assert_array_equal(source["w"], [0, 1, 2])
     assert first["w"].is_deleted() and not source["w"].is_deleted()

@@ -57,7 +57,7 @@ def test_images_are_those_of_a_run(digits):
 def test_images_of_published_data_sets(name, profile, images):
     recipe = recipes.read(importlib.import_module(f"configs.{name}").get_config(profile))
     sizes = sources.sizes(recipe.dataset.name)
-    assert (*map(len, build.divide(recipe, sizes.labels)), sizes.test) == images
+    assert (*map(len, build.divide(recipe, sizes.labels)[:3]), sizes.test) == images
 
 
 def test_too_few_images_for_a_batch():

@@ -119,7 +119,13 @@ def test_only_weights_of_the_given_digest_are_read(saved, tmp_path, read):
         else:
             changed = dataclasses.replace(settings, teachers=(dataclasses.replace(first, **given), second))
             record = Record.create(tmp_path / "results", "l1_ib", "", {"seed": 0})
-            teachers.collect(changed, nets, SimpleNamespace(image_shape=SHAPE), record, Snapshots(record))
+            teachers.collect(
+                changed,
+                nets,
+                SimpleNamespace(image_shape=SHAPE, sees=None, teacher_train=None),
+                record,
+                Snapshots(record),
+            )
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json"])

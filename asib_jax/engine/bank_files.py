@@ -17,10 +17,21 @@ from asib_jax.models.ensemble import Networks, TeacherOutputs, Variables
 
 
 def paths(
-    folder: str, nets: Networks, teachers: Variables, split: Split, data_aug: int, keys: Sequence[jax.Array]
+    folder: str,
+    nets: Networks,
+    teachers: Variables,
+    split: Split,
+    data_aug: int,
+    keys: Sequence[jax.Array],
+    rows: np.ndarray | None = None,
 ) -> list[pathlib.Path]:
-    """The file in `folder` of the outputs under each augmentation key: networks, weights, images and view name it."""
+    """The file in `folder` of the outputs under each augmentation key: networks, weights, images and view name it.
+
+    rows: of the split that were read; None: all.
+    """
     common = _digest(nets, teachers, split, data_aug)
+    if rows is not None:
+        common.update(b"rows" + rows.astype(np.int64).tobytes())
     return [pathlib.Path(folder).expanduser() / f"{_of_view(common, key)}.npz" for key in keys]
 
 

@@ -25,6 +25,7 @@ from asib_jax.models.ensemble import (
     StudentOutputs,
     TeacherOutputs,
     Variables,
+    of_copies,
     run_student,
     run_teachers,
     with_narrow_teachers,
@@ -45,7 +46,8 @@ class Bank:
     name: of the split, in words. key: of a view's augmentation by the policy `data_aug`. place: where examples wait.
     cache: a folder that keeps the teachers' outputs between runs; "": none. narrow: of networks that compute in 16 bits
     logits are held in 16 bits, too: in float16, whose rounding moves a target eight times less than bfloat16's.
-    every_copy: teachers' outputs are a tuple, of each of their copies one, as evaluation reads them.
+    copy: which copy of the teachers is asked of each image, [N], where they have several (SPEC 13). every_copy: all are
+    asked of every image, as evaluation does it, and the outputs are a tuple, of each copy one.
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class Bank:
         place: Callable[..., Examples] = on_host,
         cache: str = "",
         narrow: bool = False,
+        copy: np.ndarray | None = None,
         every_copy: bool = False,
     ):
         self.nets, self.split, self.name = nets, split, name
         self._feed, self._key, self._data_aug, self._place, self._cache = feed, key, data_aug, place, cache
         self._narrow = narrow and jnp.dtype(nets.student.dtype).itemsize == 2
-        self._every_copy = every_copy
+        self._copy, self._every_copy = copy, every_copy
         self._held: dict[tuple[str, View], Examples] = {}
 
     def read(self, who: str, variables: Variables, views: Sequence[View] = (PLAIN,)) -> list[Any]:
@@ -75,12 +78,11 @@ class Bank:
         UserError for a file of the cache that cannot be read.
         """
         self.forget(who)
-        names = self.nets.teacher_names if who == "teachers" else ("student",)
-        own = variables.only(names)
         keys = [self._key(view) for view in views]
-        outputs = list(self._cached(own, keys) if who == "teachers" and self._cache else self._run(who, own, keys))
-        if who == "teachers" and self._every_copy:
-            outputs = [(found,) for found in outputs]
+        if who == "student":
+            outputs = list(self._run(who, variables.only(("student",)), keys, None))
+        else:
+            outputs = self._read_teachers(variables, keys)
         held = _narrowed(outputs) if self._narrow else outputs
         self._held |= {(who, view): self._place(**{who: found}) for view, found in zip(views, held, strict=True)}
         return outputs
@@ -93,9 +95,23 @@ class Bank:
         """What is held; None: nothing, the network is to be run."""
         return self._held.get((who, view))
 
-    def _cached(self, teachers: Variables, keys: list[jax.Array]) -> list[TeacherOutputs]:
+    def _read_teachers(self, variables: Variables, keys: list[jax.Array]) -> list[Any]:
+        """What every copy says of all rows, or, put together, each of the rows that are its own."""
+        copies = of_copies(self.nets, variables, deployed=self._every_copy)
+        several = len(copies) > 1 and not self._every_copy
+        if several and self._copy is None:
+            raise ValueError(f"which of {len(copies)} copies of the teachers is asked of which of {self.name}?")
+        parts = [np.flatnonzero(self._copy == number) if several else None for number in range(len(copies))]
+        asked = [(copy, rows) for copy, rows in zip(copies, parts) if rows is None or len(rows)]
+        read = self._cached if self._cache else functools.partial(self._run, "teachers")
+        found = zip(*(list(read(copy, keys, rows)) for copy, rows in asked), strict=True)  # by view
+        if self._every_copy:
+            return list(found)
+        return [_by_row(outputs, [rows for _, rows in asked]) if several else outputs[0] for outputs in found]
+
+    def _cached(self, teachers: Variables, keys: list[jax.Array], rows: np.ndarray | None) -> list[TeacherOutputs]:
         """From the cache where all hosts see a file there; the first host stores what is computed."""
-        paths = bank_files.paths(self._cache, self.nets, teachers, self.split, self._data_aug, keys)
+        paths = bank_files.paths(self._cache, self.nets, teachers, self.split, self._data_aug, keys, rows)
         stored = hosts.everywhere([path.exists() for path in paths])
         views = [bank_files.load(path, self.nets) if there else None for path, there in zip(paths, stored, strict=True)]
         missing = [place for place, view in enumerate(views) if view is None]
@@ -108,23 +124,27 @@ class Bank:
                 self._cache,
             )
         for place, view in zip(
-            missing, self._run("teachers", teachers, [keys[place] for place in missing]), strict=True
+            missing, self._run("teachers", teachers, [keys[place] for place in missing], rows), strict=True
         ):
             views[place] = view
             if hosts.is_first():
                 bank_files.store(paths[place], self.nets, view)
         return views
 
-    def _run(self, who: str, variables: Variables, keys: list[jax.Array]) -> Iterator[Any]:
-        """What the networks say under each augmentation key."""
+    def _run(self, who: str, variables: Variables, keys: list[jax.Array], chosen: np.ndarray | None) -> Iterator[Any]:
+        """What the networks say of the chosen rows (None: of all) under each augmentation key."""
+        size = len(self.split.label)
+        count = size if chosen is None else len(chosen)
         if who == "teachers" and keys:
-            logger.info("teachers on %s: %d images, %d view(s)", self.name, len(self.split.label), len(keys))
+            logger.info("teachers on %s: %d images, %d view(s)", self.name, count, len(keys))
         step = _reader(self.nets, who, self._data_aug, self._feed)
         if who == "teachers":
             variables = with_narrow_teachers(self.nets, variables)
         variables = devices.share(variables, self._feed.devices)
         images = on_host(image=self.split.image, index=self.split.index)  # one shape and one program for all splits
-        rows = evaluation_rows(len(self.split.label), self._feed.eval_batch_size)
+        rows = evaluation_rows(count, self._feed.eval_batch_size)
+        if chosen is not None:
+            rows = np.append(chosen, size)[np.minimum(rows, count)]  # the last stands for no example
         told = time.monotonic()
         for place, key in enumerate(keys):
             if time.monotonic() - told > _QUIET:
@@ -137,11 +157,14 @@ class Bank:
                 pending = [step.run((), variables, {"augment_key": key}, call, {})[1]]
             found += jax.device_get(pending)
             yield jax.tree.map(
-                lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])[
-                    : len(self.split.label)
-                ],
-                *found,
+                lambda *leaves: np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves])[:count], *found
             )
+
+
+def _by_row(outputs: Sequence[Outputs], parts: Sequence[np.ndarray]) -> Outputs:
+    """The outputs of each copy on its own part of the rows, in the order of the rows."""
+    order = np.argsort(np.concatenate(parts))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *outputs)
 
 
 def _narrowed(outputs: list[Outputs]) -> list[Outputs]:

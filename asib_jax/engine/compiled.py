@@ -33,6 +33,22 @@ class Call(NamedTuple):
     rows: np.ndarray
 
 
+@jax.tree_util.register_pytree_node_class
+class Unnamed:
+    """A tree as a program returns it, which else holds the names within: one compiled for networks of other names would
+    not be found where compiled programs are kept."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return jax.tree.flatten(self.tree)
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Any) -> "Unnamed":
+        return cls(jax.tree.unflatten(structure, leaves))
+
+
 class Steps(NamedTuple):
     """A compiled step of which one call does one or `at_once`: two programs, of which each is as short as it can be."""
 
@@ -41,11 +57,11 @@ class Steps(NamedTuple):
 
     def run(self, carry: Any, fixed: Any, controls: dict, call: Call, each: dict) -> tuple[Any, Any]:
         """The carry and the steps' outputs, [S, ...] leaves. each: controls that differ between steps, [S]."""
-        return self.compiled(carry, fixed, controls, call.resident, call.streamed, call.rows, each)
+        return self.compiled(carry, fixed, controls, call.resident, call.streamed, call.rows, each).tree
 
 
 def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry: bool = False) -> Callable:
-    """Compile `call(carry, fixed, controls, resident, streamed, rows, each) -> (carry, outputs)`.
+    """Compile `call(carry, fixed, controls, resident, streamed, rows, each) -> Unnamed((carry, outputs))`.
 
     step: `(carry, fixed, controls, batch) -> (carry, outputs)`, made with `axis_name(devices)`; on several devices its
     results are equal on all. rows: [S, B], row i of which is the batch's "row" in step i; resident: examples as
@@ -62,15 +78,16 @@ def compile_steps(step: Callable, devices: Sequence[jax.Device], *, donate_carry
             if len(rows) == 1:
                 batch, own = jax.tree.map(lambda x: x[0], (batches, each))
                 carry, outputs = step(carry, fixed, {**controls, **own}, batch)
-                return carry, jax.tree.map(lambda x: x[None], outputs)
-            return jax.lax.scan(lambda carry, x: step(carry, fixed, {**controls, **x[1]}, x[0]), carry, (batches, each))
+                return Unnamed((carry, jax.tree.map(lambda x: x[None], outputs)))
+            return Unnamed(
+                jax.lax.scan(lambda carry, x: step(carry, fixed, {**controls, **x[1]}, x[0]), carry, (batches, each))
+            )
 
     donate = (0,) if donate_carry else ()
+    axes = (None, None, None, 0, 0, None, None)
     if axis is None:
         return jax.jit(call, donate_argnums=donate)
-    return jax.pmap(
-        call, axis, in_axes=(None, None, None, 0, 0, None, None), out_axes=None, donate_argnums=donate, devices=devices
-    )
+    return jax.pmap(call, axis, in_axes=axes, out_axes=None, donate_argnums=donate, devices=devices)
 
 
 def _take(x: jax.Array, rows: jax.Array, axis: str | None) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from asib_jax.engine.banks import View
 from asib_jax.engine.feed import GIB, Feed
+from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Networks
 
 
@@ -36,7 +37,7 @@ class Stored(NamedTuple):
 def choose(phases: Sequence[Reads], nets: Networks, images: int, image_bytes: int, feed: Feed) -> Stored:
     """As many views as fit beside the training images, those of most epochs first.
 
-    images: of the training split; image_bytes: in all.
+    images: of the training split; image_bytes: in all. Raises UserError where teachers have copies and not all fit.
     """
     room = feed.room - (image_bytes if image_bytes <= feed.room else 0)
     each = bytes_each(nets)
@@ -46,6 +47,15 @@ def choose(phases: Sequence[Reads], nets: Networks, images: int, image_bytes: in
     for view in wanted:
         if images * _bytes(phases, {*stored, view}, each) <= room:
             stored.add(view)
+    if nets.folds and len(stored) < len(wanted):
+        needed = images * _bytes(phases, wanted, each)
+        lacks, count = (needed - room) / GIB, len(feed.devices)
+        raise UserError(
+            f"teacher_folds={nets.folds} needs the teachers' outputs on all {len(wanted)} views stored, "
+            f"{needed / GIB:.3g} GiB, {lacks:.3g} more than device_data_gb={feed.room_gb:g} leaves on {count} "
+            f"device(s) beside the images: set --config.device_data_gb={feed.room_gb + 1.05 * lacks / count:.3g}, "
+            "fewer a_step_views or b_step_views, or dataset.train_subset"
+        )
     lines = list(dict.fromkeys(phase.runs_networks for phase in phases if phase.runs_networks))
     if len(stored) < len(wanted):
         lines.insert(

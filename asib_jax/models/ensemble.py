@@ -51,6 +51,9 @@ class Networks:
     """The networks of a run. Without a fusion network `ib_mbm` and `synergy_head` are None.
 
     student_feature: "distill_feat" or "feat_2d", the query and what feature KD matches.
+    folds: how many copies stand for each teacher, "teacher1_fold1", ..., each trained without one fold of the images
+    (SPEC 13); under "teacher1" is then what they share, its adapter; 0: there are none. deploys_all: under "teacher1"
+    is one more network, trained on all images, which is what is measured.
     """
 
     student: KDModel
@@ -58,10 +61,18 @@ class Networks:
     ib_mbm: IB_MBM | None = None
     synergy_head: SynergyHead | None = None
     student_feature: str = "feat_2d"
+    folds: int = 0
+    deploys_all: bool = False
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
         return tuple(f"teacher{k}" for k in range(1, len(self.teachers) + 1))
+
+    @property
+    def backbone_names(self) -> tuple[str, ...]:
+        """The variables that hold teachers' backbones: of every copy, or the teachers themselves."""
+        copies = [fold_name(name, fold) for name in self.teacher_names for fold in range(self.folds)]
+        return (*copies, *self.teacher_names) if self.deploys_all or not self.folds else tuple(copies)
 
     @property
     def known(self) -> np.ndarray:
@@ -82,6 +93,34 @@ def with_narrow_teachers(nets: Networks, variables: Variables) -> Variables:
         for name, model in zip(nets.teacher_names, nets.teachers, strict=True)
     }
     return variables._replace(params=variables.params | narrow)
+
+
+def fold_name(teacher: str, fold: int) -> str:
+    """What the variables are called of the copy that does without a fold (from 0)."""
+    return f"{teacher}_fold{fold + 1}"
+
+
+def of_copies(nets: Networks, variables: Variables, deployed: bool) -> tuple[Variables, ...]:
+    """The teachers' variables, under their own names, as each copy has them; `variables` alone where there are none.
+
+    deployed: as they are measured, else as they are read on training images.
+    """
+    if not nets.folds or (deployed and nets.deploys_all):
+        return (variables.only(nets.teacher_names),)
+    return tuple(
+        Variables(
+            {
+                name: variables.params[fold_name(name, fold)] | _adapter(variables.params[name])
+                for name in nets.teacher_names
+            },
+            {name: variables.batch_stats.get(fold_name(name, fold), {}) for name in nets.teacher_names},
+        )
+        for fold in range(nets.folds)
+    )
+
+
+def _adapter(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {child: leaves for child, leaves in params.items() if child == "distill_adapter"}
 
 
 class TeacherOutputs(NamedTuple):

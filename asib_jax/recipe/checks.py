@@ -7,7 +7,7 @@ from pathlib import Path
 from asib_jax import models
 from asib_jax.errors import UserError
 from asib_jax.objectives import freezing, losses
-from asib_jax.recipe import keys, ranges, told_by_data
+from asib_jax.recipe import fold_checks, keys, ranges, told_by_data
 from asib_jax.recipe.groups import StudentRecipe, TeacherRecipe
 from asib_jax.recipe.recipe import Recipe
 
@@ -30,6 +30,7 @@ def check(recipe: Recipe) -> None:
         _check_teachers(recipe)
     if recipe.uses_fusion:
         _check_fusion(recipe)
+    fold_checks.check(recipe)
 
 
 def check_data(recipe: Recipe, image_shape: tuple[int, ...], num_classes: int) -> None:

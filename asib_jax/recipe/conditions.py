@@ -5,6 +5,8 @@ from asib_jax.recipe.keys import When
 STUDENT = When("a student", lambda recipe: not recipe.teachers_only)
 TEACHERS = When("teachers", lambda recipe: recipe.uses_teachers)
 FUSION = When("fusion", lambda recipe: recipe.uses_fusion)
+FOLDS = TEACHERS & When("`teacher_folds`", lambda recipe: recipe.teacher_folds > 0)
+HOLDOUT = When("`teacher_holdout`", lambda recipe: recipe.teacher_holdout > 0)
 KD = When("`kd_alpha`", lambda recipe: recipe.kd_alpha > 0)
 SYNERGY = When("`kd_target='synergy'`", lambda recipe: recipe.kd_target == "synergy")
 ADAPTERS = When("fusion, `use_distillation_adapter`", lambda recipe: recipe.uses_adapters)

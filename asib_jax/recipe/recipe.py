@@ -13,7 +13,9 @@ from asib_jax.recipe.conditions import (
     BOTTLENECK,
     CCCP,
     DISAGREEMENT,
+    FOLDS,
     FUSION,
+    HOLDOUT,
     IB_BETA,
     KD,
     LAMBDAS_DIFFER,
@@ -38,6 +40,17 @@ class Recipe(RunRecipe):
     model: ModelRecipe = key(ModelRecipe(), "what is distilled into", when=STUDENT)
     teachers: tuple[TeacherRecipe, ...] = key((TeacherRecipe(name="convnext_l"), TeacherRecipe(name="resnet152")),
                                               "what is distilled from", when=TEACHERS)
+    teacher_folds: int = key(0, "K: every teacher is trained or fine-tuned K times, each time without one of K "
+                             "stratified folds of its images; A- and B-Step ask of an image the copy that did not see "
+                             "it (models.md); 0: once, on all", at_least=0, at_most=100, when=TEACHERS)
+    teacher_holdout: float = key(0.0, "share of their images, stratified, that teachers are trained without",
+                                 at_least=0, below=1, when=When("teachers or `student_images='holdout'`", lambda recipe:
+                                                    recipe.uses_teachers or recipe.student_images == "holdout"))
+    teacher_deploy: str = key("copies", "under `teacher_folds` what is asked on validation and test: the mean of "
+                              "the copies' log-probabilities, or one more teacher, trained on all images",
+                              choices=("copies", "all"), when=FOLDS)
+    student_images: str = key("all", "what A- and B-Step train on: all images, or those that teachers are trained "
+                              "without", choices=("all", "holdout"), when=STUDENT & HOLDOUT)
     a_step_views: int = key(4, "V > 0: the A-Step sees V fixed augmented views of every training image, which frozen "
                             "networks read once: much faster, less varied; 0: a new view every epoch", at_least=0,
                             when=FUSION)
@@ -213,6 +226,11 @@ class Recipe(RunRecipe):
     def trains_teachers(self) -> bool:
         """Whether A-Steps train the teachers."""
         return self.uses_fusion and self.use_teacher_finetuning
+
+    @property
+    def folds(self) -> int:
+        """How many copies each teacher has; 0: none."""
+        return self.teacher_folds if self.uses_teachers else 0
 
     @property
     def reads_teachers_in_b(self) -> bool:

@@ -72,7 +72,7 @@ def save(record: Record, recipe: Recipe, nets: Networks, finished: Finished) -> 
     """Everything trained or drawn at random here, in the checkpoint `final`; imported backbones by digest alone."""
     variables = jax.device_get(finished.variables)
     trained = {name: variables.of(name) for name in variables.params}
-    for name, options in zip(nets.teacher_names, recipe.teachers):
+    for name, options in zip(nets.teacher_names, recipe.teachers):  # copies are trained here, all of them
         if not changed_here(recipe, options):
             adapter = {child: leaves for child, leaves in variables.params[name].items() if child == "distill_adapter"}
             trained[name] = {"params": adapter, "batch_stats": {}}
@@ -137,10 +137,12 @@ def load(folder: pathlib.Path, recipe: Recipe, nets: Networks, image_shape: tupl
         backbone, _ = read_weights(options.weights, key, model, random, sha256=options.weights_sha256)
         params[name], stats[name] = backbone["params"], backbone["batch_stats"]
     for name, variables in stored["variables"].items():
-        params[name] = {**params.get(name, {}), **variables["params"]}
+        params[name] = {**params.get(name, {}), **variables.get("params", {})}
         if variables.get("batch_stats"):
             stats[name] = variables["batch_stats"]
-    for name in {"student", *nets.teacher_names} & params.keys() - stats.keys():
+    for name in (*nets.teacher_names, *nets.backbone_names):  # a checkpoint keeps nothing empty
+        params.setdefault(name, {})
+    for name in params.keys() - {"ib_mbm", "synergy_head"} - stats.keys():
         stats[name] = {}  # a network without BatchNorm
     distilled, skipped = (collections.Counter(_logged(metrics, f"{name}_steps")) for name in ("distilled", "skipped"))
     if wrong := [

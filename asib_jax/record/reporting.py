@@ -175,6 +175,7 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
         f" on {jax.process_count()} hosts" if jax.process_count() > 1 else "",
         recipe.compute_dtype,
     )
+    _describe_copies(recipe, data)
     if recipe.teachers_only:
         return
     logger.info(
@@ -199,6 +200,27 @@ def describe(recipe: Recipe, data: Data, devices: Sequence[jax.Device]) -> None:
     )
     levels = recipe.student_freeze_level if recipe.use_partial_freeze else "off"
     logger.info("PPF: student freeze level %s, freeze_bn %s", levels, recipe.student_freeze_bn)
+
+
+def _describe_copies(recipe: Recipe, data: Data) -> None:
+    """What teachers that do not see all images see."""
+    if data.sees is None:
+        return
+    sizes, whole = data.sees.sum(axis=1), data.sees.shape[1]
+    if twice := int((~data.sees.any(axis=0)).sum()) if recipe.folds else 0:
+        logger.info("teacher_folds: %d training images that validation has, too, are seen by no copy", twice)
+    if recipe.folds:
+        asked = "the copies together" if recipe.teacher_deploy == "copies" else "one more, trained on all,"
+        logger.info(
+            "teacher_folds: each teacher is trained %d times, on %d to %d of %d images; of a training image the copy "
+            "that did not see it is asked, of validation and test images %s",
+            *(recipe.folds, sizes.min(), sizes.max(), whole, asked),
+        )
+    else:
+        logger.info(
+            "teacher_holdout: teachers are trained on %d of %d images; A- and B-Step train on %s",
+            *(sizes[0], whole, "the others" if recipe.student_images == "holdout" else "all"),
+        )
 
 
 def describe_told(recipe: Recipe, given: Recipe, data: Data) -> None:

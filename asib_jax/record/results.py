@@ -209,6 +209,8 @@ def _parameters(recipe: Recipe, results: Results, name: str) -> str:
     if name in told:
         return told[name]
     if teacher := _teachers(recipe).get(name):
+        if recipe.folds and recipe.teacher_deploy == "copies":
+            return f"{recipe.folds} copies, best epochs"
         return "best epoch" if teacher.epochs else "as given"
     return "as given" if name in results.as_given else f"{name.removeprefix('control_')} epoch"
 

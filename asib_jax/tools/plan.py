@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import count_parameters
 
-from asib_jax import build, preparation, runner, train
+from asib_jax import build, copies, preparation, runner, train
 from asib_jax.data import sources, statistics
 from asib_jax.data.parts import Data, Rows
 from asib_jax.data.statistics import Statistics
@@ -25,6 +25,7 @@ from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, TeacherRecipe, checks, told_by_data
 from asib_jax.tools import cost
 from asib_jax.weights import origins, teacher_store
+from asib_jax.weights.teacher_store import Copy
 
 
 class Network(NamedTuple):
@@ -66,9 +67,10 @@ def make(recipe: Recipe) -> Plan:
     """What a run of the checked `recipe` would do. Raises the errors that its data and networks would raise then."""
     options = recipe.dataset
     sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size)
-    rows = build.divide(recipe, sizes.labels, sizes.validation, sizes.class_names)
+    digests = build.digests_of(recipe, None if sizes.validation else sizes.train, None)
+    rows = build.divide(recipe, sizes.labels, sizes.validation, sizes.class_names, digests)
     recipe = told_by_data.complete(recipe, sizes.num_classes, functools.partial(_statistics, options.name, sizes, rows))
-    images = {split: len(part) for split, part in rows._asdict().items()} | {"test": sizes.test}
+    images = {split: len(part) for split, part in rows._asdict().items() if split != "sees"} | {"test": sizes.test}
     warning = checks.check_gate(recipe.gate, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
     checks.check_data(recipe, sizes.image_shape, sizes.num_classes)
@@ -76,13 +78,11 @@ def make(recipe: Recipe) -> Plan:
     preparation.check_weights(recipe, nets, variables)
     feed = build.make_feed(recipe)
     batch = options.batch_size // len(feed.devices)
-    kept = [teacher_store.kept_folder(recipe, k) for k in range(len(nets.teachers))]
-    to_train = dict.fromkeys(
-        name
-        for name, options, folder in zip(nets.teacher_names, recipe.teachers, kept)
-        if options.epochs and not folder
-    )
-    phases = train.phases_of(recipe, nets, variables.params, images, to_train)
+    whole = teacher_store.copies(recipe) if nets.teachers else []
+    kept = {copy: teacher_store.kept_folder(recipe, *copy) for copy in whole}
+    to_train = dict.fromkeys(copy.name for copy in whole if recipe.teachers[copy.k].epochs and not kept[copy])
+    own = copies.rows_of(recipe, rows.sees)
+    phases = train.phases_of(recipe, nets, variables.params, images, to_train, rows=own)
     size = int(np.prod(sizes.image_shape)) + 8  # of an image, its label and its index
     stored = views.choose(phases, nets, images["train"], images["train"] * size, feed)
     rows_of_steps = list(steps(recipe, phases, stored.views, variables, sizes, images, batch))
@@ -107,9 +107,9 @@ def _statistics(name: str, sizes: sources.Sizes, rows: Rows) -> Statistics:
 
 
 def networks(
-    recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: list[str]
+    recipe: Recipe, nets: Networks, variables: Variables, image_shape: tuple[int, ...], kept: dict[Copy, str]
 ) -> list[Network]:
-    """A row for every network that the run has variables of."""
+    """A row for every network that the run has variables of. kept: where each that stands for a teacher is."""
 
     def row(role, name, module, source, *inputs, **options):
         apply = functools.partial(module.apply, **options)
@@ -124,8 +124,10 @@ def networks(
         rows.append(
             row("student", student.name, nets.student, given(student.weights) or "from scratch", image, train=False)
         )
-    for k, (role, model) in enumerate(zip(nets.teacher_names, nets.teachers, strict=True)):
-        rows.append(row(role, recipe.teachers[k].name, model, origin(recipe.teachers[k], kept[k]), image, train=False))
+    for copy, folder in kept.items():
+        options, model = recipe.teachers[copy.k], nets.teachers[copy.k]
+        model = model if copy.fold is None else model.clone(adapter_dim=0)
+        rows.append(row(copy.name, options.name, model, origin(options, folder), image, train=False))
     if "ib_mbm" in variables.params:
         layers = variables.params["ib_mbm"]
         q = (layers["query"]["kernel"].shape[:1], jnp.float32)

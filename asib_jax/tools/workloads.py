@@ -60,7 +60,8 @@ def synthetic_data(recipe: Recipe) -> Data:
 
     test, own_validation = (np.arange(count) % sizes.num_classes for count in (sizes.test, sizes.validation))
     whole = split(np.concatenate([sizes.labels, own_validation]))
-    train, teacher_train, validation = map(whole.take, build.divide(recipe, sizes.labels, sizes.validation))
+    rows = build.divide(recipe, sizes.labels, sizes.validation)
+    train, teacher_train, validation = map(whole.take, (rows.train, rows.teacher_train, rows.validation))
     names = tuple(map(str, range(sizes.num_classes)))
     return Data(train, teacher_train, validation, split(test), names, "random images")
 

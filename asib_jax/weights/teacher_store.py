@@ -21,6 +21,7 @@ import jax
 from asib_jax.data.sources import OWN, Split, images_digest
 from asib_jax.engine import hosts
 from asib_jax.errors import UserError
+from asib_jax.models.ensemble import fold_name
 from asib_jax.recipe import Recipe, keys
 from asib_jax.weights import checkpoint, origins
 from asib_jax.weights.reading import OTHER_ORDER
@@ -38,6 +39,29 @@ _LATER = (
 )  # a teacher's own keys that make it no other
 
 
+class Copy(NamedTuple):
+    """A network that is trained for teacher `k` (from 0). fold: the one (from 0) that it does without; None: none."""
+
+    k: int
+    fold: int | None = None
+
+    @property
+    def teacher(self) -> str:
+        return f"teacher{self.k + 1}"
+
+    @property
+    def name(self) -> str:
+        """Of its variables and its phase."""
+        return self.teacher if self.fold is None else fold_name(self.teacher, self.fold)
+
+
+def copies(recipe: Recipe) -> list[Copy]:
+    """The networks that stand for the recipe's teachers, in the order in which they are trained."""
+    folds: list[int | None] = [*range(recipe.folds)]
+    each = folds + ([None] if not folds or recipe.teacher_deploy == "all" else [])
+    return [Copy(k, fold) for k in range(len(recipe.teachers)) for fold in each]
+
+
 class Place(NamedTuple):
     """A teacher's folder in the store, and the key that its name is made of."""
 
@@ -45,18 +69,21 @@ class Place(NamedTuple):
     key: dict[str, Any]
 
 
-def streams_name(recipe: Recipe, k: int) -> str:
-    """What the random streams of teacher `k` (from 0) are called: its network, numbered from the second of its kind.
+def streams_name(recipe: Recipe, k: int, fold: int | None = None) -> str:
+    """What the random streams of teacher `k` (from 0) are called: its network, numbered from the second of its kind,
+    and of a copy the fold that it does without.
 
     Not its place, so that the same teacher is the same whichever of teacher1, teacher2, ... it is.
     """
     name = recipe.teachers[k].name
     earlier = sum(teacher.name == name for teacher in recipe.teachers[:k])
-    return f"teacher/{name}" + (f"/{earlier + 1}" if earlier else "")
+    own = "" if fold is None else f"/fold{fold + 1}"
+    return f"teacher/{name}" + (f"/{earlier + 1}" if earlier else "") + own
 
 
-def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
-    """Where teacher `k` (from 0) is kept once trained from weights of that SHA-256; "" from scratch.
+def place(recipe: Recipe, k: int, weights_digest: str, fold: int | None = None) -> Place:
+    """Where teacher `k` (from 0) is kept once trained from weights of that SHA-256; "" from scratch. fold: that a copy
+    does without.
 
     The key holds all that decides its variables then, as plain values; of the configuration only what has an effect.
     """
@@ -74,7 +101,7 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
     source = str(pathlib.Path(data.path).expanduser().resolve()) if data.name in OWN else ""
     key = {
         "teacher": own | {"weights": f"sha256:{weights_digest}" if teacher.weights else ""},
-        "streams": streams_name(recipe, k),
+        "streams": streams_name(recipe, k, fold),
         "seed": recipe.seed,
         "dtype": recipe.compute_dtype,
         "dataset": {
@@ -92,13 +119,17 @@ def place(recipe: Recipe, k: int, weights_digest: str) -> Place:
     }
     if teacher.weights and data.name in OTHER_ORDER:
         key["classifier"] = "drawn at random"  # once it was the weights' own, in their order
+    if fold is not None:
+        key["fold"] = {"of": recipe.folds, "without": fold + 1}
+    elif recipe.teacher_holdout:
+        key["holdout"] = recipe.teacher_holdout
     key = json.loads(json.dumps(key))  # as it will be read back
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{teacher.name}_{data.name}_seed{recipe.seed}_{digest}"
     return Place(pathlib.Path(recipe.results_dir) / TEACHERS / name, key)
 
 
-def find(recipe: Recipe, k: int) -> Place | None:
+def find(recipe: Recipe, k: int, fold: int | None = None) -> Place | None:
     """The place of teacher `k` (from 0) as far as it can be told without a download.
 
     Where its given weights are not here it is that of the one kept teacher made from weights of the same reference, and
@@ -107,13 +138,13 @@ def find(recipe: Recipe, k: int) -> Place | None:
     given, sha256 = recipe.teachers[k].weights, recipe.teachers[k].weights_sha256.lower()
     path = origins.cached(given) if given else None
     if path or not given:
-        return place(recipe, k, origins.digest(path) if path else "")
+        return place(recipe, k, origins.digest(path) if path else "", fold)
     alike = []
     for folder in (pathlib.Path(recipe.results_dir) / TEACHERS).glob("[!.]*"):
         about = _about(folder)
         if about is not None and about["reference"] == given:
             digest = about["key"]["teacher"]["weights"].removeprefix("sha256:")
-            candidate = place(recipe, k, digest)
+            candidate = place(recipe, k, digest, fold)
             alike += [candidate] if candidate == Place(folder, about["key"]) and sha256 in ("", digest) else []
     return alike[0] if len(alike) == 1 else None
 
@@ -225,7 +256,7 @@ def is_whole(folder: pathlib.Path) -> bool:
     return _about(folder) is not None
 
 
-def kept_folder(recipe: Recipe, k: int) -> str:
+def kept_folder(recipe: Recipe, k: int, fold: int | None = None) -> str:
     """Where an earlier run left teacher `k` (from 0) ready; "": nowhere, or it cannot be told before a download."""
-    place = find(recipe, k) if recipe.teachers[k].epochs else None
+    place = find(recipe, k, fold) if recipe.teachers[k].epochs else None
     return str(place.folder) if place and is_whole(place.folder) else ""
