@@ -178,6 +178,13 @@ def test_validation_is_asked_of_all_copies_together(run):
     assert again == table.split()
 
 
+def test_what_a_teacher_has_memorised_is_asked_of_the_copy_that_did_not_see_the_image(run):
+    """Of images as they are, which this run's one view has."""
+    (held,) = run.asked["stage1/b"].held.values()
+    for k, predictions in enumerate(held.logits.argmax(axis=-1).T, 1):
+        assert run.metrics[f"teacher{k}/train_acc"] == np.mean(predictions == run.inputs.data.train.label)
+
+
 def test_copies_are_kept_and_taken_up_by_other_runs(run, data_file):
     """Each under a key that says what it did without; another configuration of the same teachers trains none of them,
     another number of folds trains anew, and a whole teacher is another still."""
