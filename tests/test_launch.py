@@ -86,10 +86,11 @@ def test_a_run_leaves_its_record_and_evaluates_again_from_disk(tmp_path):
     log = (tmp_path / "latest" / "log.txt").read_text()
     assert "the console takes no more" in log and f"record: {tmp_path / rows[1]['exp_id']}" in log
     shown = table(first.stderr)
-    assert [line.split("  ")[0] for line in shown[1:10]] == [
+    assert [line.split("  ")[0] for line in shown[1:11]] == [
         "teacher1 (tiny_teacher)",
         "teacher2 (tiny_teacher)",
         "teachers' average",
+        f"best training-free ({metrics['final/training_free']})",
         "synergy ensemble",
         "synergy, teachers zeroed",
         "student alone, last",

@@ -114,6 +114,7 @@ def test_validation_that_given_weights_have_seen_is_marked(network, saw_val, mar
 def test_a_table_fits_its_width_and_leaves_out_the_parameters_before_a_figure():
     whole, narrow = (results.render(*make(), width=width) for width in (100, 80))
     assert max(map(len, whole.splitlines())) <= 100 and max(map(len, narrow.splitlines())) <= 80
+    assert "best on validation" in results.render(*make(training_free="weighted_conf"))  # the longest there is
     figures = {name: re.split("  +", line)[2:] for name, line in rows(whole).items()}
     assert {name: re.split("  +", line)[1:] for name, line in rows(narrow).items()} == figures
 

@@ -141,11 +141,11 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
 
 
 def width(stream: TextIO | None = None) -> int:
-    """Characters of a line on a stream, by default stderr: of its terminal, or 100 where it is none."""
+    """Characters of a line on a stream, by default stderr: of its terminal, or 120 where it is none."""
     try:
         return os.get_terminal_size((stream or sys.stderr).fileno()).columns
     except (OSError, ValueError, AttributeError):  # no terminal, closed, not there
-        return 100
+        return 120
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:

@@ -137,7 +137,7 @@ def _teachers(recipe: Recipe) -> dict[str, TeacherRecipe]:
     return {f"teacher{k}": teacher for k, teacher in enumerate(recipe.teachers, 1)}
 
 
-def render(recipe: Recipe, results: Results, width: int = 100) -> str:
+def render(recipe: Recipe, results: Results, width: int = 120) -> str:
     """The table, with 95 % intervals that invert the score test (Wilson, 1927), and what belongs below it.
 
     width: in characters; a table that is wider leaves out of which parameters its rows are.
