@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from networks import make_feed, random_variables
+from scipy.optimize import linear_sum_assignment
 from tiny_runs import STEPS, read_recipe, tiny_networks, write_data
 
 from asib_jax import a_step, b_step, build, runner, train
@@ -24,6 +25,7 @@ from asib_jax.data.sources import Sizes
 from asib_jax.data.splits import training_rows
 from asib_jax.engine import devices
 from asib_jax.engine.progress import Best, Progress
+from asib_jax.models import ensemble
 from asib_jax.models.ensemble import Variables, init_network, run_student, run_teachers
 from asib_jax.objectives.optimizers import make_optimizer
 from asib_jax.record.experiment import Record
@@ -31,7 +33,18 @@ from asib_jax.record.reporting import Reporter
 from asib_jax.record.snapshots import Snapshots
 from asib_jax.tools import plan
 
-LADDER = ("ce_only", "l0_baseline", "side_fusion", "l1_ib", "l2_cccp", "l3_tadapt", "l4_full", "side_cccp_ppf")
+LADDER = (
+    "ce_only",
+    "l0_baseline",
+    "side_fusion",
+    "l1_ib",
+    "l1_avg",
+    "l1_mixture",
+    "l2_cccp",
+    "l3_tadapt",
+    "l4_full",
+    "side_cccp_ppf",
+)
 LABELS_ALONE = {"kd_alpha": 0.0, "ce_alpha": 1.0, "student_weight_decay": 0.1}
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -483,6 +496,49 @@ def test_a_step_that_only_ruins_returns_what_came_in(whole, tmp_path):
     assert progress.synergy_acc == incoming == run.validation.accuracies(run.nets, after)["synergy"]
     assert progress.steps["a"] == 2 * STEPS  # the learning rate is not rewound
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(progress.opt_states["a"]))  # its moments were none
+
+
+@pytest.mark.parametrize("classes", [(), ((0, 1, 2), (4, 3, 2)), ((0, 1), (1, 3))], ids=["all", "some", "not one"])
+@pytest.mark.parametrize("base", ["avg", "mixture"])
+def test_synergy_starts_as_its_base(data_file, base, classes):
+    """Bitwise, on every image and in the first moments of a run; the base is another where teachers are."""
+    recipe = read_recipe(f"l1_{base}", data_file, synergy_temp_learnable=True)
+    nets = build.build_networks(recipe, 5)
+    teachers = [model.clone(classes=known) for model, known in zip(nets.teachers, classes or ((), ()), strict=True)]
+    nets = dataclasses.replace(nets, teachers=tuple(teachers))
+    generator, covered = np.random.default_rng(0), nets.known.any(axis=0)
+    variables = Variables({**random_variables(nets).params, **ensemble.init_fusion(nets, recipe.seed)}, {})
+    logits = np.where(nets.known, generator.normal(0, 3, (30, 2, 5)), -np.inf).astype(np.float32)
+    z = generator.normal(size=(30, 8)).astype(np.float32)
+    synergy, alone, other = (
+        jax.jit(functools.partial(function, nets, variables))(z, said)
+        for function, said in ((ensemble.classify, logits), (ensemble.base, logits), (ensemble.base, logits[::-1]))
+    )
+    np.testing.assert_array_equal(synergy, alone)
+    assert (np.isneginf(synergy) == ~covered).all() and not np.array_equal(alone, other)
+    silent = ensemble.classify(nets, variables, z, None)
+    np.testing.assert_array_equal(silent, np.broadcast_to(np.where(covered, 0, -np.inf), silent.shape))
+
+
+@pytest.mark.parametrize("base", ["avg", "mixture"])
+def test_an_a_step_that_only_ruins_ends_at_the_base(data_file, tmp_path, base):
+    """The first A-Step of a run, too, since the state that comes in competes: synergy is never below what it started
+    as on validation."""
+    changes = {"a_step_lr": 300.0, "student_epochs_per_stage": (1,), "ib_mbm_kv": "feat_prob"}
+    run, variables, todo = start(read_recipe(f"l1_{base}", data_file, **changes), tmp_path)
+    for k, name in enumerate(run.nets.teacher_names):  # each output given to the class that it is largest for
+        by_class = [run.validation.teacher_logits[run.data.validation.label == label, k].mean(0) for label in range(5)]
+        order, layer = linear_sum_assignment(by_class, maximize=True)[1], variables.params[name]["classifier"]
+        layer.update(kernel=layer["kernel"][:, order], bias=layer["bias"][order])
+    run.validation.read_teachers(variables)
+    progress = Progress()
+    after = runner.run_phase(run, todo["stage1/a"], variables, progress)
+    metrics = {name: value for name, value in run.record.metrics.items() if "/val_" in name}
+    assert metrics["stage1/a/before/val_synergy"] == metrics["stage1/a/before/val_base"] == progress.synergy_acc
+    assert all(metrics[f"stage1/a/epoch0{epoch}/val_synergy"] < progress.synergy_acc for epoch in (1, 2))
+    found = run.validation.accuracies(run.nets, after)
+    assert found["synergy"] == found["base"] == progress.synergy_acc
+    assert same(after, variables)
 
 
 @pytest.mark.parametrize("restore_best", [True, False])
