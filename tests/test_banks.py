@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @functools.cache
 def make():
-    nets = make_networks(**SHALLOW)
+    nets = make_networks(**SHALLOW, base="mixture", joins=True)
     return nets, random_variables(nets)
 
 

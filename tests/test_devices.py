@@ -35,6 +35,7 @@ A_TERMS = ATerms(
     label_smoothing=0.0,
     min_cw=0.5,
     data_aug=0,
+    teacher_dropout=0.3,
 )
 B_TERMS = BTerms(
     data_aug=3,
@@ -53,8 +54,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_step(axis_name, networks_axis):
-    """Noise, dropout, certainty weights, and a teacher in training."""
-    nets = make_networks(**SHALLOW, dropout=0.3, axis_name=networks_axis)
+    """Noise, dropout, certainty weights, a teacher in training, and a mixture of teachers that know some classes."""
+    options = {"base": "mixture", "joins": True, "classes": ((0, 1, 2, 3), (1, 4, 3, 2))}
+    nets = make_networks(**SHALLOW, **options, dropout=0.3, axis_name=networks_axis)
     loss = functools.partial(
         a_loss, nets=nets, terms=A_TERMS, trained=None, teacher_modes=(Mode(train=True), Mode()), axis_name=axis_name
     )
