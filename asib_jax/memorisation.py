@@ -74,13 +74,13 @@ def _warn(recipe: Recipe, k: int, train_acc: float, val_acc: float) -> None:
     if options.saw_validation and train_acc >= _NEAR_ALL:
         logger.warning(
             "%s is right on %.1f %% of the images that it teaches; %s.saw_val says that validation images were seen, "
-            "too, so that how much of this is memory cannot be told before test. If much, it teaches little beyond "
-            "labels; ways out: %s (docs/models.md)",
+            "too, so that how much of this is memory cannot be told before test. Of images that it has memorised a "
+            "teacher tells little beyond their labels; ways out: %s (docs/models.md)",
             *(name, 100 * train_acc, name, ", ".join(ways)),
         )
     elif not options.saw_validation and train_acc - val_acc > _WIDE:
         logger.warning(
-            "%s has memorised what it teaches: %.1f %% of those images, %.1f %% of validation, a gap of %.0f points. "
-            "It teaches little beyond labels; ways out: %s (docs/models.md)",
+            "%s is right on %.1f %% of the images that it teaches and on %.1f %% of validation, a gap of %.0f points. "
+            "Of images that it has memorised a teacher tells little beyond their labels; ways out: %s (docs/models.md)",
             *(name, 100 * train_acc, 100 * val_acc, 100 * (train_acc - val_acc), ", ".join(ways)),
         )
