@@ -1,4 +1,4 @@
-"""What the runs of results.md share: real CIFAR-100 at 16x16 pixels, few images as they are, a ResNet-8 student, on a CPU.
+"""What runs of results.md share: real CIFAR-100 at 16x16 pixels, few images as they are, a ResNet-8 student, on a CPU.
 
     python launch/main.py --config=docs/results/cifar16.py:l0_baseline --config.dataset.path=cifar100_6200.npz ...
 
