@@ -29,7 +29,7 @@ def measure(context: Context, variables: Variables) -> list[float]:
     own = None if copy is None else copy[rows]
     bank = Bank(nets, part, context.feed, name="training images as they are", cache=cache, copy=own)
     (outputs,) = bank.read("teachers", variables)
-    tau = recipe.tau_schedule[0] if recipe.tau_schedule else recipe.tau
+    tau = recipe.first_tau
     temperatures = []
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers, strict=True)):
         known = nets.known[k]

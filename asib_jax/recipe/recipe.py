@@ -238,6 +238,11 @@ class Recipe(RunRecipe):
         return self.kd_alpha > 0 or self.feat_kd_alpha > 0
 
     @property
+    def first_tau(self) -> float:
+        """The temperature of each step's first epoch."""
+        return self.tau_schedule[0] if self.tau_schedule else self.tau
+
+    @property
     def student_shares(self) -> bool:
         """Whether the student's own logits have a share in what the B-Step distils."""
         return self.kd_alpha > 0 and (self.kd_student_share > 0 or bool(self.kd_student_share_end))

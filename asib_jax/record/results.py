@@ -108,8 +108,7 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
 def _add_training_free(recipe: Recipe, counts: dict[str, dict[str, int]], evaluators: Sequence[Evaluator]) -> str:
     """Count what needs no training and is best on validation, the first of equal ones; its name. At the temperature
     that steps begin with."""
-    tau = recipe.tau_schedule[0] if recipe.tau_schedule else recipe.tau
-    found = {evaluator.name: evaluator.training_free(tau) for evaluator in evaluators}
+    found = {evaluator.name: evaluator.training_free(recipe.first_tau) for evaluator in evaluators}
     best = max(found["validation"], key=found["validation"].__getitem__)
     for split, row in counts.items():
         row["training_free"] = found[split][best]
