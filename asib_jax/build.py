@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asib_jax import copies, models
-from asib_jax.data import folds, overlap, sources, splits, statistics
+from asib_jax.data import classes, folds, overlap, sources, splits, statistics
 from asib_jax.data.parts import Data, Rows
 from asib_jax.data.sources import Split
 from asib_jax.engine import devices
@@ -72,6 +72,7 @@ def complete(recipe: Recipe, data: Data) -> Recipe:
         recipe,
         data.num_classes,
         lambda: statistics.PUBLISHED.get(recipe.dataset.name) or statistics.of_images(data.teacher_train.image),
+        data.class_names,
     )
 
 
@@ -155,11 +156,12 @@ def build_networks(recipe: Recipe, num_classes: int, axis_name: str | None = Non
             num_classes,
             mean=teacher.mean,
             std=teacher.std,
+            classes=classes.parse(teacher.classes, num_classes, f"teacher{k}.classes"),
             **shared,
             joins_probabilities=joins,
             **(adapter if recipe.uses_adapters else {}),
         )
-        for teacher in recipe.teachers
+        for k, teacher in enumerate(recipe.teachers, 1)
     )
     folds: dict[str, Any] = {"folds": recipe.folds, "deploys_all": recipe.teacher_deploy == "all"}
     if not recipe.uses_fusion:

@@ -6,22 +6,27 @@ import numpy as np
 
 from asib_jax.data.sources import Split
 from asib_jax.models.ensemble import Networks, fold_name, init_network
+from asib_jax.models.kd_model import known
 from asib_jax.recipe import Recipe
 from asib_jax.weights import teacher_store
 from asib_jax.weights.teacher_store import Copy
 
 
-def rows_of(recipe: Recipe, sees: np.ndarray | None) -> dict[str, np.ndarray | None]:
-    """Of every network that stands for a teacher, by name, the rows of `teacher_train` that it learns from; None: all.
+def rows_of(
+    recipe: Recipe, nets: Networks, sees: np.ndarray | None, labels: np.ndarray
+) -> dict[str, np.ndarray | None]:
+    """Of every network that stands for a teacher, by name, the rows of `teacher_train` that it learns from, of classes
+    that it knows; None: all.
 
-    sees: as of `Data`.
+    sees: as of `Data`; labels: of `teacher_train`.
     """
-    return {
-        copy.name: None
-        if sees is None or (recipe.folds and copy.fold is None)
-        else np.flatnonzero(sees[copy.fold or 0])
-        for copy in teacher_store.copies(recipe)
-    }
+    found: dict[str, np.ndarray | None] = {}
+    for copy in teacher_store.copies(recipe) if nets.teachers else ():
+        own = known(nets.teachers[copy.k])[labels]
+        if sees is not None and not (recipe.folds and copy.fold is None):
+            own = own & sees[copy.fold or 0]
+        found[copy.name] = None if own.all() else np.flatnonzero(own)
+    return found
 
 
 def taken(split: Split, rows: np.ndarray | None) -> Split:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from asib_jax import a_step, b_step, build, teachers
+from asib_jax import a_step, b_step, build, copies, specialists, teachers
 from asib_jax.build import Inputs
 from asib_jax.data.paths import expanded
 from asib_jax.engine import compiled, devices, views
@@ -80,6 +80,9 @@ def prepare(recipe: Recipe) -> Inputs:
     inputs = build.make_inputs(recipe)
     recipe = inputs.recipe
     checks.check_data(recipe, inputs.data.image_shape, inputs.data.num_classes)
+    data = inputs.data
+    rows = copies.rows_of(recipe, inputs.nets, data.sees, data.teacher_train.label)
+    specialists.check(recipe, inputs.nets, rows, data.validation.label)
     shapes = build.variable_shapes(recipe, inputs.nets, inputs.data.image_shape)
     check_weights(recipe, inputs.nets, shapes)
     if recipe.folds and not recipe.teachers_only:

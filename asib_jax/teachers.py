@@ -15,7 +15,7 @@ from asib_jax.engine import devices, hosts
 from asib_jax.engine.progress import Progress, of_network, overlay
 from asib_jax.errors import UserError
 from asib_jax.models.ensemble import Mode, Networks, Variables
-from asib_jax.models.kd_model import KDModel, stage_names
+from asib_jax.models.kd_model import KDModel, known, stage_names
 from asib_jax.objectives import freezing
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.optimizers import make_optimizer
@@ -54,7 +54,8 @@ def collect(recipe: Recipe, nets: Networks, data: Data, record: Record, snapshot
     Raises UserError for weights that do not fit, that fit only once fine-tuned, or that differ between hosts, and for
     a teacher that is not what the run began with.
     """
-    found, places, train, rows = {}, {}, _still_to_train(snapshots), copies.rows_of(recipe, data.sees)
+    found, places, train = {}, {}, _still_to_train(snapshots)
+    rows = copies.rows_of(recipe, nets, data.sees, data.teacher_train.label)
     for copy in teacher_store.copies(recipe) if nets.teachers else ():
         name, options, model = copy.name, recipe.teachers[copy.k], nets.teachers[copy.k]
         start = copies.initial(recipe, nets, copy, data.image_shape)
@@ -163,22 +164,24 @@ def check(context: Context) -> None:
 
     Warns of logits that are not finite and of teachers that say the same. Raises UserError for one that is used as its
     given weights are and is not above chance, unless that is allowed: for so many right ones or more, each class drawn
-    with 1 / classes, the exact binomial probability is above 5 %.
+    with 1 / classes that it knows, the exact binomial probability is above 5 %.
     """
     from scipy.stats import binomtest  # takes a second
 
     recipe, nets, validation = context.recipe, context.nets, context.validation
     logits = validation.teacher_logits
     for k, (name, options) in enumerate(zip(nets.teacher_names, recipe.teachers, strict=True)):
-        broken = int((~np.isfinite(logits[:, k])).any(axis=-1).sum())
+        own = known(nets.teachers[k])
+        broken = int((~np.isfinite(logits[:, k, own])).any(axis=-1).sum())
         if broken:
             logger.warning("%s: logits that are not finite on %d of %d validation images", name, broken, len(logits))
-        right, chance = validation.teacher_counts[name], 1 / nets.student.num_classes
-        at_chance = binomtest(right, len(logits), chance, alternative="greater").pvalue > 0.05
+        right, count, chance = validation.teacher_counts[name], validation.images_of(own), 1 / own.sum()
+        at_chance = binomtest(right, count, chance, alternative="greater").pvalue > 0.05
         if at_chance and options.weights and not options.epochs and not recipe.allow_teachers_at_chance:
             raise UserError(
-                f"{name} ({options.name}, {name}.weights={options.weights!r}) is right on {right} of {len(logits)} "
-                f"validation images, {100 * right / len(logits):.2f} %, which is not above chance, {100 * chance:g} %: "
+                f"{name} ({options.name}, {name}.weights={options.weights!r}) is right on {right} of {count} "
+                f"validation images{' of its classes' * bool(options.classes)}, {100 * right / count:.2f} %, which is "
+                f"not above chance, {100 * chance:g} %: "
                 f"{name}.mean and {name}.std are not those of its training, its classes have another order, or it is "
                 f"the wrong file. Correct that, fine-tune it ({name}.finetune_epochs), or set "
                 "allow_teachers_at_chance=True"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from asib_jax import a_step, b_step, build, copies, memorisation, preparation, runner, teachers
+from asib_jax import a_step, b_step, build, copies, memorisation, preparation, runner, specialists, teachers
 from asib_jax.context import Context
 from asib_jax.data import overlap
 from asib_jax.data.sources import Split
@@ -234,6 +234,8 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
     hosts.same_everywhere({"what the data tell": told_by_data.values_of(recipe)})  # of all of them
     reporting.describe(recipe, data, context.feed.devices)
     reporting.describe_told(recipe, given, data)
+    for line in specialists.lines(recipe, nets, data.class_names):
+        logger.info(line)
     for key, count in overlap.check(data).items():
         record.log(key, count)
     if warning := recipe.uses_fusion and checks.check_gate(recipe.gate, data.num_classes):
@@ -254,7 +256,7 @@ def begin(context: Context) -> tuple[Variables, list[Phase]]:
         images,
         {name: collected.places[name] for name in collected.train},
         calibrate=recipe.uses_fusion and (not weights or bool(random_stem)),
-        rows=copies.rows_of(recipe, data.sees),
+        rows=copies.rows_of(recipe, nets, data.sees, data.teacher_train.label),
     )
     return jax.device_get(variables), todo
 

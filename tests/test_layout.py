@@ -28,7 +28,8 @@ GROUPS = {
     "teachers": recipe.TeacherRecipe,
     "schedule": recipe.ScheduleRecipe,
 }
-CHECKED_ONLY = {"num_stages"}  # compared with the length of student_epochs_per_stage
+# Compared with the length of student_epochs_per_stage; what the data make of it is in teacherK.classes.
+CHECKED_ONLY = {"num_stages", "specialists"}
 
 
 def files(*folders: str) -> list[pathlib.Path]:

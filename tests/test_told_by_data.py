@@ -142,7 +142,7 @@ def test_given_values_stay(data_file):
 def test_cifar100_is_normalised_as_published():
     recipe = recipes.read(read_config("l1_ib", "", **EMPTY, **{"dataset.name": "cifar100"}))
     image = make_split(10).image
-    data = SimpleNamespace(num_classes=100, teacher_train=SimpleNamespace(image=image))
+    data = SimpleNamespace(num_classes=100, class_names=(), teacher_train=SimpleNamespace(image=image))
     student = build.complete(recipe, data).model.student
     assert student.mean == (0.5071, 0.4865, 0.4409) and student.std == (0.2673, 0.2564, 0.2762)
 

@@ -15,6 +15,7 @@ from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.engine.feed import Feed, on_host
 from asib_jax.models.ensemble import Networks, Variables, base, classify, fuse, keys_and_values, query, run_student
+from asib_jax.models.kd_model import known
 from asib_jax.objectives import inputs, losses, targets
 
 
@@ -45,11 +46,11 @@ def make_eval_step(nets: Networks, student: str = "student", axis_name: str | No
             if "base" in of_fusion(nets):
                 logits["base"] = over_copies([base(nets, variables, *pair) for pair in pairs])
         exists = batch["row"] < controls["size"]
-        # Where a logit is not finite argmax still names a class; it counts as wrong.
+        # Where the logit of a known class is not finite argmax still names a class; it counts as wrong.
+        foreign = {name: ~(known(nets.student) if name == student else nets.covered) for name in logits}
+        finite = {name: jnp.all(jnp.isfinite(value) | foreign[name], axis=-1) for name, value in logits.items()}
         found = {
-            name: jnp.sum(
-                exists & (jnp.argmax(value, axis=-1) == batch["label"]) & jnp.all(jnp.isfinite(value), axis=-1)
-            )
+            name: jnp.sum(exists & (jnp.argmax(value, axis=-1) == batch["label"]) & finite[name])
             for name, value in logits.items()
         }
         found |= {"examples": jnp.sum(exists), "rows": jnp.sum(jnp.where(exists, batch["row"], 0).astype(jnp.uint32))}
@@ -88,6 +89,10 @@ class Evaluator:
     @property
     def count(self) -> int:
         return len(self.split.label)
+
+    def images_of(self, classes: np.ndarray) -> int:
+        """How many of the split are of these classes, [C] of bool."""
+        return int(classes[self.split.label].sum())
 
     def read_teachers(self, variables: Variables) -> None:
         """Run the teachers, if there are any, over the split: once, and again whenever they have changed."""
@@ -152,8 +157,9 @@ class Evaluator:
         return outputs.logit
 
     def accuracies(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, float]:
-        """The same as shares of the split."""
-        return {name: count / self.count for name, count in self(nets, variables, student).items()}
+        """The same as shares of the split, of the student's of the images whose classes it knows."""
+        sizes = {student: self.images_of(known(nets.student))}
+        return {name: count / sizes.get(name, self.count) for name, count in self(nets, variables, student).items()}
 
 
 def over_copies(logits: Sequence[jax.Array]) -> jax.Array:

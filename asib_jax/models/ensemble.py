@@ -80,6 +80,11 @@ class Networks:
         return np.array([known(teacher) for teacher in self.teachers], bool).reshape(-1, self.student.num_classes)
 
     @property
+    def covered(self) -> np.ndarray:
+        """Which classes some teacher knows: [C] of bool."""
+        return np.logical_or.reduce(self.known, axis=0)
+
+    @property
     def query_dim(self) -> int:
         """The width of `query`."""
         student = self.student

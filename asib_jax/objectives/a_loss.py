@@ -67,8 +67,8 @@ def a_loss(
         weight = jnp.where(controls["certain"] > 0, certainty, 1.0)
     logits = classify(nets, variables, z, teachers.logits, dropout_keys, kept)
     student_logit = jnp.where(controls["open"] > 0, student.logit, 0.0)  # 0 * NaN would be NaN, in the gradient, too
-    ce = losses.cross_entropy(logits, batch["label"], terms.label_smoothing)
-    parts = {"ce": terms.synergy_ce_alpha * jnp.mean(weight * ce)}
+    student_logit = jnp.where(nets.covered, student_logit, -jnp.inf)  # of the others synergy can say nothing
+    parts = {"ce": terms.synergy_ce_alpha * _cross_entropy(logits, batch["label"], weight, nets, terms, mean)}
     if terms.synergy_kd_alpha:
         kd = losses.kd(logits, targets.average(teachers.logits, nets.known), controls["tau"])
         parts["kd_average"] = terms.synergy_kd_alpha * jnp.mean(weight * kd)
@@ -105,6 +105,18 @@ def _some(kv: jax.Array, keys: jax.Array, rate: float) -> tuple[jax.Array, jax.A
 def _noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal [B, *shape], by the keys [B]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _cross_entropy(
+    logits: jax.Array, labels: jax.Array, weight: jax.Array, nets: Networks, terms: ATerms, mean: losses.Mean
+) -> jax.Array:
+    """The weighted mean over the images whose class some teacher knows (SPEC 11)."""
+    ce = losses.cross_entropy(logits, labels, terms.label_smoothing, nets.covered)
+    if not nets.covered.all():
+        counted = jnp.asarray(nets.covered)[labels]
+        ce = jnp.where(counted, ce, 0.0)  # not infinity times 0
+        weight *= losses.normalise_weights(counted.astype(jnp.float32), mean)
+    return jnp.mean(weight * ce)
 
 
 def cccp(logits: jax.Array, student_logits: jax.Array, alpha: float, tau: float) -> jax.Array:

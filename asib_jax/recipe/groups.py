@@ -100,6 +100,12 @@ class TeacherRecipe:
         of_data=True,
     )
     std: tuple[float, ...] = key((), "standard deviation, likewise", **STD, of_data=True)
+    classes: str = key(
+        "",
+        "the classes that it knows, as label numbers, e.g. `0-59,70`, or names, in the order of its classifier's "
+        "outputs; it is trained on their images alone; empty: all, or what `specialists.overlap` says",
+        of_data=True,
+    )
     saw_val: bool = key(
         True,
         "the weights were fitted on our validation images too: the final table marks what that inflates",
@@ -173,6 +179,21 @@ class TeacherRecipe:
     @property
     def weight_decay(self) -> float:
         return self.finetune_weight_decay if self.weights else self.train_weight_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialistsRecipe:
+    overlap: float | None = key(
+        None,
+        "empty: teachers know all classes; else these are divided among the teachers into ranges of one width, "
+        "of which neighbours share this percentage of all: of 10 and 2 teachers 20 makes 0-5 and 4-9",
+        at_least=0,
+        at_most=100,
+        when=When(
+            "two teachers, no `teacherK.classes`",
+            lambda recipe: len(recipe.teachers) > 1 and not any(teacher.classes for teacher in recipe.teachers),
+        ),
+    )
 
 
 _COSINE, _STEP, _MULTISTEP = (

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from asib_jax.data.classes import text_of
 from asib_jax.engine.evaluate import Evaluator, of_fusion
 from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
@@ -35,6 +36,7 @@ class Results:
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
     logits: [N, C] of the best student on test; None of a run without one. training_free: which `kd_target` or teacher
     "training_free" counts, the one that is best on validation.
+    known: `Networks.known`; own[split][name]: images of the classes of a teacher that does not know all.
     Raises ValueError for a count that its split cannot have.
     """
 
@@ -47,6 +49,8 @@ class Results:
     logits: np.ndarray | None = None
     teachers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     training_free: str = ""
+    known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), bool))
+    own: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         wrong = [
@@ -67,6 +71,8 @@ class Results:
                 column = name if name == "disagreement" else f"acc_{name}"
                 which = f"_{self.moving[name]}" if name in self.moving else ""
                 row[f"{split}_{column}{which}"] = count / self.sizes[split]
+                if name in self.own.get(split, {}):
+                    row[f"{split}_acc_{name}_own{which}"] = count / self.own[split][name]
         row |= {f"{split}_count": size for split, size in self.sizes.items()}
         for name, told in self.teachers.items():
             row |= {f"{part}_{name}": told[part] for part in ("train_acc", "train_entropy", "temperature")}
@@ -100,9 +106,13 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     total = sum(finished.distilled_steps.values())
     shares = {name: steps / total for name, steps in sorted(finished.distilled_steps.items())}
     sizes = {evaluator.name: evaluator.count for evaluator in evaluators}
+    special = {name: known for name, known in zip(nets.teacher_names, nets.known) if not known.all()}
+    theirs = {part.name: {name: part.images_of(known) for name, known in special.items()} for part in evaluators}
     as_given = frozenset(name for name, when in finished.when.items() if when == BEFORE)
     skipped, moving = {**finished.skipped_steps}, moving_parameters(recipe)
-    return Results(counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers, training_free)
+    return Results(
+        counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers, training_free, nets.known, theirs
+    )
 
 
 def _add_training_free(recipe: Recipe, counts: dict[str, dict[str, int]], evaluators: Sequence[Evaluator]) -> str:
@@ -171,6 +181,13 @@ def render(recipe: Recipe, results: Results, width: int = 120) -> str:
     lines = [f"{count} test images, {results.sizes['validation']} validation images", *shown, ""]
     if inflated:
         lines.append("* inflated: the teachers' or the student's weights were fitted on these images too")
+    for name, images in results.own.get("test", {}).items():
+        known, share = results.known[list(titles).index(name)], 100 * test[name] / images
+        lines.append(
+            f"{name} knows {known.sum()} of {len(known)} classes: {share:.2f} % of the {images} test images of these"
+        )
+    if len(results.known) and (unknown := np.flatnonzero(~results.known.any(axis=0)).tolist()):
+        lines.append(f"no teacher knows {text_of(unknown)}: labels alone teach these")
     if results.shares:
         lines.append(
             "distilled from: "

@@ -45,6 +45,7 @@ def text(recipe: Recipe, plan: Plan) -> str:
             f"batches of {recipe.dataset.batch_size}, {plan.batch} on each device, {recipe.compute_dtype}",
             "",
             *_network_table(plan),
+            *plan.known,
             "",
             *_step_table(plan),
             "",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.parameter_overview import count_parameters
 
-from asib_jax import build, copies, preparation, runner, train
+from asib_jax import build, copies, preparation, runner, specialists, train
 from asib_jax.data import sources, statistics
 from asib_jax.data.parts import Data, Rows
 from asib_jax.data.statistics import Statistics
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 class Plan(NamedTuple):
     """images: of each split, named as the fields of `Data`; batch: what one device sees of it; stored: what `views`
-    says; warning: of the gate."""
+    says; known: of teachers that do not know all classes; warning: of the gate."""
 
     sizes: sources.Sizes
     images: dict[str, int]
@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     networks: list[Network]
     steps: list[Step]
     stored: tuple[str, ...]
+    known: tuple[str, ...]
     warning: str | None
 
 
@@ -69,7 +70,8 @@ def make(recipe: Recipe) -> Plan:
     sizes = sources.sizes(options.name, path=options.path, data_dir=options.data_dir, image_size=options.image_size)
     digests = build.digests_of(recipe, None if sizes.validation else sizes.train, None)
     rows = build.divide(recipe, sizes.labels, sizes.validation, sizes.class_names, digests)
-    recipe = told_by_data.complete(recipe, sizes.num_classes, functools.partial(_statistics, options.name, sizes, rows))
+    told = functools.partial(_statistics, options.name, sizes, rows)
+    recipe = told_by_data.complete(recipe, sizes.num_classes, told, sizes.class_names)
     images = {split: len(part) for split, part in rows._asdict().items() if split != "sees"} | {"test": sizes.test}
     warning = checks.check_gate(recipe.gate, sizes.num_classes) if recipe.uses_fusion else None
     nets = build.build_networks(recipe, sizes.num_classes)
@@ -81,7 +83,8 @@ def make(recipe: Recipe) -> Plan:
     whole = teacher_store.copies(recipe) if nets.teachers else []
     kept = {copy: teacher_store.kept_folder(recipe, *copy) for copy in whole}
     to_train = dict.fromkeys(copy.name for copy in whole if recipe.teachers[copy.k].epochs and not kept[copy])
-    own = copies.rows_of(recipe, rows.sees)
+    own = copies.rows_of(recipe, nets, rows.sees, sizes.labels[rows.teacher_train])
+    specialists.check(recipe, nets, own)
     phases = train.phases_of(recipe, nets, variables.params, images, to_train, rows=own)
     size = int(np.prod(sizes.image_shape)) + 8  # of an image, its label and its index
     stored = views.choose(phases, nets, images["train"], images["train"] * size, feed)
@@ -93,6 +96,7 @@ def make(recipe: Recipe) -> Plan:
         networks(recipe, nets, variables, sizes.image_shape, kept),
         rows_of_steps,
         stored.lines,
+        tuple(specialists.lines(recipe, nets, sizes.class_names)),
         warning,
     )
 

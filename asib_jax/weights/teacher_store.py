@@ -37,6 +37,7 @@ _LATER = (
     "freeze_level",
     "freeze_bn",
 )  # a teacher's own keys that make it no other
+_SINCE = (("classes", ""),)  # keys that came later, with what they were until then
 
 
 class Copy(NamedTuple):
@@ -70,15 +71,15 @@ class Place(NamedTuple):
 
 
 def streams_name(recipe: Recipe, k: int, fold: int | None = None) -> str:
-    """What the random streams of teacher `k` (from 0) are called: its network, numbered from the second of its kind,
-    and of a copy the fold that it does without.
+    """What the random streams of teacher `k` (from 0) are called: its network and, where it does not know all, its
+    classes, numbered from the second of its kind, and of a copy the fold that it does without.
 
     Not its place, so that the same teacher is the same whichever of teacher1, teacher2, ... it is.
     """
-    name = recipe.teachers[k].name
-    earlier = sum(teacher.name == name for teacher in recipe.teachers[:k])
-    own = "" if fold is None else f"/fold{fold + 1}"
-    return f"teacher/{name}" + (f"/{earlier + 1}" if earlier else "") + own
+    kinds = [(teacher.name, teacher.classes) for teacher in recipe.teachers]
+    (name, classes), earlier = kinds[k], kinds[:k].count(kinds[k])
+    parts = [f"classes {classes}" * bool(classes), f"{earlier + 1}" * bool(earlier)]
+    return "/".join(filter(None, ["teacher", name, *parts, "" if fold is None else f"fold{fold + 1}"]))
 
 
 def place(recipe: Recipe, k: int, weights_digest: str, fold: int | None = None) -> Place:
@@ -91,7 +92,7 @@ def place(recipe: Recipe, k: int, weights_digest: str, fold: int | None = None) 
     own = {
         name: value
         for name, value in dataclasses.asdict(teacher).items()
-        if name not in _LATER and f"teacher{k + 1}.{name}" not in idle
+        if name not in _LATER and f"teacher{k + 1}.{name}" not in idle and (name, value) not in _SINCE
     }
     schedule = {
         name: value
