@@ -35,6 +35,12 @@ ABSENT = "gpu" if jax.default_backend() == "cpu" else "cpu"
 FINETUNED = {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0, "teacher1.finetune_epochs": 3}
 GIVEN = {"teacher1.name": "resnet8", "teacher1.train_epochs": 0}
 STUDENT = {"model.student.name": "resnet8_pretrain"}
+USED = {"teacher1.weights": A_FILE, "teacher1.train_epochs": 0, "teacher1.saw_val": False}
+FOLDS, HELD = (
+    {"teacher_folds": 2, "a_step_views": 16, "b_step_views": 60},
+    {"teacher_holdout": 0.2, "student_images": "holdout"},
+)
+IN_A = {"use_teacher_finetuning": True, "train_distill_adapter_only": False}
 NO_TEACHERS = {"ce_alpha": 1.0, "kd_alpha": 0.0}
 
 
@@ -155,6 +161,35 @@ CASES = [
     ({"dataset.train_subset": -5}, "dataset.train_subset=-5", "at least 0"),
     ({"dataset.train_subset": 5}, "dataset.train_subset = 5", "10 (one image a class)"),
     ({"dataset.train_subset": 10**6}, "dataset.train_subset = 1000000", "..1006"),
+    # folds and hold-outs
+    ({"teacher_folds": 1}, "teacher_folds=1 leaves no image", "2 or more, or 0"),
+    ({"teacher_folds": -1}, "teacher_folds=-1", "in [0, 100]"),
+    ({"teacher_holdout": 1.0}, "teacher_holdout=1.0", "in [0, 1)"),
+    ({**FOLDS, "teacher_holdout": 0.2}, "teacher_folds=2 and teacher_holdout=0.2 are both set", "one of them to 0"),
+    ({"student_images": "holdout"}, "student_images='holdout' needs teacher_holdout", "student_images='all'"),
+    ({"teacher_holdout": 0.2, "student_images": "held"}, "student_images='held'", "'holdout'"),
+    ({**FOLDS, "teacher_deploy": "none"}, "teacher_deploy='none'", "'copies', 'all'"),
+    ({**FOLDS, "teacher_deploy": "all"}, "teacher_deploy='all'", "teacher_deploy='copies'", "kd_target='avg'"),
+    ({**FOLDS, "a_step_views": 0}, "teacher_folds=2 with a_step_views=0", "a_step_views=4", "teacher_folds=0"),
+    ({**FOLDS, "b_step_views": 0}, "teacher_folds=2 with b_step_views=0", "b_step_views=20"),
+    ({**FOLDS, "mixup_alpha": 0.2}, "teacher_folds=2 with mixup_alpha or cutmix_alpha_distill", "both to 0"),
+    ({**FOLDS, "cutmix_alpha_distill": 1.0}, "teacher_folds=2 with mixup_alpha or cutmix_alpha_distill"),
+    ({**FOLDS, **IN_A}, "use_teacher_finetuning", "teacher_folds=2 keeps from them"),
+    ({"teacher_holdout": 0.2, **IN_A}, "use_teacher_finetuning", "teacher_holdout=0.2 keeps"),
+    ({**FOLDS, **USED}, "teacher_folds=2", f"teacher1.weights='{A_FILE}' are used as they are", "finetune_epochs"),
+    ({"teacher_holdout": 0.2, **USED}, "teacher_holdout=0.2", f"teacher1.weights='{A_FILE}' are used as they are"),
+    ({**FOLDS, **FINETUNED}, "teacher_folds=2, but teacher1.saw_val=True", "teacher1.saw_val=False"),
+    ({"teacher_holdout": 0.2, **FINETUNED}, "teacher_holdout=0.2, but teacher1.saw_val=True"),
+    (
+        {**FOLDS, "teacher_folds": 100},
+        "teacher_folds=100",
+        "2 of 10 classes have fewer that differ: 2 (99), 8 (98)",
+        "=98 or",
+    ),
+    ({"teacher_holdout": 0.001}, "teacher_holdout=0.001 asks for 1 of 1006 images", "each of 10 classes"),
+    ({**HELD, "dataset.train_subset": 300}, "dataset.train_subset=300 is more than the 201", "teacher_holdout=0.2"),
+    ({**HELD, "dataset.train_subset": 0, "dataset.batch_size": 256}, "256 is larger than the 201 images to train on"),
+    ({**FOLDS, "device_data_gb": 1e-4}, "teacher_folds=2 needs", "on all 20 views", "more than device_data_gb=0.0001"),
     ({"enable_kd_after_syn_acc": 0.05}, "enable_kd_after_syn_acc=0.05", "below chance for 10 classes"),
     # networks and their weights
     ({"model.student.name": "resnet9"}, "model.student.name", "resnet8, resnet14"),

@@ -6,10 +6,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from networks import make_split
+from networks import make_feed, make_split
 from tiny_runs import read_config, tiny_networks
 
 from asib_jax import build, evaluation, recipe as recipes, runner, train
+from asib_jax.data import folds
+from asib_jax.engine.banks import Bank
 from asib_jax.engine.compiled import Steps
 from asib_jax.recipe import checks
 from asib_jax.record.experiment import Record
@@ -204,3 +206,81 @@ def test_copies_are_kept_and_taken_up_by_other_runs(run, data_file):
     assert len(list((run.folder.parent / "teachers").iterdir())) == 2 * COPIES + 4
     assert "2 copies, best epochs" in (fewer.folder / "table.txt").read_text()
     assert evaluation.evaluate_run(fewer.folder).split() == (fewer.folder / "table.txt").read_text().split()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_bank_asks_of_each_row_its_copy(run, data_file, tmp_path, devices):
+    """On any number of devices, from the networks or from files that a first bank has left: what each copy says of all
+    rows, looked up by row; a copy that is asked of nothing is no hindrance; who does not say whom to ask is told."""
+    nets, variables, split = run.inputs.nets, run.asked["stage1/b"].variables, run.inputs.data.train
+    copy = np.random.default_rng(0).permutation(np.arange(len(split.label)) % COPIES)
+    said = apart(run, np.asarray(split.image), variables)
+    rows = np.arange(len(copy))
+    for asked in (copy, copy, copy % 2):
+        bank = Bank(nets, split, make_feed(devices, eval_batch=8), name="rows", copy=asked, cache=str(tmp_path))
+        (found,) = bank.read("teachers", variables)
+        for k, (logits, features) in enumerate(said.values()):
+            np.testing.assert_allclose(found.logits[:, k], logits[asked, rows], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.feats[k], features[asked, rows], rtol=1e-4, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == COPIES + 1  # other rows are another question
+    with pytest.raises(ValueError, match="which of 3 copies of the teachers is asked of which of rows"):
+        Bank(nets, split, make_feed(devices), name="rows").read("teachers", variables)
+
+
+def test_a_hold_out_is_seen_by_no_teacher(data_file, run, tmp_path):
+    """And is all that the student trains on where it says so; a teacher of a hold-out is kept as another teacher."""
+    held = {"teacher_folds": 0, "teacher_holdout": 0.4, "dataset.train_subset": 0, "train_distill_adapter_only": False}
+    held |= {"teacher_adapt_epochs": 0, "kd_target": "avg"}
+    own = run_of(data_file, tmp_path, "held", **held, student_images="holdout")
+    data = own.inputs.data
+    validation, ours = set(marks(np.asarray(data.validation.image))), set(marks(np.asarray(data.train.image)))
+    assert len(data.train.label) == 32 and set(data.train.label) == set(range(5))
+    for k in (1, 2):
+        seen = own.seen[f"teacher{k}"]
+        assert not seen & ours and not seen & validation and len(seen) > 30
+    assert own.seen["student"] <= ours
+    (key, _) = (json.loads(path.read_text())["key"] for path in (tmp_path / "teachers").glob("*/key.json"))
+    assert key["holdout"] == 0.4 and "fold" not in key
+    everything = run_of(data_file, tmp_path, "all", **held)
+    assert "teacher1" not in everything.seen and len(everything.inputs.data.train.label) == 80
+
+
+def test_one_more_teacher_of_all_images_can_be_measured(data_file, run, tmp_path):
+    """It is the one of a run without folds, which takes it up; on training images the copies are asked all the same."""
+    plain = {"teacher_adapt_epochs": 0, "kd_target": "avg", "train_distill_adapter_only": False}
+    every = run_of(data_file, tmp_path, "every", **plain, teacher_deploy="all")
+    asked, (held,) = every.asked["stage1/b"], every.asked["stage1/b"].held.values()
+    whole = every.inputs.nets.teachers[0].apply(
+        asked.variables.of("teacher1"), np.float32(every.inputs.data.validation.image), train=False
+    )
+    np.testing.assert_allclose(asked.validation[:, 0], whole.logit, rtol=1e-4, atol=1e-4)
+    said = apart(every, np.asarray(every.inputs.data.train.image), asked.variables)["teacher1"][0]
+    gaps = np.abs(said - held.logits[None, :, 0]).max(axis=-1)
+    np.testing.assert_array_equal(gaps.argmin(axis=0), every.inputs.data.copy_to_ask)
+    assert gaps.min(axis=0).max() < 1e-4 and "copies" not in (every.folder / "table.txt").read_text()
+    assert evaluation.evaluate_run(every.folder).split() == (every.folder / "table.txt").read_text().split()
+    alone = run_of(data_file, tmp_path, "alone", **plain, teacher_folds=0)
+    assert set(alone.seen) == {"student"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_folds_are_stratified_and_hold_all_that_is_equal(seed):
+    """Random labels and doubles: every image in one fold with its like, sizes within those, every class on both sides;
+    the same again from the same seed."""
+    generator = np.random.default_rng(seed)
+    labels = np.sort(generator.integers(0, 4, 120))
+    digests = np.arange(120, dtype=np.uint64)
+    doubles = generator.choice(120, (2, 4 * seed), replace=False)
+    digests[doubles[0]] = digests[doubles[1]]
+    for parts, options in ((5, (5, 0.0)), (1, (0, 0.25))):
+        sees = folds.sees(labels, digests, *options, seed)
+        np.testing.assert_array_equal(sees, folds.sees(labels, digests, *options, seed))
+        assert sees.shape == (parts, 120) and (parts == 1 or ((~sees).sum(axis=0) == 1).all())
+        for copy in sees:
+            assert not np.isin(digests[copy], digests[~copy]).any()
+            assert set(labels[copy]) == set(labels[~copy]) == set(range(4))
+            wanted = np.bincount(labels) * (1 - (0.25 if parts == 1 else 0.2))
+            assert np.abs(np.bincount(labels[copy]) - wanted).max() <= 1 + seed  # doubles move some
+        if not seed:
+            assert set((~sees).sum(axis=1)) == {24 if parts == 5 else 30}
+    assert not np.array_equal(folds.sees(labels, digests, 5, 0.0, seed), folds.sees(labels, digests, 5, 0.0, seed + 1))

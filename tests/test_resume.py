@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,18 @@ CASES = {
         },
         {"teacher1": AT_THE_END, "teacher2": OVER, "stage2/b": WITHIN, "control/stage1/b": WITHIN},
     ),
+    "folds": (
+        "l1_ib",
+        {
+            "teacher_folds": 2,
+            "cutmix_alpha_distill": 0.0,
+            "a_step_views": 2,
+            "b_step_views": 1,
+            "train_control": False,
+            "student_epochs_per_stage": (1,),
+        },
+        {"teacher1_fold1": OVER, "teacher1_fold2": WITHIN, "teacher2_fold2": LATER, "stage1/b": WITHIN},
+    ),
     "float16": (
         "l4_full",
         {
@@ -187,6 +200,9 @@ def test_interrupted_it_ends_as_if_it_had_not_been(case, data_file, tmp_path, mo
     assert ends <= shared
     for key in shared:
         assert stopped.seen[key] == untouched.seen[key], key
+    if not recipe.trains_teachers:  # those that are not in training lie elsewhere
+        for part, leaf in {(part, leaf) for (part, *_), held in stopped.seen.items() for leaf in held}:
+            assert not re.search(r"\['teacher\d", leaf) or f"['{part}']" in leaf or "distill_adapter" in leaf
     assert not snapshots.paths(tmp_path / "stopped" / "run")  # of a finished run there are none
     metrics = read_json(tmp_path / "stopped" / "run" / "metrics.json")
     skipped = collections.Counter()
