@@ -18,7 +18,7 @@ from asib_jax import streams
 from asib_jax.data.augment import augment, mix
 from asib_jax.models.ensemble import Mode, StudentOutputs, TeacherOutputs, Variables
 from asib_jax.models.ib_mbm import sample
-from asib_jax.objectives import freezing, losses, optimizers, state
+from asib_jax.objectives import freezing, losses, optimizers, state, targets
 from asib_jax.objectives.a_loss import ATerms, a_loss, mean_square
 from asib_jax.objectives.b_loss import BTerms, b_loss
 from asib_jax.objectives.step import make_train_step
@@ -527,6 +527,29 @@ def test_synergy_without_a_share_cannot_reach_the_student(controls, use_ib):
     shut, average = of("synergy", broken), of("avg", broken)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), shut, average)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shut))
+
+
+@pytest.mark.parametrize("kd_target", ["synergy", *targets.KD_TARGETS])
+def test_b_loss_of_teachers_of_some_classes(kd_target):
+    """Nobody knows class 4, of which there are images; what is averaged is what is known (by hand for `avg`)."""
+    classes = ((0, 1, 2), (1, 2, 3))
+    nets, variables = make(classes=classes)
+    terms = replace(B_TERMS, kd_target=kd_target, kd_teacher_index=1, student_share=True, disagree_mode="pred")
+    terms = replace(terms, disagree_lambda_high=3.0)
+    controls = b_controls(student_share=0.4)
+    loss, (_, metrics) = b_loss(variables, controls, BATCH, nets=nets, terms=terms)
+    assert np.isfinite(loss) and all(np.isfinite(value) for value in metrics.values()) and metrics["kd"] > 0
+    if kd_target != "avg":
+        return
+    out = raw_outputs(nets, variables, jnp.float32(BATCH["image"]), {"train": True})
+    logs = [log_softmax(own[:, known]) for own, known in zip(out["teachers"], classes)]
+    average = np.column_stack([logs[0][:, 0], (logs[0][:, 1:] + logs[1][:, :2]) / 2, logs[1][:, 2]])
+    said = [np.array(known)[own.argmax(-1)] for own, known in zip(logs, classes)]
+    weight = np.where((said[0] != said[1]) & (said[0] != 0) & (said[1] != 3), 3.0, 1.0)
+    mixed = 0.6 * average + 0.4 * log_softmax(out["student"])[:, :4]
+    log_p, tau = log_softmax(mixed / 3.0), 3.0
+    kd_ = tau**2 * (np.exp(log_p) * (log_p - log_softmax(out["student"] / tau)[:, :4])).sum(-1)
+    np.testing.assert_allclose(metrics["kd"], 0.35 * np.mean(weight / weight.mean() * kd_), rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["teacher1", "control"])
