@@ -42,7 +42,7 @@ def measure(context: Context, variables: Variables) -> list[float]:
         logger.info(
             "%s: %.1f %% of %d images that it teaches, %.1f %% of validation%s; mean entropy at tau=%g: %.3f and %.3f "
             "nats%s",
-            *(name, 100 * train_acc, count, 100 * val_acc),
+            *(name, 100 * train_acc, int(known[part.label].sum()), 100 * val_acc),
             *(", which its weights have seen, too" if options.saw_validation else "", tau, *entropies),
             f", its logits divided by {temperature:.4g}" if temperature != 1 else "",
         )

@@ -8,6 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from asib_jax import recipe as recipes
+from asib_jax.recipe import checks
+
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
@@ -18,8 +21,8 @@ def script():
         import teachers
 
         yield teachers
-    for name in ("teachers", "scenarios"):
-        del sys.modules[name]
+    for name in ("teachers", "scenarios", "cifar16"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,16 @@ def test_the_figure_is_drawn_of_what_was_kept(script, tmp_path):
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
     assert "60 epochs (n = 3)" in text and "test images (%)" in text
+
+
+def test_every_command_is_a_run_that_can_be(script):
+    """Of the configuration that it names, with every key that it sets."""
+    import cifar16
+
+    for _, row, config, changes in script.ROWS:
+        for keys in script.variants(config, changes).values():
+            made = cifar16.get_config(config)
+            made.update_from_flattened_dict({"dataset.path": "cifar100.npz", "dataset.name": "npz", **keys})
+            recipe = recipes.read(made)
+            checks.check(recipe)
+            assert recipe.uses_teachers == (config != "ce_only"), row

@@ -141,6 +141,17 @@ def test_each_is_measured_on_its_own_classes_and_on_all(run):
     assert evaluation.evaluate_run(run.folder) == table.rstrip("\n")
 
 
+def test_what_a_teacher_has_memorised_is_asked_over_its_own_classes(run):
+    metrics, log = json.loads((run.folder / "metrics.json").read_text()), (run.folder / "log.txt").read_text()
+    for k, name in enumerate(run.nets.teacher_names):
+        for split, part in (("train", run.data.train), ("val", run.data.validation)):
+            hit, own = right(run, part, k)
+            assert metrics[f"{name}/{split}_acc"] == hit.sum() / own.sum()
+            assert 0 < metrics[f"{name}/{split}_entropy"] < np.log(3)  # of three classes, not five
+        hit, own = right(run, run.data.train, k)
+        assert f"{name}: {100 * hit.sum() / own.sum():.1f} % of {own.sum()} images that it teaches, " in log
+
+
 def test_the_log_and_the_plan_say_who_knows_what(run):
     given = recipes.read(run.config)
     told = dry_run.text(given, plan.make(given))
