@@ -66,7 +66,7 @@ def evaluate_run(folder: pathlib.Path, draw: bool = False) -> str:
     found = evaluate_finished(recipe, nets, data, feed, done)
     _compare(folder, found.summary)
     if draw:
-        drawings.draw(folder, read_json(folder / "metrics.json"), data, found.logits)
+        drawings.draw(folder, read_json(folder / "metrics.json"), data, found.logits, found.named, found.known)
     return results.render(recipe, found, reporting.width(sys.stdout))
 
 

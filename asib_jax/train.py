@@ -211,7 +211,9 @@ def train(context: Context) -> dict[str, object]:
     logger.info("\n%s\n\nrecord: %s (%.1f minutes)", table, context.record.folder, minutes)
     context.reporter.final(keys.flat(recipe), found.summary)
     if recipe.pictures and hosts.is_first():
-        drawings.draw(context.record.folder, context.record.metrics, context.data, found.logits)
+        drawings.draw(
+            context.record.folder, context.record.metrics, context.data, found.logits, found.named, found.known
+        )
     return {**found.summary, "minutes": minutes}
 
 

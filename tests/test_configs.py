@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from asib_jax import recipe
+from asib_jax.data.statistics import Statistics
 from asib_jax.recipe import checks, keys, told_by_data
 from asib_jax.weights import teacher_store
 from configs import base
@@ -131,11 +132,11 @@ def difference(config: ConfigDict, other: ConfigDict) -> dict:
 
 def test_the_table_is_the_folder():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*LADDER, *FINETUNE, "base", "profiles", "imagenet_teachers", "finetune", "__init__"}
+    assert files == {*LADDER, *FINETUNE, "specialists", "base", "profiles", "imagenet_teachers", "finetune", "__init__"}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("name", ["base", *LADDER])
+@pytest.mark.parametrize("name", ["base", "specialists", *LADDER])
 def test_readable(name, profile):
     config = config_of(name, profile)
     read = recipe.read(config)
@@ -174,6 +175,25 @@ def test_the_small_profile_needs_two_files(name):
             checks.check(recipe.read(config))
     config.teacher1.weights = config.teacher2.weights = __file__  # read later: here it must only exist
     checks.check(recipe.read(config))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_specialists_differ_from_the_base_in_their_classes(profile):
+    """Synergy's base and keys are left to the teachers; whatever the profile it lacks no weights."""
+    config = config_of("specialists", profile)
+    changes = {"use_ib": True, "specialists.overlap": 20.0 if profile else 0.0}
+    if profile == "small":
+        changes |= {
+            f"teacher{k}.{key}": value for k in (1, 2) for key, value in (("name", "resnet20"), ("train_epochs", 12))
+        }
+    assert difference(config, config_of("base", profile)) == changes
+    checks.check(recipe.read(config))
+    whole = told_by_data.complete(
+        recipe.read(config), 10 if profile == "digits" else 100, lambda: Statistics((0.5,), (0.2,))
+    )
+    told = {"digits": ["0-5", "4-9"], "": ["0-49", "50-99"]}
+    assert [teacher.classes for teacher in whole.teachers] == told.get(profile, ["0-59", "40-99"])
+    assert (whole.base, whole.kv) == ("mixture", "feat_prob")
 
 
 @pytest.mark.parametrize("key, value", [*COMMON.items(), *OTHERS.items()])

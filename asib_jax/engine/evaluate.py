@@ -176,14 +176,21 @@ def correct_counts(
     """Of teachers' logits [N, T, C], of which known [T, C] are meant: correct predictions of every teacher, "teacher1"
     ..., and of the average of these, each divided by its own of the temperatures [T], "average"; and the images on
     which two predict different classes that both know, "disagreement"."""
-    predictions = _predictions(logits, known)  # [N, T]
-    counts = {f"teacher{k}": int((predictions[:, k - 1] == labels).sum()) for k in range(1, logits.shape[1] + 1)}
-    average = np.asarray(targets.average(logits / temperatures[:, None], known))
-    counts["average"] = int((_predictions(average, np.any(known, axis=0)) == labels).sum())
+    named = predictions(logits, known, temperatures)
+    counts = {name: int((found == labels).sum()) for name, found in named.items()}
+    theirs = np.stack([found for name, found in named.items() if name != "average"], axis=1)  # [N, T]
     none_is_known = np.pad(known, ((0, 0), (0, 1)), constant_values=True)  # to all: -1, of a teacher that is not finite
-    disagree = losses.DISAGREE_MODES["pred"](jnp.asarray(predictions), jnp.asarray(labels), none_is_known)
+    disagree = losses.DISAGREE_MODES["pred"](jnp.asarray(theirs), jnp.asarray(labels), none_is_known)
     counts["disagreement"] = int(disagree.sum())
     return counts
+
+
+def predictions(logits: np.ndarray, known: np.ndarray, temperatures: np.ndarray) -> dict[str, np.ndarray]:
+    """The class that each teacher, "teacher1" ..., and their "average" name of each image, [N]; -1 is none."""
+    theirs = _predictions(logits, known)
+    average = np.asarray(targets.average(logits / temperatures[:, None], known))
+    found = {f"teacher{k}": theirs[:, k - 1] for k in range(1, logits.shape[1] + 1)}
+    return found | {"average": _predictions(average, np.any(known, axis=0))}
 
 
 def _predictions(logits: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -24,14 +24,7 @@ from asib_jax.recipe.conditions import (
     TEACHERS,
     TUNED,
 )
-from asib_jax.recipe.groups import (
-    DatasetRecipe,
-    ModelRecipe,
-    ScheduleRecipe,
-    SpecialistsRecipe,
-    StudentRecipe,
-    TeacherRecipe,
-)
+from asib_jax.recipe.groups import DatasetRecipe, ModelRecipe, ScheduleRecipe, StudentRecipe, TeacherRecipe
 from asib_jax.recipe.keys import When, key
 from asib_jax.recipe.ranges import DECAY, MIXING, RATE, TEMPERATURE, WEIGHT
 from asib_jax.recipe.run import RunRecipe
@@ -47,7 +40,6 @@ class Recipe(RunRecipe):
     model: ModelRecipe = key(ModelRecipe(), "what is distilled into", when=STUDENT)
     teachers: tuple[TeacherRecipe, ...] = key((TeacherRecipe(name="convnext_l"), TeacherRecipe(name="resnet152")),
                                               "what is distilled from", when=TEACHERS)
-    specialists: SpecialistsRecipe = key(SpecialistsRecipe(), "teachers that know some classes each", when=TEACHERS)
     teacher_folds: int = key(0, "K: every teacher is trained or fine-tuned K times, each time without one of K "
                              "stratified folds of its images; A- and B-Step ask of an image the copy that did not see "
                              "it (models.md); 0: once, on all", at_least=0, at_most=100, when=TEACHERS)
@@ -212,13 +204,12 @@ class Recipe(RunRecipe):
     @property
     def base(self) -> str:
         """`synergy_base`, as told by the teachers where it is empty (SPEC 12)."""
-        lacking = any(teacher.classes for teacher in self.teachers)
-        return self.synergy_base or ("mixture" if lacking else "avg")
+        return self.synergy_base or ("mixture" if any(teacher.classes for teacher in self.teachers) else "avg")
 
     @property
     def kv(self) -> str:
         """`ib_mbm_kv`, likewise."""
-        return self.ib_mbm_kv or "feat"
+        return self.ib_mbm_kv or ("feat_prob" if any(teacher.classes for teacher in self.teachers) else "feat")
 
     @property
     def distils_from_fusion(self) -> bool:

@@ -1,8 +1,9 @@
-"""The keys of a run itself: its seed and folder, lengths, devices, what it writes and how it goes on."""
+"""The keys of a run itself: seed and folder, lengths, devices, what it writes, how it goes on; who knows what."""
 
 import dataclasses
 
 from asib_jax.recipe.conditions import STUDENT, TEACHERS
+from asib_jax.recipe.groups import SpecialistsRecipe
 from asib_jax.recipe.keys import When, key
 
 
@@ -50,4 +51,5 @@ class RunRecipe:
                         choices=("", "gpu", "cpu"), free=True)
     profile_steps: tuple[int, ...] = key((), "(first, last): a jax profiler trace of the calls that do those B-steps",
                                          at_least=0, lengths=(0, 2), when=STUDENT, free=True)
+    specialists: SpecialistsRecipe = key(SpecialistsRecipe(), "teachers that know some classes each", when=TEACHERS)
     # fmt: on

@@ -40,9 +40,9 @@ def complete(
     """
     wanted = empty(recipe)
     values: dict[str, Any] = {}
-    if any(name.endswith((".mean", ".std")) for name in wanted):
+    if pixels := [name for name in wanted if name.endswith((".mean", ".std"))]:
         found = statistics()
-        values = {name: getattr(found, name.rpartition(".")[2]) for name in wanted if "." in name}
+        values = {name: getattr(found, name.rpartition(".")[2]) for name in pixels}
     if "enable_kd_after_syn_acc" in wanted:
         values["enable_kd_after_syn_acc"] = gate(num_classes)
     if recipe.uses_teachers:

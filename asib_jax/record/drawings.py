@@ -1,5 +1,6 @@
 """Pictures of a finished run: its curves, and on test the best student's confusions, classes and worst mistakes."""
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asib_jax.data.parts import Data
-from asib_jax.record.canvas import BLUE, ORANGE, new_figure
+from asib_jax.record.canvas import BLUE, GREEN, GREY, ORANGE, PINK, RED, new_figure
 from asib_jax.record.curves import draw_curves
 from asib_jax.record.predictions import TOP, TOP_FROM, confusion, printable, probabilities, top_correct, worst_mistakes
 
@@ -24,10 +25,18 @@ _WITH_NUMBERS, _WITH_NAMES = 30, 120  # classes up to which a picture has room f
 _MISTAKES = (4, 6)  # rows and columns
 
 
-def draw(folder: Path, metrics: Mapping[str, Any], data: Data, logits: np.ndarray | None) -> None:
+def draw(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    data: Data,
+    logits: np.ndarray | None,
+    named: Mapping[str, np.ndarray] | None = None,
+    known: np.ndarray | None = None,
+) -> None:
     """Write the pictures of the run in `folder` to `folder/pictures`; where one cannot be drawn, warn with the reason.
 
-    logits: [N, C] of the best student on test; None of a run without one, which has curves alone.
+    logits: [N, C] of the best student on test; None of a run without one, which has curves alone. named, known: of
+    teachers that know some classes, as `Results` has them.
     """
     figures: dict[str, Callable[[], Figure]] = {"curves": lambda: draw_curves(metrics)}
     if logits is not None:
@@ -37,6 +46,9 @@ def draw(folder: Path, metrics: Mapping[str, Any], data: Data, logits: np.ndarra
             "classes": lambda: draw_classes(labels, guesses, names),
             "mistakes": lambda: draw_mistakes(data.test.image, labels, guesses, names),
         }
+        if named and known is not None:
+            every = {**named, "student": guesses.argmax(axis=1)}
+            figures["specialists"] = lambda: draw_specialists(labels, every, known, names)
     for name, make in figures.items():
         try:
             with warnings.catch_warnings(record=True, action="always") as said:
@@ -135,6 +147,36 @@ def draw_classes(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) 
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, reverse=True)
+    return figure
+
+
+def draw_specialists(
+    labels: np.ndarray, named: Mapping[str, np.ndarray], known: np.ndarray, names: Sequence[str]
+) -> "Figure":
+    """The accuracy of each class of everything in `named`, classes [N] by name: "teacher1", ..., "average", "student".
+
+    known: which teacher knows which class, [T, C]; these are shaded in its colour.
+    """
+    sizes, classes = np.bincount(labels, minlength=len(names)), np.arange(len(names))
+    figure = new_figure(float(np.clip(0.9 * len(names), 7, 13.5)), 4.2, "who knows what: test accuracy, class by class")
+    axis, colours = figure.subplots(), itertools.cycle((BLUE, ORANGE, PINK, RED))
+    width = 0.84 / len(named)
+    for k, (name, found) in enumerate(named.items()):
+        colour = {"average": GREY, "student": GREEN}.get(name) or next(colours)
+        right = np.bincount(labels[found == labels], minlength=len(names))
+        own = known[k] if k < len(known) else np.ones(len(names), bool)
+        told = "teachers' average" if name == "average" else name
+        label = f"{told}; of {'all' if own.all() else 'its classes'} {_percent(right.sum(), sizes[own].sum())}"
+        place = classes + (k - (len(named) - 1) / 2) * width
+        axis.bar(place, 100 * right / np.maximum(sizes, 1), width, color=colour, label=label)
+        for one in classes[own] if k < len(known) else ():
+            axis.axvspan(one - 0.5, one + 0.5, color=colour, alpha=0.14, linewidth=0)
+    _ticks(axis.set_xticks, [*map(_short, names)], rotation=_turn(names))
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_ylim(0, 102)
+    axis.set_xlabel("class; shaded: those that a teacher knows", fontsize=9)
+    axis.set_ylabel("accuracy %", fontsize=9)
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     return figure
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asib_jax.data.classes import text_of
-from asib_jax.engine.evaluate import Evaluator, of_fusion
+from asib_jax.engine.evaluate import Evaluator, of_fusion, predictions
 from asib_jax.engine.progress import BEFORE
 from asib_jax.models.ensemble import Networks, Variables
 from asib_jax.objectives.targets import TRAINING_FREE
@@ -36,7 +36,8 @@ class Results:
     moving: "last" or "best", by the name of what training changed and whose name says not which parameters it has.
     logits: [N, C] of the best student on test; None of a run without one. training_free: which `kd_target` or teacher
     "training_free" counts, the one that is best on validation.
-    known: `Networks.known`; own[split][name]: images of the classes of a teacher that does not know all.
+    known: `Networks.known`; own[split][name]: images of the classes of a teacher that does not know all; named: where
+    there is one, what `predictions` has of test.
     Raises ValueError for a count that its split cannot have.
     """
 
@@ -51,6 +52,7 @@ class Results:
     training_free: str = ""
     known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), bool))
     own: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    named: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         wrong = [
@@ -110,9 +112,10 @@ def final_results(recipe: Recipe, nets: Networks, finished: Finished, *evaluator
     theirs = {part.name: {name: part.images_of(known) for name, known in special.items()} for part in evaluators}
     as_given = frozenset(name for name, when in finished.when.items() if when == BEFORE)
     skipped, moving = {**finished.skipped_steps}, moving_parameters(recipe)
-    return Results(
-        counts, sizes, shares, moving, skipped, as_given, logits, finished.teachers, training_free, nets.known, theirs
-    )
+    test = evaluators[-1]
+    named = predictions(test.teacher_logits, nets.known, test.temperatures) if special else {}
+    told = (skipped, as_given, logits, finished.teachers, training_free, nets.known, theirs, named)
+    return Results(counts, sizes, shares, moving, *told)
 
 
 def _add_training_free(recipe: Recipe, counts: dict[str, dict[str, int]], evaluators: Sequence[Evaluator]) -> str:
