@@ -27,22 +27,30 @@ from configs import l2_cccp
 
 BATCH, SPLIT = 8, make_split(16)
 SHAPES = {"student": (8, (3, 4, 5), 3), "teacher1": (14, (4, 5, 6), 4), "teacher2": (8, (3, 5, 7), 3)}  # depth, widths
-NETS = make_networks(
-    student=cifar_resnet(*SHAPES["student"]),
-    teachers=(cifar_resnet(*SHAPES["teacher1"]), cifar_resnet(*SHAPES["teacher2"])),
-)
+
+
+@functools.cache
+def make_nets(base: str):
+    return make_networks(
+        student=cifar_resnet(*SHAPES["student"]),
+        teachers=(cifar_resnet(*SHAPES["teacher1"]), cifar_resnet(*SHAPES["teacher2"])),
+        base=base,
+    )
+
+
+NETS = make_nets("none")
 MODELS = {"student": NETS.student, **dict(zip(NETS.teacher_names, NETS.teachers))}
 PREFIXES = {"student": "student", "teacher1": "teachers.0", "teacher2": "teachers.1"}
 pytestmark = [pytest.mark.pytorch, pytest.mark.usefixtures("quick_compilation")]
 
 
 @functools.cache
-def make_recipe() -> recipe.Recipe:
+def make_recipe(base: str) -> recipe.Recipe:
     """The configuration at the width of the networks here, with bounds in force and a weight decay that shows."""
     config = l2_cccp.get_config()
     config.dataset.data_aug = 0
     config.distill_out_dim = config.ib_mbm_out_dim = DIM
-    config.ib_mbm_n_head = 2
+    config.ib_mbm_n_head, config.synergy_base = 2, base
     config.kd_max_ratio, config.min_cw, config.student_weight_decay = 0.6, 0.8, 0.3
     return recipe.read(config)
 
@@ -52,15 +60,15 @@ def settings_of(options: recipe.Recipe) -> Settings:
 
 
 @functools.cache
-def make_variables():
+def make_variables(base: str = "none"):
     """With smaller logits of the student: a softmax that is nearly one-hot hides errors."""
-    variables = random_variables(NETS)
+    variables = random_variables(make_nets(base))
     classifier = variables.params["student"]["classifier"]
     variables.params["student"]["classifier"] = {name: value / 8 for name, value in classifier.items()}
     return variables
 
 
-def make_torch(**options) -> ASIB:
+def make_torch(base: str = "none", **options) -> ASIB:
     """PyTorch's networks with every parameter and statistic of `make_variables`."""
     torch.manual_seed(0)
     student, *teachers = (
@@ -73,10 +81,10 @@ def make_torch(**options) -> ASIB:
         teachers,
         CLASSES,
         *data,
-        settings=settings_of(make_recipe()),
+        settings=settings_of(make_recipe(base)),
         **{"device": "cpu", "pad": 0, "flip": False} | options,
     )
-    asib.load_state_dict(to_torch(*make_variables()), strict=True)
+    asib.load_state_dict(to_torch(*make_variables(base)), strict=True)
     return asib
 
 
@@ -96,7 +104,9 @@ def to_torch(params: dict, batch_stats: dict = {}) -> dict[str, torch.Tensor]:
         out["ib_mbm.attention.in_proj_weight"] = np.concatenate([np.transpose(part["kernel"]) for part in joint])
         out["ib_mbm.attention.in_proj_bias"] = np.concatenate([part.get("bias", np.zeros(DIM)) for part in joint])
         out |= layers(fusion, "ib_mbm") | layers({"out_proj": attention["out"]}, "ib_mbm.attention")
-        out |= layers({"0": params["synergy_head"]["fc1"], "2": params["synergy_head"]["fc2"]}, "head")
+        head = params["synergy_head"]
+        out |= layers({"0": head["fc1"], "2": head["fc2"]}, "head")
+        out |= {name[1:]: value for name, value in layers({"router": head.get("router", {})}, "").items()}
     return {name: torch.tensor(np.array(value)) for name, value in out.items()}
 
 
@@ -110,10 +120,10 @@ def layers(branch: dict, prefix: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def ours(kind: str):
+def ours(kind: str, base: str = "none"):
     """Of the A- or B-Step: state, what is frozen, loss and metrics with gradients, training step."""
-    variables = make_variables()
-    training = {"a": a_step, "b": b_step}[kind].make_training(make_recipe(), NETS, variables.params, 0)
+    variables, step = make_variables(base), {"a": a_step, "b": b_step}[kind]
+    training = step.make_training(make_recipe(base), make_nets(base), variables.params, 0)
     current, frozen = state.begin(variables, training.mask, training.trained_stats, training.tx)
 
     def loss(params, controls, batch):
@@ -186,6 +196,7 @@ def test_settings_are_those_of_the_configuration():
         "train_distill_adapter_only",
         "use_teacher_finetuning",
         "synergy_head_dropout",
+        "ib_mbm_teacher_dropout",
         "synergy_temp_learnable",
         "a_step_weight_decay",
     )
@@ -193,12 +204,19 @@ def test_settings_are_those_of_the_configuration():
 
 
 @pytest.mark.parametrize(
-    "tau, beta, student_open, certain", [(3.0, 0.02, True, True), (5.5, 0.5, False, True), (2.0, 0.0, False, False)]
+    "tau, beta, student_open, certain, base",
+    [
+        (3.0, 0.02, True, True, "none"),
+        (5.5, 0.5, False, True, "none"),
+        (2.0, 0.0, False, False, "none"),
+        (3.0, 0.02, True, True, "avg"),
+        (3.0, 0.02, True, True, "mixture"),
+    ],
 )
-def test_a_loss(tau, beta, student_open, certain):
+def test_a_loss(tau, beta, student_open, certain, base):
     """Loss and gradient of every trained parameter, 1e-4, with gates open and shut; nothing else gets a gradient."""
-    asib, rows = make_torch(), np.arange(BATCH)
-    current, _, value_and_grad, _ = ours("a")
+    asib, rows = make_torch(base), np.arange(BATCH)
+    current, _, value_and_grad, _ = ours("a", base)
     controls = controls_of(tau=tau, beta=beta, open=student_open, certain=certain)
     (expected, _), grads = value_and_grad(current.params, controls, batch_of(rows))
     loss, _ = asib.a_loss(
@@ -209,11 +227,14 @@ def test_a_loss(tau, beta, student_open, certain):
     assert_close(gradients(asib), to_torch(grads), 1e-4)
 
 
-@pytest.mark.parametrize("tau, gate, bounded", [(4.0, True, True), (0.5, True, False), (3.0, False, True)])
-def test_b_loss(tau, gate, bounded):
+@pytest.mark.parametrize(
+    "tau, gate, bounded, base",
+    [(4.0, True, True, "none"), (0.5, True, False, "none"), (3.0, False, True, "none"), (4.0, True, True, "mixture")],
+)
+def test_b_loss(tau, gate, bounded, base):
     """The same with both targets, and with KD's bound in force or not."""
-    asib, rows = make_torch(), np.arange(BATCH)
-    current, _, value_and_grad, _ = ours("b")
+    asib, rows = make_torch(base), np.arange(BATCH)
+    current, _, value_and_grad, _ = ours("b", base)
     controls = controls_of(tau=tau, gate=gate, average_share=0, ramp=1, ratio_on=1)
     (expected, metrics), grads = value_and_grad(current.params, controls, batch_of(rows))
     assert (metrics["kd_ratio"] < 0.9) == bounded

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     ib_mbm_lr_factor: float = 10.0  # of IB_MBM and head
     student_weight_decay: float = 3e-4
     grad_clip_norm: float = 0.5
+    base: str = "none"  # synergy_base
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -137,6 +138,11 @@ class ASIB(nn.Module):
         self.student = KDNetwork(*student, s.distill_out_dim, dtype)
         self.teachers = nn.ModuleList(KDNetwork(*teacher, s.distill_out_dim, dtype) for teacher in teachers)
         self.ib_mbm, self.head = IB_MBM(s), mlp(s.ib_mbm_out_dim, s.ib_mbm_out_dim, classes)
+        self.router = nn.Linear(s.ib_mbm_out_dim, len(teachers)) if s.base == "mixture" else nn.Identity()
+        if s.base != "none":
+            for layer in (self.head[-1], *([self.router] if s.base == "mixture" else [])):
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
         self.to(device, memory_format=torch.channels_last)
         self.teachers.eval().requires_grad_(False)
         for module in (module for teacher in self.teachers for module in teacher.backbone.modules()):
@@ -150,7 +156,10 @@ class ASIB(nn.Module):
         backbone = list(self.student.backbone.parameters())
         self.a_optimizer = torch.optim.AdamW(
             [
-                {"params": [*self.ib_mbm.parameters(), *self.head.parameters()], "factor": s.ib_mbm_lr_factor},
+                {
+                    "params": [p for part in (self.ib_mbm, self.head, self.router) for p in part.parameters()],
+                    "factor": s.ib_mbm_lr_factor,
+                },
                 {"params": list(self.student.adapter.parameters()), "factor": 1.0},
             ],
             weight_decay=0.0,
@@ -175,10 +184,19 @@ class ASIB(nn.Module):
 
     @torch.no_grad()
     def read_teachers(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teachers' adapted features [B, T, D] and their average logits [B, classes]."""
+        """The teachers' adapted features [B, T, D] and their logits [B, T, classes]."""
         features, logits = zip(*(teacher(pixels) for teacher in self.teachers))
         adapted = [teacher.adapter(feature) for teacher, feature in zip(self.teachers, features)]
-        return torch.stack(adapted, dim=1), torch.stack(logits).mean(0)
+        return torch.stack(adapted, dim=1), torch.stack(logits, dim=1)
+
+    def synergy(self, z: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The head's output on z [B, d], added to the base of the teachers' logits [B, T, classes]: [B, classes]."""
+        if self.settings.base == "none":
+            return self.head(z)
+        logs = F.log_softmax(logits, dim=-1)
+        if self.settings.base == "avg":
+            return self.head(z) + logs.mean(1)
+        return self.head(z) + torch.logsumexp(F.log_softmax(self.router(z), dim=-1)[..., None] + logs, dim=1)
 
     def a_loss(self, pixels, labels, noise, *, tau: float, beta: float, student_open: bool, certain: bool):
         """The A-Step's loss, and the synergy logits. noise: [B, d] standard normal.
@@ -188,11 +206,11 @@ class ASIB(nn.Module):
         s = self.settings
         with torch.no_grad():
             feature, student = self.student.eval()(pixels)
-        kv, average = self.read_teachers(pixels)
+        kv, teachers = self.read_teachers(pixels)
         mu, logvar = self.ib_mbm(self.student.adapter(feature), kv)
-        logits = self.head(mu + torch.exp(logvar / 2) * noise)
+        logits = self.synergy(mu + torch.exp(logvar / 2) * noise, teachers)
         per_sample = s.synergy_ce_alpha * F.cross_entropy(logits, labels, reduction="none") + s.synergy_kd_alpha * kd(
-            logits, average, tau
+            logits, teachers.mean(1), tau
         )
         if student_open:
             per_sample = per_sample + s.kd_alpha * kd(logits, student, tau)
@@ -208,10 +226,10 @@ class ASIB(nn.Module):
         """The B-Step's loss, and the student's logits. gate: distil from synergy, else from the teachers' average."""
         s = self.settings
         feature, logits = self.student.train()(pixels)
-        kv, average = self.read_teachers(pixels)
+        kv, teachers = self.read_teachers(pixels)
         with torch.no_grad():
             mu, logvar = self.ib_mbm(self.student.adapter(feature), kv)
-            target = self.head(mu) if gate else average
+            target = self.synergy(mu, teachers) if gate else teachers.mean(1)
             weight = certainty_weight(logvar, s.min_cw)
         ce, per_sample = F.cross_entropy(logits, labels), kd(logits, target, tau)
         bound = s.kd_max_ratio * ce.detach()
@@ -248,7 +266,8 @@ class ASIB(nn.Module):
         for pixels, label in zip(images.split(batch_size), labels.split(batch_size)):
             pixels, label = pixels.to(correct.device).permute(0, 3, 1, 2), label.to(correct.device)
             feature, student = self.student.eval()(pixels)
-            kv, average = self.read_teachers(pixels)
+            kv, teachers = self.read_teachers(pixels)
             mu, _ = self.ib_mbm(self.student.adapter(feature), kv)
-            correct += (torch.stack([student, average, self.head(mu)]).argmax(-1) == label).sum(-1)
+            answers = torch.stack([student, teachers.mean(1), self.synergy(mu, teachers)])
+            correct += (answers.argmax(-1) == label).sum(-1)
         return dict(zip(("student", "average", "synergy"), (correct / len(labels)).tolist()))

@@ -23,6 +23,7 @@ _FIXED = {
     "student_feature": "distill_feat",
     "ib_mbm_feature_norm": "none",
     "ib_mbm_residual": True,
+    "kv": "feat",
     "teacher_adapt_alpha_kd": None,
     **dict.fromkeys(
         (
@@ -42,6 +43,7 @@ _FIXED = {
             "train_distill_adapter_only",
             "use_teacher_finetuning",
             "synergy_head_dropout",
+            "ib_mbm_teacher_dropout",
             "synergy_temp_learnable",
             "a_step_weight_decay",
         ),
