@@ -257,6 +257,37 @@ def test_a_stored_configuration_may_be_of_another_version():
         recipe.read_stored(then | {"a_key_of_tomorrow": 1})
 
 
+def test_stored_runs_of_earlier_versions_added_synergy_to_nothing():
+    """Where there was synergy: a run without it is the same today."""
+    for name, base, kv in (("l1_ib", "none", "feat"), ("l0_baseline", "", "")):
+        then = copy.deepcopy(changed(importlib.import_module(f"configs.{name}").get_config("digits"), {}))
+        del then["synergy_base"], then["ib_mbm_kv"]
+        read = recipe.read_stored(then)
+        assert (read.synergy_base, read.ib_mbm_kv) == (base, kv)
+    then["synergy_base"] = "mixture"
+    assert recipe.read_stored(then).base == "mixture"
+
+
+@pytest.mark.parametrize(
+    "changes, base, kv",
+    [
+        ({"synergy_base": "", "ib_mbm_kv": ""}, "avg", "feat"),
+        ({"synergy_base": "", "ib_mbm_kv": "", "teacher2.classes": "0-4"}, "mixture", "feat_prob"),
+        ({"synergy_base": "avg", "ib_mbm_kv": "", "teacher2.classes": "0-4"}, "avg", "feat_prob"),
+        ({"synergy_base": "", "ib_mbm_kv": "feat", "teacher2.classes": "0-4"}, "mixture", "feat"),
+        ({"teacher2.classes": "0-4"}, "none", "feat"),
+        ({"synergy_base": "", "ib_mbm_kv": "", "specialists.overlap": 20.0}, "mixture", "feat_prob"),
+    ],
+)
+def test_what_synergy_is_added_to_is_told_by_the_teachers(changes, base, kv):
+    """And the networks are built so."""
+    read = told_by_data.complete(recipe_of(changes), 10, lambda: None)
+    assert (read.base, read.kv) == (base, kv)
+    nets = build.build_networks(read, 10)
+    assert nets.synergy_head.base == base
+    assert {teacher.joins_probabilities for teacher in nets.teachers} == {kv == "feat_prob"}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +401,11 @@ FUSION_KEYS = ["train_distill_adapter_only", "use_cccp", "use_ib"]  # of the con
         ({"use_partial_freeze": False}, ["student_freeze_level"]),
         ({"disagree_mode": "any_wrong", "loss_clamp_max": 5.0}, ["disagree_mode", "loss_clamp_max"]),
         ({"momentum": 0.5}, ["momentum"]),
+        ({"synergy_base": "avg", "ib_mbm_kv": "feat_prob", "ib_mbm_teacher_dropout": 0.1}, []),
+        (
+            {"kd_target": "avg", "synergy_base": "avg", "ib_mbm_kv": "feat_prob", "ib_mbm_teacher_dropout": 0.1},
+            sorted(["ib_mbm_kv", "ib_mbm_teacher_dropout", "synergy_base", *FUSION_KEYS]),
+        ),
         ({"momentum": 0.5, "optimizer": "sgd"}, []),
         ({"amp_dtype": "float32"}, ["amp_dtype"]),
         (

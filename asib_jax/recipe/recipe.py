@@ -103,8 +103,7 @@ class Recipe(RunRecipe):
     loss_clamp_max: float = key(1000.0, "bound of the B-Step's loss", at_least=1e-6, at_most=1e9, when=STUDENT & When(
         "`use_loss_clamp`", lambda recipe: recipe.use_loss_clamp))
     ce_label_smoothing: float = key(0.0, "of the B-Step's cross entropy", at_least=0, below=1, when=STUDENT)
-    mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", **MIXING,
-                             when=STUDENT)
+    mixup_alpha: float = key(0.0, "mixup in the B-Step, Beta(alpha, alpha); both labels count", **MIXING, when=STUDENT)
     cutmix_alpha_distill: float = key(0.0, "cutmix, likewise; both at once is an error", **MIXING, when=STUDENT)
     use_disagree_weight: bool = key(False, "weight the KD term by the teachers' disagreement, to batch mean 1",
                                     when=STUDENT & KD & LAMBDAS_DIFFER)
@@ -144,12 +143,10 @@ class Recipe(RunRecipe):
                                    when=FUSION)
     ib_mbm_kv: str = key("", "what the fusion network reads of a teacher: its feature, or its probabilities beside it; "
                          "empty: feat_prob where a teacher lacks classes, else feat", choices=("", *KEYS), when=FUSION)
-    ib_mbm_teacher_dropout: float = key(
-        0.0, "A-Step: probability that a teacher is left out of an example, its key zeroed and gone from the base; "
-        "never all, nor from a class all who know it", at_least=0, below=1, when=FUSION)
-    synergy_base: str = key("", "what the synergy head's output is added to: nothing, the teachers' average or their "
-                            "learnt mixture; empty: mixture where a teacher lacks classes, else avg",
-                            choices=("", *BASES), when=FUSION)
+    ib_mbm_teacher_dropout: float = key(0.0, "A-Step: probability that an example leaves a teacher out, of keys and "
+                                        "base; never all who know a class", at_least=0, below=1, when=FUSION)
+    synergy_base: str = key("", "what synergy adds to: nothing, the teachers' average or their learnt mixture; empty: "
+                            "mixture where a teacher lacks classes, else avg", choices=("", *BASES), when=FUSION)
     synergy_head_dropout: float = key(0.0, "dropout in the synergy head", at_least=0, below=1, when=FUSION)
     synergy_temp_learnable: bool = key(False, "synergy logits are divided by a learnt temperature", when=FUSION)
     min_cw: float = key(0.1, "certainty weights, relative to the batch mean, are clipped to [min_cw, 1 / min_cw]",
@@ -288,8 +285,7 @@ class Recipe(RunRecipe):
     @property
     def b_epochs(self) -> tuple[int, ...]:
         """B-epochs of each stage."""
-        factor = self.cccp_ns if self.use_cccp else 1
-        return tuple(epochs * factor for epochs in self.student_epochs_per_stage)
+        return tuple(epochs * (self.cccp_ns if self.use_cccp else 1) for epochs in self.student_epochs_per_stage)
 
     @property
     def compute_dtype(self) -> str:
