@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from asib_jax import build, models, recipe
 from asib_jax.objectives import losses, targets
-from asib_jax.recipe import checks, keys, reading
+from asib_jax.recipe import checks, keys, reading, told_by_data
 from configs import base, ce_only, l0_baseline, l1_ib, l4_full
 
 
@@ -259,17 +259,17 @@ def test_a_stored_configuration_may_be_of_another_version():
 
 def test_stored_runs_of_earlier_versions_added_synergy_to_nothing():
     """Where there was synergy: a run without it is the same today."""
-    for name, base, kv in (("l1_ib", "none", "feat"), ("l0_baseline", "", "")):
-        then = copy.deepcopy(changed(importlib.import_module(f"configs.{name}").get_config("digits"), {}))
+    for config, expected in ((l1_ib, ("none", "feat")), (l0_baseline, ("", ""))):
+        then = changed(config.get_config("digits"), {})
         del then["synergy_base"], then["ib_mbm_kv"]
         read = recipe.read_stored(then)
-        assert (read.synergy_base, read.ib_mbm_kv) == (base, kv)
+        assert (read.synergy_base, read.ib_mbm_kv) == expected
     then["synergy_base"] = "mixture"
     assert recipe.read_stored(then).base == "mixture"
 
 
 @pytest.mark.parametrize(
-    "changes, base, kv",
+    "changes, added_to, kv",
     [
         ({"synergy_base": "", "ib_mbm_kv": ""}, "avg", "feat"),
         ({"synergy_base": "", "ib_mbm_kv": "", "teacher2.classes": "0-4"}, "mixture", "feat_prob"),
@@ -279,12 +279,12 @@ def test_stored_runs_of_earlier_versions_added_synergy_to_nothing():
         ({"synergy_base": "", "ib_mbm_kv": "", "specialists.overlap": 20.0}, "mixture", "feat_prob"),
     ],
 )
-def test_what_synergy_is_added_to_is_told_by_the_teachers(changes, base, kv):
+def test_what_synergy_is_added_to_is_told_by_the_teachers(changes, added_to, kv):
     """And the networks are built so."""
     read = told_by_data.complete(recipe_of(changes), 10, lambda: None)
-    assert (read.base, read.kv) == (base, kv)
+    assert (read.base, read.kv) == (added_to, kv)
     nets = build.build_networks(read, 10)
-    assert nets.synergy_head.base == base
+    assert nets.synergy_head.base == added_to
     assert {teacher.joins_probabilities for teacher in nets.teachers} == {kv == "feat_prob"}
 
 
