@@ -123,3 +123,19 @@ def test_a_folder_that_cannot_be_written_is_one_warning(compiler, caplog, monkey
     assert ["compilation_cache=" in message for message in caplog.messages] == [True, True]
     assert "file/xla" in caplog.messages[0] and jax.config.jax_compilation_cache_dir is None
     assert int(jax.jit(lambda x: x + 41)(1)) == 42
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_programs_do_not_hold_the_names_of_what_they_train(count):
+    """Networks that are alike but for their names share one, where compiled programs are kept."""
+    devices = DEVICES[:count]
+    rows, resident = np.arange(8, dtype=np.int32)[None], devices_.spread({"x": np.zeros(8, np.float32)}, devices)
+
+    def text(name):
+        def step(state, *_):
+            return jax.tree.map(lambda x: x + 1, state), {"loss": jnp.float32(0)}
+
+        compiled = compiled_.compile_steps(step, devices)
+        return compiled.lower({name: {"w": np.zeros(3, np.float32)}}, {}, {}, resident, {}, rows, {}).as_text()
+
+    assert text("teacher1_fold1") == text("teacher1_fold2")
