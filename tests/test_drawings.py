@@ -222,3 +222,17 @@ def test_matplotlib_is_imported_only_where_something_is_drawn():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             assert not any(name.startswith("matplotlib") for name in [module, *names]), path
+
+
+def test_who_knows_what_has_a_bar_a_class_and_shades_what_teachers_know():
+    named = {"teacher1": np.array([0, 0, 1, 1, 0, 1]), "average": LABELS, "student": np.zeros(6, int)}
+    figure = drawings.draw_specialists(LABELS, named, np.array([[True, True, False]]), NAMES)
+    bars = [[bar.get_height() for bar in group] for group in figure.axes[0].containers]
+    assert bars == [[100, 100, 0], [100, 100, 100], [100, 0, 0]]
+    assert [text.get_text().split(";")[1] for text in figure.axes[0].get_legend().get_texts()] == [
+        " of its classes 100.00 %",
+        " of all 100.00 %",
+        " of all 33.33 %",
+    ]
+    shaded = [patch for patch in figure.axes[0].patches if patch.get_alpha()]
+    assert [(patch.get_x(), patch.get_width()) for patch in shaded] == [(-0.5, 1.0), (0.5, 1.0)]

@@ -123,6 +123,18 @@ def test_what_the_data_told_is_recorded_and_found_again(run, data_file):
     assert {key for key in told_by_data.values_of(whole) if key.endswith("classes")} == {"teacher1.classes"}
 
 
+def test_named_classes_come_before_divided_ones(run, data_file):
+    changes = {
+        **WINDOWS,
+        "teacher1.classes": "0-3",
+        "teacher2.classes": "3,4",
+        "teacher1.mean": (),
+        "model.student.std": (),
+    }
+    whole = build.complete(recipes.read(read_config("l1_ib", data_file, **changes)), run.data)
+    assert [teacher.classes for teacher in whole.teachers] == ["0-3", "3-4"] and len(whole.teachers[0].mean) == 3
+
+
 def test_each_is_measured_on_its_own_classes_and_on_all(run):
     """Validation while it trains, the line under the table, and the row of summary.csv, from its variables."""
     with (run.results / "summary.csv").open() as file:

@@ -755,3 +755,28 @@ def test_regulariser_is_the_mean_over_tensors_and_zero_of_none():
     """Fine-tuning at freeze level 0 without adapters trains no teacher tensor."""
     assert mean_square({"a": jnp.array([1.0, 3.0]), "b": jnp.array([[2.0]])}) == (5.0 + 4.0) / 2
     assert mean_square([{}, {}]) == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_images_of_a_class_that_nobody_knows_count_for_nothing_in_synergy_s_cross_entropy(smoothing):
+    """It is that of the other images alone, with equal weights; nothing of the step is infinite or NaN."""
+    nets = make_networks(classes=((0, 1, 2), (1, 2, 3)))
+    variables = random_variables(nets)
+    batch = {name: jnp.asarray(value) for name, value in make_batch(10).items()}
+    rows = np.flatnonzero(np.asarray(batch["label"]) != 4)
+    assert 0 < len(rows) < 10
+
+    def of(batch):
+        def loss(fusion):
+            whole = Variables({**variables.params, **fusion}, variables.batch_stats)
+            terms = replace(A_TERMS, label_smoothing=smoothing)
+            return a_loss(whole, a_controls(certain=0.0), batch, nets=nets, terms=terms, trained=lambda params: [])
+
+        fusion = {name: variables.params[name] for name in ("ib_mbm", "synergy_head")}
+        (_, (_, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(fusion)
+        return metrics, gradient
+
+    whole, gradient = of(batch)
+    part, _ = of({name: value[rows] for name, value in batch.items()})
+    np.testing.assert_allclose(whole["ce"], part["ce"], rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((whole, gradient)))

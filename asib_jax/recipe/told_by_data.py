@@ -58,10 +58,10 @@ def _classes(recipe: Recipe, count: int, names: Sequence[str]) -> dict[str, str]
         key = f"teacher{k + 1}.classes"
         window = classes.parse(classes.text_of(told[k]), count, key) if told else ()
         own = classes.parse(teacher.classes, count, key, names) if teacher.classes else window
-        if told and own != window:
+        if told and own != window and not all(other.classes for other in recipe.teachers):
             raise UserError(
                 f"specialists.overlap={overlap:g} divides the classes among the teachers, but {key}="
-                f"{teacher.classes!r}: leave one of these keys empty"
+                f"{teacher.classes!r}: name the classes of every teacher, or leave them all empty"
             )
         found[key] = classes.text_of(own)
     return found

@@ -170,13 +170,13 @@ def draw_specialists(
         place = classes + (k - (len(named) - 1) / 2) * width
         axis.bar(place, 100 * right / np.maximum(sizes, 1), width, color=colour, label=label)
         for one in classes[own] if k < len(known) else ():
-            axis.axvspan(one - 0.5, one + 0.5, color=colour, alpha=0.14, linewidth=0)
+            axis.axvspan(one - 0.5, one + 0.5, color=colour, alpha=0.14, linewidth=0, zorder=0)
     _ticks(axis.set_xticks, [*map(_short, names)], rotation=_turn(names))
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.set_ylim(0, 102)
     axis.set_xlabel("class; shaded: those that a teacher knows", fontsize=9)
     axis.set_ylabel("accuracy %", fontsize=9)
-    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return figure
 
 
