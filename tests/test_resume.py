@@ -118,7 +118,13 @@ WITHIN, AT_THE_END, OVER, LATER = (0, "within"), (0, "end"), (2, "before"), (1, 
 CASES = {
     "float32": (
         "l3_tadapt",
-        {"tensorboard": True, "teacher1.temperature": 0.0, "teacher2.temperature": 2.0},
+        {
+            "tensorboard": True,
+            "teacher1.temperature": 0.0,
+            "teacher2.temperature": 2.0,
+            "teacher1.classes": "0-3",
+            "teacher2.classes": "4,1-3",
+        },
         {
             "teacher1": WITHIN,
             "teacher2": OVER,
@@ -148,6 +154,7 @@ CASES = {
         "l1_ib",
         {
             "teacher_folds": 2,
+            "specialists.overlap": 60.0,
             "cutmix_alpha_distill": 0.0,
             "a_step_views": 2,
             "b_step_views": 1,
