@@ -17,7 +17,7 @@ from asib_jax.data import sources
 from asib_jax.data.statistics import Statistics
 from asib_jax.engine.banks import make_reader
 from asib_jax.engine.compiled import compile_steps
-from asib_jax.engine.evaluate import make_eval_step
+from asib_jax.engine.evaluate import make_eval_step, of_fusion
 from asib_jax.engine.progress import Progress
 from asib_jax.models.ensemble import Variables, with_narrow_teachers
 from asib_jax.objectives import state
@@ -25,7 +25,7 @@ from asib_jax.objectives.step import make_train_step
 from asib_jax.phases import Phase
 from asib_jax.recipe import Recipe, told_by_data
 from asib_jax.tools import plan
-from configs import l2_cccp
+from configs import l2_cccp, specialists
 
 PLATFORMS = ("cuda", "tpu")
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -69,12 +69,10 @@ def programs(recipe: Recipe) -> Iterator[tuple[str, Program]]:
                 stored = plan.batch_shapes(sizes, size, phase.nets, phase.reads)
                 yield f"{phase.name} from banks", training(recipe, phase, variables, stored)
     batch = plan.batch_shapes(sizes, size, nets)
-    counts = {
-        **dict.fromkeys(("student", "synergy", "without_teachers", "examples"), shape(jnp.int32)),
-        "rows": shape(jnp.uint32),
-    }
+    counts = {**dict.fromkeys(("student", *of_fusion(nets), "examples"), shape(jnp.int32)), "rows": shape(jnp.uint32)}
     evaluated = batch | {"teachers": (plan.batch_shapes(sizes, size, nets, frozenset({"teachers"}))["teachers"],)}
-    yield "evaluation", Program(make_eval_step(nets), counts, variables, {"size": shape(jnp.int32)}, evaluated, {})
+    controls = {"size": shape(jnp.int32), "temperatures": shape(jnp.float32, len(nets.teachers))}
+    yield "evaluation", Program(make_eval_step(nets), counts, variables, controls, evaluated, {})
     for who in ("teachers", "student"):
         step = make_reader(nets, who, recipe.dataset.data_aug)
         yield f"reader of {who}", Program(step, (), variables, {"augment_key": KEY}, batch, {})
@@ -119,10 +117,12 @@ def products(text: str) -> collections.Counter:
     return found
 
 
-@pytest.mark.parametrize("profile", ["digits", pytest.param("", marks=pytest.mark.slow)])
-def test_every_program_of_a_run_lowers(profile):
+@pytest.mark.parametrize(
+    "config, profile", [(l2_cccp, "digits"), (specialists, "digits"), pytest.param(l2_cccp, "", marks=pytest.mark.slow)]
+)
+def test_every_program_of_a_run_lowers(config, profile):
     names = []
-    for name, program in programs(recipes.read(l2_cccp.get_config(profile))):
+    for name, program in programs(recipes.read(config.get_config(profile))):
         names.append(name)
         for platform, text in lowered(program).items():
             found = products(text)
