@@ -288,5 +288,6 @@ def variable_shapes(recipe: Recipe, nets: Networks, image_shape: tuple[int, ...]
 
 
 def temperatures(recipe: Recipe, found: Sequence[float] = ()) -> np.ndarray:
-    """Of the teachers [T], float32: as they were found once these were ready, before that as they are given."""
-    return np.array(found or [teacher.temperature for teacher in recipe.teachers], np.float32)
+    """Of the teachers [T], float32: as they were found once these were ready, before that as they are given, 1 where
+    that leaves it to be found."""
+    return np.array(found or [teacher.temperature or 1.0 for teacher in recipe.teachers], np.float32)

@@ -261,6 +261,11 @@ def test_random_networks_take_no_weights(profile):
     assert (found.dataset, found.b_epochs, found.schedule) == (given.dataset, given.b_epochs, given.schedule)
 
 
+def test_a_temperature_that_is_to_be_found_divides_by_nothing_yet():
+    recipe = read(l2_cccp, "digits", **{"teacher1.temperature": 0.0, "teacher2.temperature": 3.0})
+    np.testing.assert_array_equal(build.temperatures(recipe), [1, 3])
+
+
 def test_random_images_of_the_published_size():
     """CIFAR-100 has 50,000 training images; a twentieth is validation here, and the student sees as many as asked."""
     recipe = read(l2_cccp, "", **{"dataset.val_fraction": 0.05, "dataset.train_subset": 640, "dataset.path": ""})
@@ -320,9 +325,11 @@ def test_what_pytorch_has_not(module, profile, changes, message):
 
 
 def test_errors_come_before_any_work():
-    """A configuration of teachers alone; weights that are missing where random ones are not asked for."""
+    """A configuration of teachers alone, or of copies, which no step runs; weights that are missing where random ones
+    are not asked for."""
     for arguments, message in (
         (["--config=configs/finetune_resnet152_cifar100.py", "--synthetic"], "teachers_only=True"),
+        (["--config=configs/l2_cccp.py:digits", "--config.teacher_folds=2", "--synthetic"], "teacher_folds=2"),
         (["--config=configs/l2_cccp.py:small"], "teacher1 (resnet56) has no weights"),
     ):
         result = launch("benchmark", *arguments)

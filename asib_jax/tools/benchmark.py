@@ -187,6 +187,11 @@ def measure(
     """
     if recipe.teachers_only:
         raise UserError("teachers_only=True: there is no A- or B-Step to measure; set teachers_only=False")
+    if recipe.folds:
+        raise UserError(
+            f"teacher_folds={recipe.folds}: copies are read from what is stored and never run at every step, which is "
+            "measured, too; set teacher_folds=0, under which a stored step takes as long"
+        )
     began = time.perf_counter()
     data = workloads.synthetic_data(recipe) if random else build.load_data(recipe)
     recipe = build.complete(recipe, data)
