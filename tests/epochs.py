@@ -42,6 +42,7 @@ def make_running(
     feed = make_feed(devices, steps=steps_a_call, room_gb=room_gb)
     context = SimpleNamespace(
         feed=feed,
+        data=SimpleNamespace(train=SimpleNamespace(label=())),
         nets=Networks(None),
         recipe=SimpleNamespace(compute_dtype=dtype, max_nonfinite_steps=limit, trains_teachers=False),
         reporter=SimpleNamespace(on_steps=lambda curve, first, last: None),

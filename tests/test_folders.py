@@ -302,7 +302,7 @@ def test_what_a_run_makes_of_a_folder(divided, told, monkeypatch):
     assert any("own, 3 images: dataset.val_fraction=0.2 has no effect" in line for line in told())
     plan_of = sources.sizes("folder", path=str(divided), image_size=3)
     rows = build.divide(recipe, plan_of.labels, plan_of.validation)
-    assert [len(part) for part in rows] == [4, 4, 3] and plan_of.image_shape == (3, 3, 3)
+    assert [len(part) for part in rows if part is not None] == [4, 4, 3] and plan_of.image_shape == (3, 3, 3)
     other = build.load_data(read_recipe("l1_ib", str(divided), **changes | {"dataset.image_size": 4}))
     digests = [provenance.data_digests(parts) for parts in (data, other)]
     assert all(digests[0][split] != digests[1][split] for split in digests[0])

@@ -550,9 +550,10 @@ def test_a_run_of_teachers_alone(data_file, tmp_path):
         checks.check(recipe)
         record = Record.create(tmp_path, "alone", exp_id, config.to_dict())
         train.recorded(recipe, build.make_inputs(recipe), record)
+        memory = ("train_acc", "train_entropy", "validation_entropy", "temperature")
         assert {key for key in record.metrics if key.startswith("final/")} == {
             f"final/{split}_{what}" for split in ("test", "validation") for what in ("acc_teacher1", "count")
-        }
+        } | {f"final/{what}_teacher1" for what in memory}
         assert (exp_id == "first") == any("/epoch" in key for key in record.metrics)
         tables.append(evaluation.evaluate_run(record.folder))
     assert tables[0] == tables[1] and "teacher1 (tiny)" in tables[0] and "distilled" not in tables[0]
