@@ -122,7 +122,7 @@ def test_only_weights_of_the_given_digest_are_read(saved, tmp_path, read):
             teachers.collect(
                 changed,
                 nets,
-                SimpleNamespace(image_shape=SHAPE, sees=None, teacher_train=None),
+                SimpleNamespace(image_shape=SHAPE, sees=None, teacher_train=SimpleNamespace(label=np.zeros(1, int))),
                 record,
                 Snapshots(record),
             )
