@@ -13,6 +13,7 @@ from tiny_runs import read_config, tiny_networks, write_data
 
 from asib_jax import build, evaluation, recipe as recipes, train
 from asib_jax.data import classes
+from asib_jax.errors import UserError
 from asib_jax.recipe import told_by_data
 from asib_jax.record import finished
 from asib_jax.tools import dry_run, plan
@@ -53,6 +54,13 @@ def networks():
 def test_classes_are_named_by_labels_ranges_and_names(text, labels):
     assert classes.parse(text, 10, "teacher1.classes", NAMES) == labels
     assert classes.parse(classes.text_of(labels), 10, "") == labels
+
+
+def test_a_name_with_a_comma_goes_by_its_number():
+    names = ("salt, pepper", "oil", "sugar")
+    with pytest.raises(UserError, match="'salt' is neither .* with a comma .* goes by its number"):
+        classes.parse("salt, pepper,oil", 3, "teacher1.classes", names)
+    assert classes.parse("0,oil", 3, "teacher1.classes", names) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ def parse(text: str, count: int, key: str, names: Sequence[str] = ()) -> tuple[i
             first = last = list(names).index(part)
         else:
             known = f", or a class's name: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+            known += " (one with a comma or spaces around it goes by its number)" * any(
+                "," in name or name != name.strip() for name in names
+            )
             _refuse(key, text, f"{part!r} is neither a label number nor a range as 3-5{known}", count)
         if last < first:
             _refuse(key, text, f"the range {part} runs backwards", count)
