@@ -26,20 +26,20 @@ def specialists(overlap: int) -> list[tuple[str, str, dict[str, Any]]]:
 # Scenario -> row, config of cifar16.py, overrides. Rows are compared with the first of their scenario.
 SCENARIOS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "One teacher, images as they are": [
-        ("60 epochs", "l0_baseline,one", {FIRST: 60}),
         (LABELS, "ce_only", {}),
         ("5 epochs", "l0_baseline,one", {FIRST: 5}),
         ("15 epochs", "l0_baseline,one", {FIRST: 15}),
+        ("60 epochs", "l0_baseline,one", {FIRST: 60}),
         ("60 epochs, temperature=0", "l0_baseline,one", {FIRST: 60, "teacher1.temperature": 0.0}),
         ("60 epochs, 2 folds", "l0_baseline,one", {FIRST: 60, "teacher_folds": 2}),
         ("60 and 15 epochs, average", "l0_baseline", {FIRST: 60, SECOND: 15}),
         ("60 and 15 epochs, synergy", "l1_avg", {FIRST: 60, SECOND: 15}),
     ],
     "One teacher, crop and flip": [
-        ("60 epochs", "l0_baseline,one", CROPS | {FIRST: 60}),
         (LABELS, "ce_only", CROPS),
         ("5 epochs", "l0_baseline,one", CROPS | {FIRST: 5}),
         ("15 epochs", "l0_baseline,one", CROPS | {FIRST: 15}),
+        ("60 epochs", "l0_baseline,one", CROPS | {FIRST: 60}),
     ],
     "Two specialists that share 20 % of the classes": specialists(20),
     "Two specialists that share no class": specialists(0),

@@ -104,13 +104,18 @@ def figure_of(kept: list[Run], scenario: str, row: str, name: str) -> dict[str, 
 
 
 def tables(kept: list[Run]) -> str:
-    """Markdown: those rows of which something was run."""
+    """Markdown: those rows of which something was run, in scenarios whose first row was."""
     head = "| row | n | student, best | student, last | difference | p (least) | teachers | synergy | taught |"
     lines = []
     for scenario, rows in SCENARIOS.items():
         shown = [line for row, *_ in rows if (line := _line(kept, scenario, row, rows[0][0]))]
-        lines += [f"**{scenario}**", "", head, "|" + "---|" * 9, *shown, ""] if shown else []
+        lines += [f"**{scenario}**", "", head, "|" + "---|" * 9, *shown, ""] if _begun(kept, scenario) else []
     return "\n".join(["", *lines, ""])
+
+
+def _begun(kept: list[Run], scenario: str) -> bool:
+    """Whether there is what its rows are compared with."""
+    return bool(figure_of(kept, scenario, SCENARIOS[scenario][0][0], "test_acc_best"))
 
 
 def _line(kept: list[Run], scenario: str, row: str, baseline: str) -> str:
@@ -133,7 +138,7 @@ def _line(kept: list[Run], scenario: str, row: str, baseline: str) -> str:
 def draw(kept: list[Run], path: pathlib.Path) -> None:
     """A panel for each scenario: a dot for each seed, the mean and its interval."""
     panels: dict[str, dict[str, list[float]]] = {}
-    for scenario, row, *_ in ROWS:
+    for scenario, row, *_ in (row for row in ROWS if _begun(kept, row[0])):
         if values := figure_of(kept, scenario, row, "test_acc_best"):
             panels.setdefault(scenario, {})[row] = [*values.values()]
     heights = [len(rows) + 1.2 for rows in panels.values()]
