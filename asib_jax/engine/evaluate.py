@@ -115,13 +115,11 @@ class Evaluator:
 
     def training_free(self, tau: float) -> dict[str, int]:
         """Correct predictions of `targets.TRAINING_FREE` at temperature `tau`, and of each teacher."""
-        logits, counts = jnp.asarray(self.teacher_logits / self.temperatures[:, None]), {}
-        for name in targets.TRAINING_FREE:
-            arguments = (self.bank.nets.known, tau, 0, jnp.asarray(self.split.label), jnp.zeros(()))
-            target = np.asarray(targets.KD_TARGETS[name](logits, *arguments))
-            sound = (target < np.inf).all(axis=-1)  # -inf is of a class that no teacher with a weight knows
-            counts[name] = int((sound & (target.argmax(axis=-1) == self.split.label)).sum())
-        return counts | {name: self.teacher_counts[name] for name in self.bank.nets.teacher_names}
+        logits = self.teacher_logits / self.temperatures[:, None]
+        found = jax.device_get(_training_free(logits, self.bank.nets.known, tau, self.split.label))
+        return {name: int(count) for name, count in found.items()} | {
+            name: self.teacher_counts[name] for name in self.bank.nets.teacher_names
+        }
 
     def __call__(self, nets: Networks, variables: Variables, student: str = "student") -> dict[str, int]:
         """Correct predictions of everything `make_eval_step` counts and, of nets with teachers, of their "average".
@@ -170,6 +168,21 @@ def over_copies(logits: Sequence[jax.Array]) -> jax.Array:
     return jnp.mean(jnp.stack([jax.nn.log_softmax(own) for own in logits]), axis=0)
 
 
+# Compiled as one: operation by operation a host compiles dozens of programs for each split.
+@jax.jit
+def _training_free(logits: jax.Array, known: jax.Array, tau: float, labels: jax.Array) -> dict[str, jax.Array]:
+    counts = {}
+    for name in targets.TRAINING_FREE:
+        target = targets.KD_TARGETS[name](logits, known, tau, 0, labels, jnp.zeros(()))
+        sound = (target < jnp.inf).all(axis=-1)  # -inf is of a class that no teacher with a weight knows
+        counts[name] = jnp.sum(sound & (target.argmax(axis=-1) == labels))
+    return counts
+
+
+_average = jax.jit(targets.average)
+_disagree = jax.jit(losses.DISAGREE_MODES["pred"])
+
+
 def correct_counts(
     logits: np.ndarray, known: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
 ) -> dict[str, int]:
@@ -180,7 +193,7 @@ def correct_counts(
     counts = {name: int((found == labels).sum()) for name, found in named.items()}
     theirs = np.stack([found for name, found in named.items() if name != "average"], axis=1)  # [N, T]
     none_is_known = np.pad(known, ((0, 0), (0, 1)), constant_values=True)  # to all: -1, of a teacher that is not finite
-    disagree = losses.DISAGREE_MODES["pred"](jnp.asarray(theirs), jnp.asarray(labels), none_is_known)
+    disagree = _disagree(theirs, labels, none_is_known)
     counts["disagreement"] = int(disagree.sum())
     return counts
 
@@ -188,7 +201,7 @@ def correct_counts(
 def predictions(logits: np.ndarray, known: np.ndarray, temperatures: np.ndarray) -> dict[str, np.ndarray]:
     """The class that each teacher, "teacher1" ..., and their "average" name of each image, [N]; -1 is none."""
     theirs = _predictions(logits, known)
-    average = np.asarray(targets.average(logits / temperatures[:, None], known))
+    average = np.asarray(_average(logits / temperatures[:, None], known))
     found = {f"teacher{k}": theirs[:, k - 1] for k in range(1, logits.shape[1] + 1)}
     return found | {"average": _predictions(average, np.any(known, axis=0))}
 

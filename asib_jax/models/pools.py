@@ -11,7 +11,7 @@ import numpy as np
 Known = np.ndarray | jax.Array
 
 
-def log_probabilities(teacher_logits: jax.typing.ArrayLike, known: np.ndarray) -> jax.Array:
+def log_probabilities(teacher_logits: jax.typing.ArrayLike, known: Known) -> jax.Array:
     """The log softmax of logits [B, T, C] over the classes that each teacher knows, [T, C], and -inf elsewhere."""
     logits = jax.lax.stop_gradient(jnp.asarray(teacher_logits, jnp.float32))
     return jnp.where(known, jax.nn.log_softmax(jnp.where(known, logits, -jnp.inf)), -jnp.inf)

@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from asib_jax.models.pools import log_probabilities, weighted_mean
+from asib_jax.models.pools import Known, log_probabilities, weighted_mean
 
-Target = Callable[[jax.Array, np.ndarray, jax.Array | float, int, jax.Array, jax.Array], jax.Array]
+Target = Callable[[jax.Array, Known, jax.Array | float, int, jax.Array, jax.Array], jax.Array]
 
 
-def average(teacher_logits: jax.typing.ArrayLike, known: np.ndarray) -> jax.Array:
+def average(teacher_logits: jax.typing.ArrayLike, known: Known) -> jax.Array:
     """The mean of log-probabilities over the teachers that know a class: logits [B, T, C] -> [B, C]."""
     logs = log_probabilities(teacher_logits, known)
     return weighted_mean(logs, known, jnp.ones(logs.shape[:2]))
@@ -45,7 +44,7 @@ def _certainty(logs: jax.Array) -> jax.Array:
     return (1 - jnp.where(total == 0, 1 / count, entropy / jnp.where(total == 0, 1.0, total))) / (count - 1)
 
 
-def _by_label(logs: jax.Array, known: np.ndarray, labels: jax.Array) -> jax.Array:
+def _by_label(logs: jax.Array, known: Known, labels: jax.Array) -> jax.Array:
     """CA-MKD's weights of logits (Zhang et al., 2022): (1 - softmax_k(CE_k)) / (K - 1) over the K teachers that know
     the label, 1 if one alone does; where nobody does all weigh the same."""
     ce = -jnp.take_along_axis(logs, labels[:, None, None], axis=-1)[..., 0]
